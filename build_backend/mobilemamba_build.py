@@ -1,0 +1,164 @@
+"""Builds the native library from csrc/ with the installed torch, and writes down beside it what it was built with."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from mobilemamba_toolkit import Plan, arch_name, gencode, make_plan
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+TORCH_MINIMUM = "2.11"
+ROOT = Path(__file__).parent.parent.resolve()
+# No -march: kernels choose their instruction set at run time. at::parallel_for is serial without -fopenmp.
+# -g0: Python's own flags may ask for debug information, tens of megabytes of it.
+CXX_FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-g0", "-fvisibility=hidden", "-fopenmp"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-Wall,-Wextra,-fvisibility=hidden"]
+CUDA_DEFINE = "-DMOBILEMAMBA_CUDA"
+
+
+def torch_version() -> str | None:
+    """Version of the torch that the build can import, local part included; None without one."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_torch_version(version: str) -> None:
+    """Refuse a torch that is too old to build against."""
+
+    def release(text: str) -> tuple[int, ...]:
+        return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
+
+    if release(version) < release(TORCH_MINIMUM):
+        raise SystemExit(
+            f"mobilemamba: the environment has torch {version}; expected {TORCH_MINIMUM} or later. "
+            "Upgrade it (pip install --upgrade torch), then install again"
+        )
+
+
+def torch_requirement() -> str:
+    """The torch that the wheel requires: the release it is built against (== disregards a local part like +cpu)."""
+    version = torch_version()
+    return f"torch>={TORCH_MINIMUM}" if version is None else f"torch=={version.partition('+')[0]}"
+
+
+def build_base() -> str:
+    """A build folder for each torch and Python, so that environments sharing a checkout never mix their objects."""
+    return str(Path("build") / f"torch-{torch_version()}-{sys.implementation.cache_tag}")
+
+
+def sources(cuda: bool) -> list[str]:
+    """Every source below csrc/, relative to the root; those below csrc/cuda/ only for CUDA."""
+    csrc = ROOT / "csrc"
+    found = [path for path in csrc.rglob("*.cpp") if cuda or csrc / "cuda" not in path.parents]
+    found += (csrc / "cuda").rglob("*.cu") if cuda else []
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout, with -dirty after it where files differ; None outside a checkout."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class CleanBuild(build):
+    """build, into a folder emptied of an earlier build's modules (the objects lie elsewhere and are kept)."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class MissingTorch(build_ext):
+    """build_ext where there is no torch: metadata and sdist need none."""
+
+    def run(self) -> None:
+        raise SystemExit(
+            "mobilemamba: no torch to build against; install one (pip install torch), or leave out --no-build-isolation"
+        )
+
+
+def build_ext_class() -> type[build_ext]:
+    """The build_ext command, on top of torch's where there is a torch."""
+    version = torch_version()
+    if version is None:
+        return MissingTorch
+    check_torch_version(version)
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])  # ninja's
+    import torch
+
+    plan = make_plan(torch.version.cuda, os.environ)
+    if plan.toolkit is not None:
+        os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # read when the next line is run
+    from torch.utils.cpp_extension import BuildExtension, include_paths, is_ninja_available, library_paths
+
+    class BuildNative(BuildExtension):
+        """Compiles csrc/ with ninja into one library that registers operators: not a Python module."""
+
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            self.no_python_abi_suffix = True
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.build_temp = str(Path(build_base()) / "objects")  # kept, also by an editable install
+
+        def run(self) -> None:
+            print(f"mobilemamba: building for torch {torch.__version__}, {plan}", flush=True)
+            if not is_ninja_available():
+                raise SystemExit("mobilemamba: no ninja to build with; install it (pip install ninja)")
+            (library,) = self.extensions
+            describe(library, plan, include_paths("cpu"), library_paths("cpu"))
+            super().run()
+            path = Path(self.get_ext_fullpath(library.name)).with_name("_build.json")
+            path.write_text(json.dumps(self.build_info(), indent=2) + "\n")
+
+        def build_info(self) -> dict[str, object]:
+            cxx = subprocess.run([*self.compiler.compiler_cxx, "--version"], capture_output=True, text=True)
+            cuda = plan.toolkit is not None
+            return {
+                "version": self.distribution.get_version(),
+                "commit": git_commit(),
+                "torch": str(torch.__version__),
+                "torch_cuda": torch.version.cuda,
+                "cuda": plan.toolkit.version if plan.toolkit else None,
+                "archs": [arch_name(arch) for arch in plan.archs],
+                "why": str(plan),
+                "python": sysconfig.get_python_version(),
+                "compiler": cxx.stdout.partition("\n")[0],
+                "cxx_flags": CXX_FLAGS,
+                "nvcc_flags": [*NVCC_FLAGS, *gencode(plan.archs)] if cuda else [],
+            }
+
+    return BuildNative
+
+
+def describe(library: object, plan: Plan, include_dirs: list[str], library_dirs: list[str]) -> None:
+    """Fill in the Extension: sources, flags and libraries for this plan. Torch's headers are system headers."""
+    cuda = plan.toolkit is not None
+    define = [CUDA_DEFINE] if cuda else []
+    headers = [*include_dirs, *(plan.toolkit.include_dirs if plan.toolkit else ())]
+    library.sources = sources(cuda)
+    library.include_dirs = [str(ROOT / "csrc")]
+    library.extra_compile_args = {
+        "cxx": [*CXX_FLAGS, *define, *(flag for path in headers for flag in ("-isystem", path))],
+        "nvcc": [*NVCC_FLAGS, *define, *gencode(plan.archs)],  # no torch headers: .cu files are free of torch
+    }
+    library.library_dirs = [*library_dirs, *(plan.toolkit.library_dirs if plan.toolkit else ())]
+    library.libraries = ["torch", "torch_cpu", "c10", *(["torch_cuda", "c10_cuda"] if cuda else [])]
+    library.extra_link_args = ["-fopenmp", "-Wl,-z,defs"]  # an undefined symbol is an error here, not at import
+    if plan.toolkit is not None:  # the runtime by its SONAME, which is the one that torch has loaded already
+        library.extra_link_args.append(f"-l:libcudart.so.{plan.toolkit.version.split('.')[0]}")

@@ -1,0 +1,43 @@
+// Under autocast, what flows along the sequence or the image takes the lower precision; parameters keep theirs.
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include "mobilemamba.h"
+
+namespace mobilemamba::autocast {
+namespace {
+
+using at::Tensor;
+
+template <c10::DeviceType device>
+Tensor cast(const Tensor& x) {
+  return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device);
+}
+
+template <c10::DeviceType device, c10::DispatchKey key>
+Tensor scan(const Tensor& u, const Tensor& delta, const Tensor& A_log, const Tensor& B, const Tensor& C,
+            const Tensor& D, const Tensor& dt_weight, const Tensor& dt_bias) {
+  const c10::impl::ExcludeDispatchKeyGuard below(key);
+  return bidirectional_scan(cast<device>(u), cast<device>(delta), A_log, cast<device>(B), cast<device>(C), D,
+                            dt_weight, dt_bias);
+}
+
+template <c10::DeviceType device, c10::DispatchKey key>
+Tensor haar(const Tensor& input, const Tensor& weight) {
+  const c10::impl::ExcludeDispatchKeyGuard below(key);
+  return haar_conv2d(cast<device>(input), weight);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mobilemamba, AutocastCPU, m) {
+  m.impl("bidirectional_scan", scan<at::kCPU, c10::DispatchKey::AutocastCPU>);
+  m.impl("haar_conv2d", haar<at::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(mobilemamba, AutocastCUDA, m) {
+  m.impl("bidirectional_scan", scan<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+  m.impl("haar_conv2d", haar<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+}  // namespace mobilemamba::autocast

@@ -1,0 +1,113 @@
+// Gradients. The backward passes are operators of their own, so that every backend repeats the same pattern.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "mobilemamba.h"
+
+namespace mobilemamba::autograd {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// Calls the backend's kernel below autograd.
+template <typename F, typename... Args>
+auto below_autograd(F f, const Args&... args) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return f(args...);
+}
+
+struct Scan : torch::autograd::Function<Scan> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& u, const Tensor& delta, const Tensor& A_log,
+                        const Tensor& B, const Tensor& C, const Tensor& D, const Tensor& dt_weight,
+                        const Tensor& dt_bias) {
+    ctx->save_for_backward({u, delta, A_log, B, C, D, dt_weight, dt_bias});
+    return below_autograd(bidirectional_scan, u, delta, A_log, B, C, D, dt_weight, dt_bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list s = ctx->get_saved_variables();
+    auto [u, delta, A_log, B, C, D, dt_weight, dt_bias] =
+        bidirectional_scan_backward(grads[0], s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]);
+    return {u, delta, A_log, B, C, D, dt_weight, dt_bias};
+  }
+};
+
+/// Gradients of gradients are refused where they would be used, not where the first gradient is taken.
+struct ScanBackward : torch::autograd::Function<ScanBackward> {
+  static variable_list forward(AutogradContext*, const Tensor& grad_y, const Tensor& u, const Tensor& delta,
+                               const Tensor& A_log, const Tensor& B, const Tensor& C, const Tensor& D,
+                               const Tensor& dt_weight, const Tensor& dt_bias) {
+    auto [grad_u, grad_delta, grad_A_log, grad_B, grad_C, grad_D, grad_dt_weight, grad_dt_bias] = below_autograd(
+        bidirectional_scan_backward, grad_y, u, delta, A_log, B, C, D, dt_weight, dt_bias);
+    return {grad_u, grad_delta, grad_A_log, grad_B, grad_C, grad_D, grad_dt_weight, grad_dt_bias};
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "bidirectional_scan: second derivatives are not available, only the first");
+  }
+};
+
+struct Haar : torch::autograd::Function<Haar> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight) {
+    ctx->save_for_backward({input, weight});
+    return below_autograd(haar_conv2d, input, weight);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1];
+    Tensor grad_input, grad_weight;
+    // the transform is orthonormal, so the adjoint differs from the operator only in the flipped kernel
+    if (ctx->needs_input_grad(0)) grad_input = haar_conv2d(grads[0], weight.flip({2, 3}));
+    if (ctx->needs_input_grad(1))
+      grad_weight = haar_conv2d_backward_weight(grads[0], input, weight.size(3)).to(weight.scalar_type());
+    return {grad_input, grad_weight};
+  }
+};
+
+/// Bilinear like haar_conv2d, and the same function with its arguments exchanged.
+struct HaarBackwardWeight : torch::autograd::Function<HaarBackwardWeight> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, int64_t kernel_size) {
+    ctx->save_for_backward({grad_output, input});
+    return below_autograd(haar_conv2d_backward_weight, grad_output, input, kernel_size);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    Tensor grad_grad_output, grad_input;
+    if (ctx->needs_input_grad(0)) grad_grad_output = haar_conv2d(saved[1], grads[0]);
+    if (ctx->needs_input_grad(1)) grad_input = haar_conv2d(saved[0], grads[0].flip({2, 3}));
+    return {grad_grad_output, grad_input, Tensor()};
+  }
+};
+
+Tensor scan(const Tensor& u, const Tensor& delta, const Tensor& A_log, const Tensor& B, const Tensor& C,
+            const Tensor& D, const Tensor& dt_weight, const Tensor& dt_bias) {
+  return Scan::apply(u, delta, A_log, B, C, D, dt_weight, dt_bias);
+}
+
+ScanGradients scan_backward(const Tensor& grad_y, const Tensor& u, const Tensor& delta, const Tensor& A_log,
+                            const Tensor& B, const Tensor& C, const Tensor& D, const Tensor& dt_weight,
+                            const Tensor& dt_bias) {
+  const variable_list g = ScanBackward::apply(grad_y, u, delta, A_log, B, C, D, dt_weight, dt_bias);
+  return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
+}
+
+Tensor haar(const Tensor& input, const Tensor& weight) { return Haar::apply(input, weight); }
+
+Tensor haar_backward_weight(const Tensor& grad_output, const Tensor& input, int64_t kernel_size) {
+  return HaarBackwardWeight::apply(grad_output, input, kernel_size);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mobilemamba, Autograd, m) {
+  m.impl("bidirectional_scan", scan);
+  m.impl("bidirectional_scan_backward", scan_backward);
+  m.impl("haar_conv2d", haar);
+  m.impl("haar_conv2d_backward_weight", haar_backward_weight);
+}
+
+}  // namespace mobilemamba::autograd

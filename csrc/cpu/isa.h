@@ -1,0 +1,40 @@
+// Instantiates every CPU kernel for one instruction set. Included by isa_*.cpp after the target pragma.
+#pragma once
+
+#include "cpu/haar_kernels.h"
+#include "cpu/kernels.h"
+#include "cpu/scan_kernels.h"
+
+namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
+
+/// The functions of the table for one kernel: they pick the instantiation for the element type.
+template <template <typename> class K, typename Params>
+constexpr Kernel<Params> table_entry() {
+#define MOBILEMAMBA_BY_DTYPE(p, call)                  \
+  switch (p.dtype) {                                   \
+    case DType::float32: return K<float>::call;        \
+    case DType::float64: return K<double>::call;       \
+    case DType::float16: return K<Half>::call;         \
+    case DType::bfloat16: return K<BFloat16>::call;    \
+  }                                                    \
+  __builtin_unreachable()
+  return {[](const Params& p) -> int64_t { MOBILEMAMBA_BY_DTYPE(p, tasks(p)); },
+          [](const Params& p) -> size_t { MOBILEMAMBA_BY_DTYPE(p, scratch_bytes(p)); },
+          [](const Params& p, int64_t begin, int64_t end, std::byte* scratch) -> void {
+            MOBILEMAMBA_BY_DTYPE(p, run(p, begin, end, scratch));
+          }};
+#undef MOBILEMAMBA_BY_DTYPE
+}
+
+#define MOBILEMAMBA_STRING_(x) #x
+#define MOBILEMAMBA_STRING(x) MOBILEMAMBA_STRING_(x)
+
+const Kernels kernels = {
+    MOBILEMAMBA_STRING(MOBILEMAMBA_CPU_ISA),
+    table_entry<ScanForwardKernel, ScanForward>(),
+    table_entry<ScanBackwardKernel, ScanBackward>(),
+    table_entry<HaarForwardKernel, HaarForward>(),
+    table_entry<HaarBackwardWeightKernel, HaarBackwardWeight>(),
+};
+
+}  // namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA

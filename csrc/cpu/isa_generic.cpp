@@ -1,0 +1,7 @@
+// The CPU kernels for whatever the compiler targets by default.
+#include <cstddef>
+#include <cstdint>
+
+#define MOBILEMAMBA_CPU_ISA generic
+#define MOBILEMAMBA_CPU_VECTOR_BYTES 16
+#include "cpu/isa.h"

@@ -1,0 +1,31 @@
+// Chooses the CPU kernels for this machine, once.
+#include "cpu/kernels.h"
+
+#include <cstdlib>
+#include <string_view>
+
+namespace mobilemamba::cpu {
+namespace {
+
+const Kernels& choose() {
+#ifdef __x86_64__
+  const char* setting = std::getenv("ATEN_CPU_CAPABILITY");  // the variable that torch's own kernels obey
+  const std::string_view limit = setting ? setting : "";
+  if (limit == "default") return generic::kernels;
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && limit != "avx2") return avx512::kernels;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
+#endif
+  return generic::kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace mobilemamba::cpu

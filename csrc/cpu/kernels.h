@@ -1,0 +1,45 @@
+// The CPU kernels as the operators see them: a table of functions for the best instruction set of this machine.
+//
+// A kernel runs tasks [begin, end) of its problem with scratch memory of its own, so that the caller decides about
+// threads. What a task computes does not depend on how tasks are spread. Scratch must be 64-byte aligned.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/haar.h"
+#include "kernels/scan.h"
+
+namespace mobilemamba::cpu {
+
+template <typename Params>
+struct Kernel {
+  int64_t (*tasks)(const Params&);
+  size_t (*scratch_bytes)(const Params&);
+  void (*run)(const Params&, int64_t begin, int64_t end, std::byte* scratch);
+};
+
+struct Kernels {
+  const char* name;
+  Kernel<ScanForward> scan_forward;
+  Kernel<ScanBackward> scan_backward;
+  Kernel<HaarForward> haar_forward;
+  Kernel<HaarBackwardWeight> haar_backward_weight;
+};
+
+namespace generic {
+extern const Kernels kernels;
+}
+#ifdef __x86_64__
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+/// The kernels for the best instruction set that this processor has (and ATEN_CPU_CAPABILITY permits).
+const Kernels& kernels();
+
+}  // namespace mobilemamba::cpu

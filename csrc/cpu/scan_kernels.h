@@ -1,0 +1,314 @@
+// CPU kernels of the bidirectional scan. A vector holds neighbouring channels and walks along the sequence.
+#pragma once
+
+#include "cpu/vec.h"
+#include "kernels/scan.h"
+
+namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
+
+/// Delta, B and C of one batch entry, as (2, L, R + 2N) in the type of sums.
+template <typename T, typename Acc>
+void pack_rows(const ScanForward& p, int64_t batch, Acc* packed) {
+  const ScanRows* rows[3] = {&p.delta, &p.B, &p.C};
+  const int64_t counts[3] = {p.rank, p.state, p.state};
+  for (int64_t k = 0; k < 2; ++k)
+    for (int64_t t = 0; t < p.length; ++t)
+      for (int i = 0; i < 3; ++i) {
+        const T* from = static_cast<const T*>(rows[i]->data) + batch * rows[i]->batch + k * rows[i]->direction +
+                        t * rows[i]->position;
+        for (int64_t row = 0; row < counts[i]; ++row) *packed++ = load_one<Acc>(from + row * rows[i]->row);
+      }
+}
+
+/// The parameters of one direction for one vector of channels.
+template <typename Acc>
+struct ChannelParams {
+  using V = Vec<Acc>;
+  const Acc *weight, *A_log;
+  int64_t channels, rank;
+  int count;
+  V bias, D;
+
+  ChannelParams(const ScanForward& p, int64_t k, int64_t channel, int count)
+      : weight(static_cast<const Acc*>(p.dt_weight) + k * p.rank * p.channels + channel),
+        A_log(static_cast<const Acc*>(p.A_log) + k * p.state * p.channels + channel),
+        channels(p.channels),
+        rank(p.rank),
+        count(count),
+        bias(load(static_cast<const Acc*>(p.dt_bias) + k * p.channels + channel, count)),
+        D(load(static_cast<const Acc*>(p.D) + k * p.channels + channel, count)) {}
+
+  V W(int64_t r) const { return load(weight + r * channels, count); }
+  V A(int64_t n) const { return -exp(load(A_log + n * channels, count)); }
+  /// dt before softplus.
+  V step_size(const Acc* rows) const {
+    V x = bias;
+    for (int64_t r = 0; r < rank; ++r) x = x + W(r) * rows[r];
+    return x;
+  }
+};
+
+constexpr int64_t forward_channels_per_task = 32;
+
+template <typename T>
+struct ScanForwardKernel {
+  using Acc = typename AccumulateOf<T>::type;
+  using V = Vec<Acc>;
+
+  static size_t scratch_bytes(const ScanForward& p) {
+    const size_t rows = ceil_div(2 * p.length * p.rows(), V::size);
+    return (rows + p.length + 2 * p.state) * sizeof(V);
+  }
+
+  static int64_t tasks(const ScanForward& p) { return p.batch * ceil_div(p.channels, forward_channels_per_task); }
+
+  static void run(const ScanForward& p, int64_t begin, int64_t end, std::byte* scratch) {
+    V* y_first = reinterpret_cast<V*>(scratch);  // (L): y of direction 0
+    V *h = y_first + p.length, *A = h + p.state;
+    Acc* rows = reinterpret_cast<Acc*>(A + p.state);
+    const int64_t blocks = ceil_div(p.channels, forward_channels_per_task);
+    int64_t packed = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t batch = task / blocks, first = task % blocks * forward_channels_per_task;
+      if (packed != batch) pack_rows<T>(p, packed = batch, rows);
+      const int64_t last = min(first + forward_channels_per_task, p.channels);
+      for (int64_t c = first; c < last; c += V::size) {
+        const int count = static_cast<int>(min(V::size, last - c));
+        if (count == V::size)
+          run_channels(p, batch, c, V::size, rows, y_first, h, A);
+        else
+          run_channels(p, batch, c, count, rows, y_first, h, A);
+      }
+    }
+  }
+
+  __attribute__((always_inline)) static void run_channels(const ScanForward& p, int64_t batch, int64_t c, int count,
+                                                          const Acc* rows, V* y_first, V* h, V* A) {
+    if (p.state == 1)
+      run_states(p, batch, c, count, rows, y_first, h, A, 1);
+    else
+      run_states(p, batch, c, count, rows, y_first, h, A, p.state);
+  }
+
+  __attribute__((always_inline)) static void run_states(const ScanForward& p, int64_t batch, int64_t c, int count,
+                                                        const Acc* rows, V* y_first, V* h_many, V* A_many,
+                                                        int64_t state) {
+    const T* u = static_cast<const T*>(p.u) + batch * p.u_batch + c;
+    T* y = static_cast<T*>(p.y) + batch * p.length * p.channels + c;
+    V h_one, A_one;
+    V *h = state == 1 ? &h_one : h_many, *A = state == 1 ? &A_one : A_many;
+    for (int64_t k = 0; k < 2; ++k) {
+      const ChannelParams<Acc> params(p, k, c, count);
+      for (int64_t n = 0; n < state; ++n) {
+        h[n] = V(Acc(0));
+        A[n] = params.A(n);
+      }
+      for (int64_t i = 0; i < p.length; ++i) {
+        const int64_t t = k == 0 ? i : p.length - 1 - i;
+        const Acc* row = rows + (k * p.length + t) * p.rows();
+        const Acc *b = row + p.rank, *c_row = b + state;
+        const V u_t = load(u + t * p.u_position, count);
+        const V dt = softplus(params.step_size(row));
+        const V dt_u = dt * u_t;
+        V y_t = params.D * u_t;
+        for (int64_t n = 0; n < state; ++n) {
+          h[n] = scan_step(h[n], exp(dt * A[n]), dt_u, b[n]);
+          y_t = y_t + h[n] * c_row[n];
+        }
+        if (k == 0)
+          y_first[t] = y_t;
+        else
+          store(y + t * p.channels, y_first[t] + y_t, count);
+      }
+    }
+  }
+};
+
+/// Positions whose states are kept at once in the backward pass; for the rest only the states at the seams are.
+constexpr int64_t chunk_length = 64;
+
+template <typename T>
+struct ScanBackwardKernel {
+  using Acc = typename AccumulateOf<T>::type;
+  using V = Vec<Acc>;
+  static constexpr int64_t vectors_per_group = ScanBackward::channels_per_group / V::size;
+
+  /// What one vector of channels carries from chunk to chunk.
+  struct Channels {
+    V* seams;   // (chunks, N): h before each chunk
+    V* A;       // (N)
+    V* carry;   // (N): dL/dh from the later chunks
+    V* grad_A;  // (N)
+    V* grad_weight;  // (R)
+    V grad_bias, grad_D;
+  };
+
+  /// The pieces of a task's scratch memory.
+  struct Scratch {
+    Acc* rows;                             // (2, L, R + 2N)
+    V* grad_u;                             // (vectors, L): of direction 0
+    V *x, *dt;                             // (chunk): step size before and after softplus
+    V *h, *decay;                          // (chunk, N): h before the position, and the decay there
+    V* grad_rows;                          // (chunk, R + 2N): summed over the vectors of a group
+    Channels channels[vectors_per_group];
+    size_t bytes;
+
+    Scratch(const ScanBackward& p, std::byte* memory) : bytes(0) {
+      const auto take = [&](int64_t vectors) {
+        V* piece = reinterpret_cast<V*>(memory + bytes);
+        bytes += vectors * sizeof(V);
+        return piece;
+      };
+      rows = reinterpret_cast<Acc*>(take(ceil_div(2 * p.length * p.rows(), V::size)));
+      grad_u = take(vectors_per_group * p.length);
+      x = take(chunk_length);
+      dt = take(chunk_length);
+      h = take(chunk_length * p.state);
+      decay = take(chunk_length * p.state);
+      grad_rows = take(chunk_length * p.rows());
+      for (Channels& c : channels) {
+        c.seams = take(ceil_div(p.length, chunk_length) * p.state);
+        c.A = take(p.state);
+        c.carry = take(p.state);
+        c.grad_A = take(p.state);
+        c.grad_weight = take(p.rank);
+      }
+    }
+  };
+
+  static size_t scratch_bytes(const ScanBackward& p) { return Scratch(p, nullptr).bytes; }
+
+  static int64_t tasks(const ScanBackward& p) { return p.batch * p.groups(); }
+
+  static void run(const ScanBackward& p, int64_t begin, int64_t end, std::byte* memory) {
+    Scratch scratch(p, memory);
+    int64_t packed = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t batch = task / p.groups();
+      if (packed != batch) pack_rows<T>(p, packed = batch, scratch.rows);
+      for (int64_t k = 0; k < 2; ++k) run_direction(p, scratch, batch, task % p.groups(), k);
+    }
+  }
+
+  static void run_direction(const ScanBackward& p, Scratch& s, int64_t batch, int64_t group, int64_t k) {
+    const int64_t first = group * ScanBackward::channels_per_group;
+    const int64_t last = min(first + ScanBackward::channels_per_group, p.channels);
+    const int64_t chunks = ceil_div(p.length, chunk_length);
+    Acc* grad_rows = static_cast<Acc*>(p.grad_rows) + ((batch * p.groups() + group) * 2 + k) * p.length * p.rows();
+
+    for (int64_t v = 0, c = first; c < last; ++v, c += V::size)
+      start(p, s, s.channels[v], batch, k, c, static_cast<int>(min(V::size, last - c)));
+    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+      const int64_t begin = chunk * chunk_length, length = min(chunk_length, p.length - begin);
+      for (int64_t i = 0; i < length * p.rows(); ++i) s.grad_rows[i] = V(Acc(0));
+      // The gradients of the rows are sums over channels: the vectors of the group add up in vectors, and only then
+      // the lanes of the sum.
+      for (int64_t v = 0, c = first; c < last; ++v, c += V::size) {
+        const int count = static_cast<int>(min(V::size, last - c));
+        if (count == V::size && p.state == 1)
+          run_chunk(p, s, v, batch, k, c, V::size, chunk, length, 1);
+        else
+          run_chunk(p, s, v, batch, k, c, count, chunk, length, p.state);
+      }
+      for (int64_t i = 0; i < length; ++i)
+        for (int64_t row = 0; row < p.rows(); ++row)
+          grad_rows[position(p, k, begin + i) * p.rows() + row] = sum(s.grad_rows[i * p.rows() + row]);
+    }
+    for (int64_t v = 0, c = first; c < last; ++v, c += V::size)
+      finish(p, s.channels[v], batch, k, c, static_cast<int>(min(V::size, last - c)));
+  }
+
+  /// The position that direction k visits as its i-th.
+  static int64_t position(const ScanForward& p, int64_t k, int64_t i) { return k == 0 ? i : p.length - 1 - i; }
+
+  /// Parameters, cleared sums, and the states at the seams between chunks.
+  static void start(const ScanBackward& p, Scratch& s, Channels& channels, int64_t batch, int64_t k, int64_t c,
+                    int count) {
+    const ChannelParams<Acc> params(p, k, c, count);
+    const T* u = static_cast<const T*>(p.u) + batch * p.u_batch + c;
+    channels.grad_bias = channels.grad_D = V(Acc(0));
+    for (int64_t r = 0; r < p.rank; ++r) channels.grad_weight[r] = V(Acc(0));
+    for (int64_t n = 0; n < p.state; ++n) {
+      channels.A[n] = params.A(n);
+      channels.carry[n] = channels.grad_A[n] = s.h[n] = V(Acc(0));
+    }
+    for (int64_t i = 0; i < p.length; ++i) {
+      if (i % chunk_length == 0) {
+        for (int64_t n = 0; n < p.state; ++n) channels.seams[i / chunk_length * p.state + n] = s.h[n];
+        if (i + chunk_length >= p.length) break;  // nobody needs the states after the last seam
+      }
+      const int64_t t = position(p, k, i);
+      const Acc* row = s.rows + (k * p.length + t) * p.rows();
+      const V dt = softplus(params.step_size(row));
+      const V dt_u = dt * load(u + t * p.u_position, count);
+      for (int64_t n = 0; n < p.state; ++n)
+        s.h[n] = scan_step(s.h[n], exp(dt * channels.A[n]), dt_u, row[p.rank + n]);
+    }
+  }
+
+  /// Recomputes the states of one chunk and walks back through it.
+  __attribute__((always_inline)) static void run_chunk(const ScanBackward& p, Scratch& s, int64_t v, int64_t batch,
+                                                       int64_t k, int64_t c, int count, int64_t chunk, int64_t length,
+                                                       int64_t state) {
+    Channels& channels = s.channels[v];
+    const ChannelParams<Acc> params(p, k, c, count);
+    const int64_t begin = chunk * chunk_length;
+    const T* u = static_cast<const T*>(p.u) + batch * p.u_batch + c;
+    const T* grad_y = static_cast<const T*>(p.grad_y) + batch * p.grad_y_batch + c;
+    T* grad_u = static_cast<T*>(p.grad_u) + batch * p.length * p.channels + c;
+
+    for (int64_t n = 0; n < state; ++n) s.h[n] = channels.seams[chunk * state + n];
+    for (int64_t i = 0; i < length; ++i) {
+      const int64_t t = position(p, k, begin + i);
+      const Acc* row = s.rows + (k * p.length + t) * p.rows();
+      s.x[i] = params.step_size(row);
+      s.dt[i] = softplus(s.x[i]);
+      const V dt_u = s.dt[i] * load(u + t * p.u_position, count);
+      for (int64_t n = 0; n < state; ++n) {
+        s.decay[i * state + n] = exp(s.dt[i] * channels.A[n]);
+        if (i + 1 < length)
+          s.h[(i + 1) * state + n] = scan_step(s.h[i * state + n], s.decay[i * state + n], dt_u, row[p.rank + n]);
+      }
+    }
+    for (int64_t i = length - 1; i >= 0; --i) {
+      const int64_t t = position(p, k, begin + i);
+      const Acc* row = s.rows + (k * p.length + t) * p.rows();
+      const Acc *b_row = row + p.rank, *c_row = b_row + state;
+      V* grad_rows = s.grad_rows + i * p.rows();
+      const V u_t = load(u + t * p.u_position, count), grad_y_t = load(grad_y + t * p.grad_y_position, count);
+      ScanStepGradient<V> grad = {params.D * grad_y_t, V(Acc(0))};
+      for (int64_t n = 0; n < state; ++n) {
+        V grad_B, grad_C;
+        scan_step_backward(channels.carry[n], grad, channels.grad_A[n], grad_y_t, s.h[i * state + n],
+                           s.decay[i * state + n], s.dt[i], u_t, channels.A[n], b_row[n], c_row[n], grad_B, grad_C);
+        grad_rows[p.rank + n] = grad_rows[p.rank + n] + grad_B;
+        grad_rows[p.rank + state + n] = grad_rows[p.rank + state + n] + grad_C;
+      }
+      const V grad_x = grad.dt * sigmoid(s.x[i]);
+      channels.grad_bias = channels.grad_bias + grad_x;
+      channels.grad_D = channels.grad_D + grad_y_t * u_t;
+      for (int64_t r = 0; r < p.rank; ++r) {
+        channels.grad_weight[r] = channels.grad_weight[r] + grad_x * row[r];
+        grad_rows[r] = grad_rows[r] + params.W(r) * grad_x;
+      }
+      if (k == 0)
+        s.grad_u[v * p.length + t] = grad.u;
+      else
+        store(grad_u + t * p.channels, s.grad_u[v * p.length + t] + grad.u, count);
+    }
+  }
+
+  static void finish(const ScanBackward& p, const Channels& channels, int64_t batch, int64_t k, int64_t c, int count) {
+    Acc* out = static_cast<Acc*>(p.grad_params) + (batch * 2 + k) * (p.rank + 2 + p.state) * p.channels + c;
+    const auto put = [&](V x) {
+      store(out, x, count);
+      out += p.channels;
+    };
+    for (int64_t r = 0; r < p.rank; ++r) put(channels.grad_weight[r]);
+    put(channels.grad_bias);
+    put(channels.grad_D);
+    for (int64_t n = 0; n < p.state; ++n) put(channels.grad_A[n] * channels.A[n]);  // A = -exp(A_log)
+  }
+};
+
+}  // namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA

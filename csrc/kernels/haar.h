@@ -1,0 +1,50 @@
+// The Haar convolution: parameters of its kernels, and the 2x2 butterfly. Host and device compile this file.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/macros.h"
+
+namespace mobilemamba {
+
+/// An image batch, (B, H, W, C) with channels contiguous; strides in elements.
+struct HaarImage {
+  const void* data;
+  int64_t batch, row, column;
+};
+
+struct HaarSizes {
+  DType dtype;
+  int64_t batch, channels, height, width, kernel;
+
+  MOBILEMAMBA_HOST_DEVICE int64_t band_height() const { return (height + 1) / 2; }
+  MOBILEMAMBA_HOST_DEVICE int64_t band_width() const { return (width + 1) / 2; }
+};
+
+struct HaarForward : HaarSizes {
+  HaarImage input;
+  const void* weight;  // (4, k, k, C), in the type of sums
+  void* output;        // (B, H, W, C) contiguous
+};
+
+/// Gradient of the weight: correlation of the sub-bands of the output's gradient with those of the input.
+struct HaarBackwardWeight : HaarSizes {
+  HaarImage grad_output, input;
+  void* grad_weight;  // (4, k, k, C), in the type of sums
+};
+
+template <typename V>
+struct HaarBands {
+  V band[4];  // LL, LH, HL, HH
+};
+
+/// The orthonormal transform of [[a, b], [c, d]]; it is its own inverse.
+template <typename V>
+MOBILEMAMBA_HOST_DEVICE HaarBands<V> haar(V a, V b, V c, V d) {
+  const V half = V(0.5f);
+  const V top = a + b, bottom = c + d, top_difference = a - b, bottom_difference = c - d;
+  return {{half * (top + bottom), half * (top - bottom), half * (top_difference + bottom_difference),
+           half * (top_difference - bottom_difference)}};
+}
+
+}  // namespace mobilemamba

@@ -1,0 +1,16 @@
+// Every operator of the library: one schema each.
+#include <torch/library.h>
+
+TORCH_LIBRARY(mobilemamba, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def(
+      "bidirectional_scan(Tensor u, Tensor delta, Tensor A_log, Tensor B, Tensor C, Tensor D, Tensor dt_weight, "
+      "Tensor dt_bias) -> Tensor",
+      tags);
+  m.def(
+      "bidirectional_scan_backward(Tensor grad_y, Tensor u, Tensor delta, Tensor A_log, Tensor B, Tensor C, Tensor D, "
+      "Tensor dt_weight, Tensor dt_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
+  m.def("haar_conv2d(Tensor input, Tensor weight) -> Tensor", tags);
+  m.def("haar_conv2d_backward_weight(Tensor grad_output, Tensor input, int kernel_size) -> Tensor", tags);
+}

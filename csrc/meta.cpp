@@ -1,0 +1,43 @@
+// Shapes without data: the same checks, and outputs laid out as the real backends lay them out. Symbolic sizes pass.
+#include <torch/library.h>
+
+#include "ops/bidirectional_scan.h"
+#include "ops/haar_conv2d.h"
+
+namespace mobilemamba::meta {
+namespace {
+
+at::Tensor scan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log, const at::Tensor& B,
+                const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
+  ScanArguments{u, delta, A_log, B, C, D, dt_weight, dt_bias}.check();
+  return scan_output(u);
+}
+
+ScanGradients scan_backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& delta,
+                            const at::Tensor& A_log, const at::Tensor& B, const at::Tensor& C, const at::Tensor& D,
+                            const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
+  const ScanArguments arguments{u, delta, A_log, B, C, D, dt_weight, dt_bias};
+  arguments.check_backward(grad_y);
+  return scan_gradients(arguments);
+}
+
+at::Tensor haar(const at::Tensor& input, const at::Tensor& weight) {
+  check_haar_conv2d(input, weight);
+  return haar_output(input);
+}
+
+at::Tensor haar_backward_weight(const at::Tensor& grad_output, const at::Tensor& input, int64_t kernel_size) {
+  check_haar_conv2d_backward_weight(grad_output, input, kernel_size);
+  return haar_grad_weight(input, kernel_size);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mobilemamba, Meta, m) {
+  m.impl("bidirectional_scan", scan);
+  m.impl("bidirectional_scan_backward", scan_backward);
+  m.impl("haar_conv2d", haar);
+  m.impl("haar_conv2d_backward_weight", haar_backward_weight);
+}
+
+}  // namespace mobilemamba::meta

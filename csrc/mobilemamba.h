@@ -1,0 +1,37 @@
+// The public C++ interface: the operators as functions. Linking against them also registers them with torch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+#define MOBILEMAMBA_API __attribute__((visibility("default")))
+
+namespace mobilemamba {
+
+/// Selective scan of a sequence in both directions, summed; see mobilemamba/ops.py for the formula.
+/// u (B, D, L); delta (B, 2, R, L); A_log (2, D, N); B, C (B, 2, N, L); D (2, D); dt_weight (2, D, R); dt_bias (2, D).
+/// Returns y (B, D, L), channels-last in memory.
+MOBILEMAMBA_API at::Tensor bidirectional_scan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log,
+                                              const at::Tensor& B, const at::Tensor& C, const at::Tensor& D,
+                                              const at::Tensor& dt_weight, const at::Tensor& dt_bias);
+
+/// The gradients of bidirectional_scan's arguments, in their order.
+using ScanGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                 at::Tensor>;
+MOBILEMAMBA_API ScanGradients bidirectional_scan_backward(const at::Tensor& grad_y, const at::Tensor& u,
+                                                          const at::Tensor& delta, const at::Tensor& A_log,
+                                                          const at::Tensor& B, const at::Tensor& C,
+                                                          const at::Tensor& D, const at::Tensor& dt_weight,
+                                                          const at::Tensor& dt_bias);
+
+/// Haar transform, depthwise convolution of the sub-bands, inverse transform.
+/// input (B, C, H, W); weight (4C, 1, k, k), k odd. Returns (B, C, H, W), channels-last in memory.
+MOBILEMAMBA_API at::Tensor haar_conv2d(const at::Tensor& input, const at::Tensor& weight);
+
+/// The gradient of haar_conv2d's weight, (4C, 1, k, k) in float32 (float64 for float64). The gradient of its input is
+/// haar_conv2d of grad_output with the weight flipped in both of its last dimensions.
+MOBILEMAMBA_API at::Tensor haar_conv2d_backward_weight(const at::Tensor& grad_output, const at::Tensor& input,
+                                                       int64_t kernel_size);
+
+}  // namespace mobilemamba

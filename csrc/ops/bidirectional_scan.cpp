@@ -1,0 +1,166 @@
+// Host side of the bidirectional scan; see the header.
+#include "ops/bidirectional_scan.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+
+#include "ops/common.h"
+
+namespace mobilemamba {
+
+at::Tensor bidirectional_scan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log,
+                              const at::Tensor& B, const at::Tensor& C, const at::Tensor& D,
+                              const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mobilemamba::bidirectional_scan", "")
+                             .typed<decltype(bidirectional_scan)>();
+  return op.call(u, delta, A_log, B, C, D, dt_weight, dt_bias);
+}
+
+ScanGradients bidirectional_scan_backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& delta,
+                                          const at::Tensor& A_log, const at::Tensor& B, const at::Tensor& C,
+                                          const at::Tensor& D, const at::Tensor& dt_weight,
+                                          const at::Tensor& dt_bias) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mobilemamba::bidirectional_scan_backward", "")
+                             .typed<decltype(bidirectional_scan_backward)>();
+  return op.call(grad_y, u, delta, A_log, B, C, D, dt_weight, dt_bias);
+}
+
+void ScanArguments::check() const {
+  const Checks check("bidirectional_scan", "u", u);
+  check.dimensions("u", u, 3, "(batch, channels, length)");
+  check.dimensions("delta", delta, 4, "(batch, 2, R, length)");
+  check.dimensions("A_log", A_log, 3, "(2, channels, N)");
+  const c10::SymInt batch = u.sym_size(0), channels = u.sym_size(1), length = u.sym_size(2);
+  const c10::SymInt rank = delta.sym_size(2), state = A_log.sym_size(2);
+  check.shape("delta", delta, {batch, 2, rank, length}, "(batch, 2, R, length)");
+  check.shape("A_log", A_log, {2, channels, state}, "(2, channels, N)");
+  check.shape("B", B, {batch, 2, state, length}, "(batch, 2, N, length)");
+  check.shape("C", C, {batch, 2, state, length}, "(batch, 2, N, length)");
+  check.shape("D", D, {2, channels}, "(2, channels)");
+  check.shape("dt_weight", dt_weight, {2, channels, rank}, "(2, channels, R)");
+  check.shape("dt_bias", dt_bias, {2, channels}, "(2, channels)");
+  check.at_least_one("a rank R", rank, "delta", delta);
+  check.at_least_one("a state size N", state, "A_log", A_log);
+  check.like_main("delta", delta);
+  check.like_main("B", B);
+  check.like_main("C", C);
+  check.parameter("A_log", A_log);
+  check.parameter("D", D);
+  check.parameter("dt_weight", dt_weight);
+  check.parameter("dt_bias", dt_bias);
+}
+
+void ScanArguments::check_backward(const at::Tensor& grad_y) const {
+  check();
+  const Checks check("bidirectional_scan_backward", "u", u);
+  check.shape("grad_y", grad_y, u.sym_sizes(), "(batch, channels, length)");
+  check.like_main("grad_y", grad_y);
+}
+
+at::Tensor scan_output(const at::Tensor& u) {
+  return at::empty_symint({u.sym_size(0), u.sym_size(2), u.sym_size(1)}, u.options()).transpose(1, 2);
+}
+
+ScanGradients scan_gradients(const ScanArguments& a) {
+  const auto rows = [](const at::Tensor& like) {
+    const c10::SymIntArrayRef s = like.sym_sizes();
+    return at::empty_symint({s[0], s[1], s[3], s[2]}, like.options()).transpose(2, 3);
+  };
+  const auto parameter = [](const at::Tensor& like) { return at::empty_symint(like.sym_sizes(), like.options()); };
+  return {scan_output(a.u), rows(a.delta),  parameter(a.A_log),     rows(a.B),
+          rows(a.C),        parameter(a.D), parameter(a.dt_weight), parameter(a.dt_bias)};
+}
+
+namespace {
+
+at::Tensor channels_contiguous(const at::Tensor& x) {
+  return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.transpose(1, 2).contiguous().transpose(1, 2);
+}
+
+ScanRows rows_of(const at::Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+}  // namespace
+
+ScanInputs::ScanInputs(const ScanArguments& a)
+    : u_(channels_contiguous(a.u)), delta_(a.delta), B_(a.B), C_(a.C) {
+  const at::ScalarType type = accumulate_type(a.u.scalar_type());
+  // channels last, so that neighbouring channels load together
+  A_log_ = a.A_log.to(type).transpose(1, 2).contiguous();
+  dt_weight_ = a.dt_weight.to(type).transpose(1, 2).contiguous();
+  D_ = a.D.to(type).contiguous();
+  dt_bias_ = a.dt_bias.to(type).contiguous();
+}
+
+ScanForward ScanInputs::inputs() const {
+  ScanForward p;
+  p.dtype = kernel_dtype(u_.scalar_type());
+  p.batch = u_.size(0);
+  p.channels = u_.size(1);
+  p.length = u_.size(2);
+  p.rank = delta_.size(2);
+  p.state = B_.size(2);
+  p.u = u_.const_data_ptr();
+  p.u_batch = u_.stride(0);
+  p.u_position = u_.stride(2);
+  p.delta = rows_of(delta_);
+  p.B = rows_of(B_);
+  p.C = rows_of(C_);
+  p.A_log = A_log_.const_data_ptr();
+  p.D = D_.const_data_ptr();
+  p.dt_weight = dt_weight_.const_data_ptr();
+  p.dt_bias = dt_bias_.const_data_ptr();
+  p.y = nullptr;
+  return p;
+}
+
+ScanForward ScanInputs::forward(at::Tensor& y) const {
+  ScanForward p = inputs();
+  p.y = y.mutable_data_ptr();
+  return p;
+}
+
+ScanBackwardInputs::ScanBackwardInputs(const at::Tensor& grad_y, const ScanArguments& a)
+    : ScanInputs(a), grad_y_(channels_contiguous(grad_y)) {}
+
+ScanBackward ScanBackwardInputs::backward() {
+  ScanBackward p;
+  static_cast<ScanForward&>(p) = inputs();
+  const auto sums = u_.options().dtype(accumulate_type(u_.scalar_type()));
+  grad_u_ = scan_output(u_);
+  grad_rows_ = at::empty({p.batch, p.groups(), 2, p.length, p.rows()}, sums);
+  grad_params_ = at::empty({p.batch, 2, p.rank + 2 + p.state, p.channels}, sums);
+  p.grad_y = grad_y_.const_data_ptr();
+  p.grad_y_batch = grad_y_.stride(0);
+  p.grad_y_position = grad_y_.stride(2);
+  p.grad_u = grad_u_.mutable_data_ptr();
+  p.grad_rows = grad_rows_.mutable_data_ptr();
+  p.grad_params = grad_params_.mutable_data_ptr();
+  return p;
+}
+
+ScanGradients ScanBackwardInputs::gradients(const ScanArguments& a) const {
+  const int64_t rank = a.delta.size(2), state = a.A_log.size(2);
+  const auto rows = [&](int64_t first, int64_t count, const at::Tensor& like) {
+    return grad_rows_.narrow(4, first, count).sum(1).to(like.scalar_type()).transpose(2, 3);
+  };
+  const at::Tensor params = grad_params_.sum(0);
+  const auto parameter = [&](int64_t first, int64_t count, const at::Tensor& like) {
+    const at::Tensor grad = params.narrow(1, first, count).transpose(1, 2).to(like.scalar_type());
+    return grad.clone(at::MemoryFormat::Contiguous).view(like.sizes());
+  };
+  return {grad_u_,
+          rows(0, rank, a.delta),
+          parameter(rank + 2, state, a.A_log),
+          rows(rank, state, a.B),
+          rows(rank + state, state, a.C),
+          parameter(rank + 1, 1, a.D),
+          parameter(0, rank, a.dt_weight),
+          parameter(rank, 1, a.dt_bias)};
+}
+
+}  // namespace mobilemamba

@@ -1,0 +1,64 @@
+// Argument checks; see common.h.
+#include "ops/common.h"
+
+#include <c10/core/SymBool.h>
+#include <c10/util/Exception.h>
+
+namespace mobilemamba {
+
+DType kernel_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return DType::float32;
+    case at::kDouble: return DType::float64;
+    case at::kHalf: return DType::float16;
+    case at::kBFloat16: return DType::bfloat16;
+    default: TORCH_CHECK(false, "mobilemamba: no kernel for element type ", type);
+  }
+}
+
+Checks::Checks(const char* op, const char* main_name, const at::Tensor& main)
+    : op_(op), main_name_(main_name), main_(main) {
+  const at::ScalarType type = main.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, op, ": ",
+              main_name, " is ", type, ", expected Float, Double, Half or BFloat16");
+}
+
+void Checks::dimensions(const char* name, const at::Tensor& tensor, int64_t expected, const char* layout) const {
+  TORCH_CHECK(tensor.dim() == expected, op_, ": ", name, " has shape ", tensor.sym_sizes(), ", expected ", expected,
+              " dimensions ", layout);
+}
+
+void Checks::shape(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected,
+                   const char* layout) const {
+  dimensions(name, tensor, static_cast<int64_t>(expected.size()), layout);
+  for (size_t i = 0; i < expected.size(); ++i)
+    TORCH_SYM_CHECK(tensor.sym_size(i).sym_eq(expected[i]), op_, ": ", name, " has shape ", tensor.sym_sizes(),
+                    ", expected ", expected, " = ", layout);
+}
+
+void Checks::at_least_one(const char* what, const c10::SymInt& size, const char* name,
+                          const at::Tensor& tensor) const {
+  TORCH_SYM_CHECK(size.sym_ge(1), op_, ": ", name, " has shape ", tensor.sym_sizes(), ", expected ", what,
+                  " of at least 1");
+}
+
+void Checks::device(const char* name, const at::Tensor& tensor) const {
+  TORCH_CHECK(tensor.device() == main_.device(), op_, ": ", name, " is on ", tensor.device(), ", expected ",
+              main_.device(), " like ", main_name_);
+}
+
+void Checks::like_main(const char* name, const at::Tensor& tensor) const {
+  device(name, tensor);
+  TORCH_CHECK(tensor.scalar_type() == main_.scalar_type(), op_, ": ", name, " is ", tensor.scalar_type(),
+              ", expected ", main_.scalar_type(), " like ", main_name_);
+}
+
+void Checks::parameter(const char* name, const at::Tensor& tensor) const {
+  device(name, tensor);
+  const at::ScalarType type = main_.scalar_type(), accumulate = accumulate_type(type);
+  TORCH_CHECK(tensor.scalar_type() == type || tensor.scalar_type() == accumulate, op_, ": ", name, " is ",
+              tensor.scalar_type(), ", expected ", type, " like ", main_name_,
+              type == accumulate ? "" : ", or Float");
+}
+
+}  // namespace mobilemamba

@@ -1,0 +1,62 @@
+"""Loads the native library once, after checking that it was built for the running torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["BUILD", "LIBRARY", "has_cuda_kernels"]
+
+LIBRARY = Path(__file__).with_name("_C.so")
+
+
+def read_build(library: Path) -> dict[str, Any]:
+    """What ``library`` was built with, as the build wrote it down beside it."""
+    record = library.with_name("_build.json")
+    if not (library.is_file() and record.is_file()):
+        raise ImportError(
+            f"mobilemamba is imported from {library.parent}, where the library is not built: "
+            "run `pip install -e .` in the checkout; or, after `pip install .`, start Python outside the checkout"
+        )
+    return json.loads(record.read_text())
+
+
+def check_match(build: dict[str, Any], torch_version: str, torch_cuda: str | None) -> None:
+    """Refuse a library that was built against another torch release, or whose CUDA kernels are for another CUDA."""
+
+    def identity(version: str, cuda: str | None) -> tuple[str, str | None]:
+        kernels = build["cuda"] is not None  # a library without CUDA kernels links only what every torch has
+        return version.partition("+")[0], cuda.partition(".")[0] if kernels and cuda else None
+
+    if identity(build["torch"], build["torch_cuda"]) != identity(torch_version, torch_cuda):
+        raise ImportError(
+            f"mobilemamba was built against torch {_name(build['torch'], build['torch_cuda'])} and is running with "
+            f"torch {_name(torch_version, torch_cuda)}: rebuild it with `pip install --force-reinstall --no-deps .` "
+            "from the checkout"
+        )
+
+
+def _name(version: str, cuda: str | None) -> str:
+    return f"{version} (CUDA {cuda})" if cuda else f"{version} (no CUDA)"
+
+
+def _load(library: Path) -> dict[str, Any]:
+    build = read_build(library)
+    check_match(build, torch.__version__, torch.version.cuda)
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise ImportError(
+            f"mobilemamba was built against torch {build['torch']} and does not load with torch {torch.__version__} "
+            f"({error}): rebuild it with `pip install --force-reinstall --no-deps .` from the checkout"
+        ) from error
+    return build
+
+
+BUILD: dict[str, Any] = _load(LIBRARY)
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the library was built with CUDA kernels (which says nothing about a GPU being there)."""
+    return BUILD["cuda"] is not None

@@ -1,0 +1,257 @@
+"""Data sets for training, without torchvision, and their augmentation as operations on whole batches.
+
+Images are uint8 tensors ``(N, C, H, W)`` until :func:`normalize`; labels are int64 tensors ``(N,)``.
+"""
+
+import gzip
+import math
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .transforms import Preprocessing
+
+__all__ = ["Augmentation", "DataSet", "Split", "fashion_mnist_dir", "load", "normalize", "read_idx"]
+
+FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts the files
+FASHION_MNIST_LABELS = (
+    *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+class Split(Protocol):
+    """One part of a data set, for training or for testing."""
+
+    labels: Tensor
+
+    def images(self, index: Tensor) -> Tensor:
+        """The images at ``index`` ``(B,)`` as uint8 ``(B, C, H, W)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the training loop needs: two parts, the names of the labels, and how ``classify`` prepares an image."""
+
+    train: Split
+    test: Split
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Images that fit in memory: ``pixels`` uint8 ``(N, C, H, W)``."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def images(self, index: Tensor) -> Tensor:
+        return self.pixels[index]
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images decoded when they are asked for, resized and cropped as ``preprocessing`` says."""
+
+    paths: list[Path]
+    labels: Tensor
+    preprocessing: Preprocessing
+
+    def images(self, index: Tensor) -> Tensor:
+        pixels = self.preprocessing.pixels()
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes outside the interpreter lock
+            return torch.stack(list(pool.map(lambda i: pixels(self.paths[i]), index.tolist())))
+
+
+def load(spec: str, image_size: int | None = None) -> DataSet:
+    """Open a data set by its name on the command line.
+
+    Args:
+        spec: ``fashion-mnist`` or ``fashion-mnist:DIR`` (the four idx files), ``folder:DIR`` (class folders of images
+            under ``train`` and ``val``), or ``digits`` (scikit-learn's 8x8 digits).
+        image_size: height and width for ``folder``; the other data sets have a size of their own.
+
+    Raises:
+        ValueError: an unknown name, or a file that is not what it should be.
+        FileNotFoundError: a file or folder is missing.
+    """
+    name, _, where = spec.partition(":")
+    if name == "folder" and where:
+        return load_folder(Path(where), image_size or 224)
+    if image_size is not None:
+        raise ValueError(f"an image size is for folder:DIR only, got {image_size} with data '{spec}'")
+    if name == "fashion-mnist":
+        return load_fashion_mnist(Path(where) if where else fashion_mnist_dir())
+    if spec == "digits":
+        return load_digits()
+    raise ValueError(f"unknown data '{spec}'; expected fashion-mnist[:DIR], folder:DIR or digits")
+
+
+def fashion_mnist_dir() -> Path:
+    """Where Fashion-MNIST is looked for: ``$MOBILEMAMBA_FASHION_MNIST``, or where Debian puts it."""
+    return Path(os.environ.get("MOBILEMAMBA_FASHION_MNIST") or FASHION_MNIST_DIR)
+
+
+def load_fashion_mnist(root: Path) -> DataSet:
+    """Fashion-MNIST: 60,000 and 10,000 grey images of 28x28, ten classes."""
+    parts = []
+    for part in ("train", "t10k"):
+        images = read_idx(find_idx(root, f"{part}-images-idx3-ubyte"))
+        labels = read_idx(find_idx(root, f"{part}-labels-idx1-ubyte")).long()
+        if images.dim() != 3 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{root}: expected '{part}' images (N, H, W) with labels (N,), "
+                f"got {tuple(images.shape)} with {tuple(labels.shape)}"
+            )
+        if len(labels) and int(labels.max()) >= len(FASHION_MNIST_LABELS):
+            raise ValueError(f"{root}: expected '{part}' labels from 0 to 9, got {int(labels.max())}")
+        parts.append(InMemory(images.unsqueeze(1), labels))
+    preprocessing = Preprocessing(resize=28, crop=28, mean=(0.286,), std=(0.353,))
+    return DataSet(*parts, FASHION_MNIST_LABELS, preprocessing)
+
+
+def find_idx(root: Path, stem: str) -> Path:
+    """The file ``stem`` or ``stem.gz`` in ``root``."""
+    for path in (root / f"{stem}.gz", root / stem):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"{root}: no {stem}.gz or {stem}; expected the four files of Fashion-MNIST "
+        "(Debian: dataset-fashion-mnist), given by fashion-mnist:DIR or MOBILEMAMBA_FASHION_MNIST"
+    )
+
+
+def read_idx(path: Path) -> Tensor:
+    """Read an idx file of unsigned bytes, gzipped where its name ends with ``.gz``; uint8 of the shape in the header.
+
+    Format: two zero bytes, type (8: unsigned byte), number of dimensions, big-endian uint32 sizes, data.
+    """
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: not a whole gzip file: {error}") from error
+    dims = raw[3] if len(raw) >= 4 else 0
+    start = 4 + 4 * dims
+    if raw[:3] != b"\0\0\x08" or dims == 0 or len(raw) < start:
+        raise ValueError(f"{path}: expected an idx file of unsigned bytes, got one that begins with {raw[:4]!r}")
+    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
+    if len(raw) - start != math.prod(shape):
+        raise ValueError(f"{path}: expected {math.prod(shape)} bytes for the shape {shape}, got {len(raw) - start}")
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)[start:].reshape(shape)
+
+
+def load_folder(root: Path, size: int) -> DataSet:
+    """RGB images in ``root/train/CLASS/`` and ``root/val/CLASS/``; the sorted folder names are the labels."""
+    names = tuple(sorted(path.name for path in subfolders(root / "train")))
+    if not names:
+        raise ValueError(f"{root / 'train'}: expected one folder of images for each class, got no folder")
+    extra = sorted({path.name for path in subfolders(root / "val")} - set(names))
+    if extra:
+        raise ValueError(f"{root / 'val'}: expected only classes of {root / 'train'}, got {', '.join(extra)}")
+    preprocessing = Preprocessing(
+        resize=int(size / 0.875), crop=size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    )
+    parts = []
+    for part in ("train", "val"):
+        files = [
+            (path, label)
+            for label, name in enumerate(names)
+            for path in sorted((root / part / name).glob("*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        if not files:
+            raise ValueError(f"{root / part}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none")
+        labels = torch.tensor([label for _, label in files])
+        parts.append(ImageFiles([path for path, _ in files], labels, preprocessing))
+    return DataSet(*parts, names, preprocessing)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: expected a folder with one folder of images for each class, got nothing")
+    return [path for path in folder.iterdir() if path.is_dir()]
+
+
+def load_digits() -> DataSet:
+    """scikit-learn's digits: 1,797 grey images of 8x8, of which a fixed fifth is for testing."""
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError("data 'digits' needs scikit-learn, which is not installed: pip install scikit-learn") from error
+    digits = datasets.load_digits()
+    images = torch.from_numpy(digits.images * 15).to(torch.uint8).unsqueeze(1)  # 0 .. 16 -> 0 .. 240
+    labels = torch.from_numpy(digits.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    parts = [InMemory(images[index], labels[index]) for index in order.tensor_split([len(labels) * 4 // 5])]
+    preprocessing = Preprocessing(resize=8, crop=8, mean=(0.3,), std=(0.35,))
+    return DataSet(*parts, tuple(str(digit) for digit in range(10)), preprocessing)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training batch, each image on its own; reproducible from the generator.
+
+    Args:
+        flip: mirror half of the images.
+        crop: shift by up to this many pixels in each direction, black coming in.
+        erase: probability of a rectangle of noise, of 2 % to 33 % of the area (random erasing, arXiv 1708.04896).
+    """
+
+    flip: bool = True
+    crop: int = 2
+    erase: float = 0.25
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """uint8 ``(B, C, H, W)`` -> the same."""
+        batch, channels, height, width = images.shape
+
+        def uniform() -> Tensor:
+            return torch.rand(batch, 1, generator=generator)
+
+        rows, columns = torch.arange(height).expand(batch, -1), torch.arange(width).expand(batch, -1)
+        if self.flip:
+            columns = torch.where(uniform() < 0.5, columns.flip(1), columns)
+        if self.crop:
+            images = F.pad(images, (self.crop,) * 4)
+            shifts = 2 * self.crop + 1
+            rows = rows + (uniform() * shifts).long()
+            columns = columns + (uniform() * shifts).long()
+        if self.flip or self.crop:
+            each = torch.arange(batch)[:, None, None]
+            images = images.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        if self.erase:
+            area = (0.02 + 0.31 * uniform()) * height * width
+            ratio = torch.exp((2 * uniform() - 1) * math.log(3))
+            inside = span(height, (area * ratio).sqrt(), uniform())[:, :, None]
+            inside = inside & span(width, (area / ratio).sqrt(), uniform())[:, None, :]
+            inside &= uniform()[:, :, None] < self.erase
+            noise = torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=generator)
+            images = torch.where(inside[:, None], noise, images)
+        return images
+
+
+def span(size: int, length: Tensor, place: Tensor) -> Tensor:
+    """Positions of ``size`` inside a run of ``length`` that lies at the share ``place`` of the room left; ``(B, size)``."""
+    length = length.round().clamp(1, size)
+    start = (place * (size - length + 1)).floor()
+    positions = torch.arange(size)
+    return (positions >= start) & (positions < start + length)
+
+
+def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """uint8 ``(B, C, H, W)`` -> float32 with mean and standard deviation per channel removed, channels-last."""
+    mean, std = (torch.tensor(values, device=images.device) for values in (preprocessing.mean, preprocessing.std))
+    scaled = images.contiguous(memory_format=torch.channels_last).float()
+    return scaled.mul_((1 / (255 * std))[:, None, None]).sub_((mean / std)[:, None, None])

@@ -1,0 +1,270 @@
+"""The backbone: patch embedding, three stages of blocks with transitions between them, pooling and head."""
+
+import copy
+from contextlib import contextmanager, nullcontext
+from typing import Iterator, Union
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .layers import FFN, ConvNorm, DropPath, PatchMerging, ResidualDepthwise, fold_batchnorm
+from .mrffi import MRFFI
+
+__all__ = ["MobileMamba"]
+
+Logits = Union[Tensor, tuple[Tensor, Tensor]]
+
+
+class Block(nn.Module):
+    """``x + DropPath(g(x))``, ``g`` = dw3, FFN, MRFFI, dw3, FFN, each with a residual of its own.
+
+    The identity is there twice, inside ``g`` and around it: that is how the published weights were trained.
+    """
+
+    def __init__(self, dim: int, mixer: nn.Module, drop_path: float) -> None:
+        super().__init__()
+        self.depthwise0 = ResidualDepthwise(dim)
+        self.ffn0 = FFN(dim)
+        self.mixer = mixer
+        self.depthwise1 = ResidualDepthwise(dim)
+        self.ffn1 = FFN(dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ffn0(self.depthwise0(x))
+        y = y + self.mixer(y)
+        return x + self.drop_path(self.ffn1(self.depthwise1(y)))
+
+
+class Transition(nn.Sequential):
+    """Between stages: dw3 and FFN at the old width, patch merging, dw3 and FFN at the new width."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__(
+            ResidualDepthwise(dim), FFN(dim), PatchMerging(dim, out_dim), ResidualDepthwise(out_dim), FFN(out_dim)
+        )
+
+
+class Stage(nn.Module):
+    """An optional transition, then blocks. ``(B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))`` with a transition."""
+
+    def __init__(self, transition: nn.Module, blocks: list[Block]) -> None:
+        super().__init__()
+        self.transition = transition
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transition(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = self._checkpointed(block, x)
+            else:
+                x = block(x)
+        return x
+
+    @torch.jit.unused
+    def _checkpointed(self, block: Block, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block)))
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Recomputation in the backward pass sees each batch a second time; the running statistics must not."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats and m.training]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class Classifier(nn.Module):
+    """BatchNorm and a linear layer on pooled features. ``(B, C) -> (B, num_classes)``."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+        self.linear = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+    @torch.no_grad()
+    def fold(self) -> nn.Linear:
+        norm, linear = self.norm, self.linear
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        linear.bias += linear.weight @ (norm.bias - norm.running_mean * scale)
+        linear.weight *= scale
+        return linear
+
+
+class DistilledClassifier(nn.Module):
+    """Two classifiers: both outputs in training, their mean in evaluation."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.labels = Classifier(dim, num_classes)
+        self.teacher = Classifier(dim, num_classes)
+
+    def forward(self, x: Tensor) -> Logits:
+        labels, teacher = self.labels(x), self.teacher(x)
+        if self.training:
+            return labels, teacher
+        return (labels + teacher) / 2
+
+    @torch.no_grad()
+    def fold(self) -> nn.Linear:
+        labels, teacher = self.labels, self.teacher  # folded already: linear layers, so their mean is one as well
+        labels.weight.add_(teacher.weight).div_(2)
+        labels.bias.add_(teacher.bias).div_(2)
+        return labels
+
+
+class MobileMamba(nn.Module):
+    """MobileMamba backbone with classifier. Images ``(B, in_chans, H, W)`` of any H and W -> logits ``(B, classes)``.
+
+    Args:
+        num_classes: classes of the head; 0 returns the pooled features ``(B, num_features)``.
+        in_chans: image channels.
+        distillation: two heads; in training the model returns both outputs, in evaluation their mean.
+        widths: channels of the three stages.
+        depths: blocks of the three stages.
+        global_ratios, local_ratios: shares of the channels for the parts of MRFFI, per stage.
+        wavelet_kernels: kernel size on the Haar sub-bands, per stage.
+        local_kernels: kernel sizes of the local part, a tuple per stage.
+        patch_strides: strides of the 3x3 convolutions of the patch embedding, whose widths double up to ``widths[0]``.
+        ssm_ratio, d_state: inner width ratio and state size of the scan.
+        drop_path_rate: stochastic depth, rising linearly over the blocks from 0 to this.
+
+    Source: "MobileMamba: Lightweight Multi-Receptive Visual Mamba Network" (arXiv 2411.15941).
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        distillation: bool = False,
+        *,
+        widths: tuple[int, int, int],
+        depths: tuple[int, int, int],
+        global_ratios: tuple[float, float, float] = (0.8, 0.7, 0.6),
+        local_ratios: tuple[float, float, float] = (0.2, 0.2, 0.3),
+        wavelet_kernels: tuple[int, int, int] = (7, 5, 3),
+        local_kernels: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((7,), (5,), (3,)),
+        patch_strides: tuple[int, ...] = (2, 2, 2, 2),
+        ssm_ratio: float = 2.0,
+        d_state: int = 1,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.in_chans, self.distillation = num_classes, in_chans, distillation
+        self.num_features = widths[-1]
+        reduction = 1
+        stem: list[nn.Module] = []
+        chans = in_chans
+        for i, stride in enumerate(patch_strides):
+            out_chans = widths[0] // 2 ** (len(patch_strides) - 1 - i)
+            stem += [nn.ReLU()] if stem else []
+            stem.append(ConvNorm(chans, out_chans, kernel=3, stride=stride))
+            chans = out_chans
+            reduction *= stride
+        self.patch_embed = nn.Sequential(*stem)
+
+        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        stages = []
+        for i in range(3):
+            transition = Transition(widths[i - 1], widths[i]) if i else nn.Identity()
+            blocks = []
+            for _ in range(depths[i]):
+                mixer = MRFFI(
+                    widths[i],
+                    global_ratios[i],
+                    local_ratios[i],
+                    wavelet_kernels[i],
+                    local_kernels[i],
+                    ssm_ratio,
+                    d_state,
+                )
+                blocks.append(Block(widths[i], mixer, rates.pop(0)))
+            stages.append(Stage(transition, blocks))
+        self.stages = nn.ModuleList(stages)
+        #: per stage: channels, stride against the image, and the module that ends it
+        self.feature_info = [
+            {"num_chs": widths[i], "reduction": reduction * 2**i, "module": f"stages.{i}"} for i in range(3)
+        ]
+        self.head = self._make_head()
+
+    def _make_head(self) -> nn.Module:
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {self.num_classes}")
+        if self.num_classes == 0:
+            return nn.Identity()
+        kind = DistilledClassifier if self.distillation else Classifier
+        return kind(self.num_features, self.num_classes)
+
+    def forward_stages(self, x: Tensor) -> list[Tensor]:
+        """The feature maps after stages 1, 2 and 3: strides 16, 32 and 64 in the published presets."""
+        if x.dim() != 4 or x.size(1) != self.in_chans:
+            raise ValueError(
+                f"input: expected images of shape (batch, {self.in_chans}, height, width), got {list(x.shape)}"
+            )
+        if x.size(2) < 1 or x.size(3) < 1:
+            raise ValueError(f"input: expected height and width of at least 1, got {list(x.shape)}")
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        maps: list[Tensor] = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    @torch.jit.unused
+    def forward_features(self, x: Tensor, stages: bool = False) -> Tensor | list[Tensor]:
+        """The last feature map ``(B, num_features, H/64, W/64)``, or with ``stages`` the list of all three."""
+        maps = self.forward_stages(x)
+        return maps if stages else maps[-1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Logits:
+        """Pooling and classifier on the last feature map; ``pre_logits`` stops after pooling."""
+        pooled = x.mean((2, 3))
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x: Tensor) -> Logits:
+        return self.forward_head(self.forward_stages(x)[-1])
+
+    @torch.jit.unused
+    def reset_classifier(self, num_classes: int, distillation: bool | None = None) -> None:
+        """Replace the head by a fresh one for ``num_classes`` classes (0: none), on the model's device and dtype."""
+        self.num_classes = num_classes
+        if distillation is not None:
+            self.distillation = distillation
+        self.head = self._make_head().to(next(self.parameters()))
+
+    @torch.jit.unused
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training: keep only the input of each block and recompute the rest."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with more than one dimension that are not decayed: those of the state space."""
+        leaves = ("A_log", "D", "dt_bias")
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}
+
+    @torch.jit.unused
+    def fuse(self) -> "MobileMamba":
+        """A copy for inference with equal outputs, in evaluation mode, every BatchNorm and scale folded away.
+
+        Exact in real arithmetic: BatchNorm into its convolution or linear layer, the residual of a depthwise
+        convolution into its centre tap, ``base_scale`` into ``out_proj``, the wavelet scale into the wavelet kernel,
+        two heads into one.
+        """
+        fused = fold_batchnorm(copy.deepcopy(self).eval())
+        fused.distillation = False
+        return fused.requires_grad_(False)

@@ -1,0 +1,176 @@
+"""MRFFI, the multi-receptive-field feature interaction: global, local and identity parts of the channels."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import ConvNorm
+from .ops import bidirectional_scan, haar_conv2d
+
+__all__ = ["MRFFI", "SS2D", "HaarConv2d", "MultiKernelDepthwise", "WaveletMamba", "split_channels"]
+
+
+def split_channels(dim: int, global_ratio: float, local_ratio: float) -> tuple[int, int, int]:
+    """Widths of the (global, local, identity) parts of ``dim`` channels; they sum to ``dim``.
+
+    The global part is ``global_ratio * dim`` to the nearest multiple of 16, a tie going up.
+    """
+    global_dim = (int(global_ratio * dim) + 8) // 16 * 16
+    if not 0 < global_dim <= dim:
+        raise ValueError(
+            f"global_ratio={global_ratio} of {dim} channels gives a global part of {global_dim} channels; "
+            f"expected a multiple of 16 from 16 to {dim}"
+        )
+    local_dim = min(int(local_ratio * dim), dim - global_dim)
+    if local_dim < 0:
+        raise ValueError(f"local_ratio must not be negative, got {local_ratio}")
+    return global_dim, local_dim, dim - global_dim - local_dim
+
+
+class SS2D(nn.Module):
+    """Two-direction selective scan over the row-major pixel sequence, with its projections and gate.
+
+    ``(B, C, H, W) -> (B, C, H, W)``. The inner width is ``ssm_ratio * dim``, the rank of the step size
+    ``ceil(dim / 16)``, the state size ``d_state``.
+    """
+
+    def __init__(self, dim: int, ssm_ratio: float = 2.0, d_state: int = 1) -> None:
+        super().__init__()
+        self.inner, self.rank, self.d_state = int(ssm_ratio * dim), math.ceil(dim / 16), d_state
+        self.in_proj = ConvNorm(dim, 2 * self.inner)
+        self.conv = nn.Conv2d(self.inner, self.inner, 3, padding=1, groups=self.inner)
+        self.x_proj = nn.Parameter(torch.empty(2, self.rank + 2 * d_state, self.inner))
+        self.dt_weight = nn.Parameter(0.1 * torch.rand(2, self.inner, self.rank))
+        self.dt_bias = nn.Parameter(0.1 * torch.rand(2, self.inner))
+        self.A_log = nn.Parameter(torch.zeros(2, self.inner, d_state))
+        self.D = nn.Parameter(torch.ones(2, self.inner))
+        self.norm = nn.LayerNorm(self.inner)
+        self.out_proj = ConvNorm(self.inner, dim)
+        nn.init.uniform_(self.x_proj, -(self.inner**-0.5), self.inner**-0.5)  # nn.Linear's default
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        u, z = self.in_proj(x).split(self.inner, dim=1)
+        u = F.silu(self.conv(u))
+        projected = F.conv2d(u, self.x_proj.flatten(0, 1)[:, :, None, None])
+        projected = projected.view(batch, 2, self.rank + 2 * self.d_state, height * width)
+        delta, B, C = projected.split([self.rank, self.d_state, self.d_state], dim=2)
+        y = bidirectional_scan(u.flatten(2), delta, self.A_log, B, C, self.D, self.dt_weight, self.dt_bias)
+        y = self.norm(y.transpose(1, 2)) * F.silu(z.flatten(2).transpose(1, 2))
+        return self.out_proj(y.transpose(1, 2).view(batch, self.inner, height, width))
+
+
+class HaarConv2d(nn.Module):
+    """Depthwise convolution of the Haar sub-bands with a learned scale. ``(B, C, H, W) -> (B, C, H, W)``."""
+
+    def __init__(self, dim: int, kernel: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4 * dim, 1, kernel, kernel))
+        self.scale = nn.Parameter(torch.full((4 * dim,), 0.1))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Conv2d's default
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.scale is not None:
+            weight = weight * self.scale[:, None, None, None]
+        return haar_conv2d(x, weight)
+
+    @torch.no_grad()
+    def fold(self) -> nn.Module:
+        self.weight = nn.Parameter(self.weight * self.scale[:, None, None, None])
+        self.scale = None
+        return self
+
+
+class WaveletMamba(nn.Module):
+    """The global part (WTE-Mamba): scaled SS2D plus the Haar convolution. ``(B, C, H, W) -> (B, C, H, W)``."""
+
+    def __init__(self, dim: int, kernel: int, ssm_ratio: float = 2.0, d_state: int = 1) -> None:
+        super().__init__()
+        self.ss2d = SS2D(dim, ssm_ratio, d_state)
+        self.base_scale = nn.Parameter(torch.ones(dim))
+        self.wavelet = HaarConv2d(dim, kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ss2d(x)
+        if self.base_scale is not None:
+            y = y * self.base_scale[:, None, None]
+        return y + self.wavelet(x)
+
+    @torch.no_grad()
+    def fold(self) -> nn.Module:
+        out_proj = self.ss2d.out_proj  # folded already: a convolution with bias
+        out_proj.weight *= self.base_scale[:, None, None, None]
+        out_proj.bias *= self.base_scale
+        self.base_scale = None
+        return self
+
+
+class MultiKernelDepthwise(nn.Module):
+    """The local part (MK-DeConv): channel groups, each with a depthwise kernel of its own size.
+
+    ``(B, C, H, W) -> (B, C, H, W)``. Per group: depthwise k x k, BN, ReLU, one weight per channel, BN. Channels are
+    divided as evenly as possible, the first groups taking the remainder.
+    """
+
+    def __init__(self, dim: int, kernels: tuple[int, ...]) -> None:
+        super().__init__()
+        if not kernels or any(k < 1 or k % 2 == 0 for k in kernels):
+            raise ValueError(f"local kernel sizes must be odd and at least one, got {kernels}")
+        if 0 < dim < len(kernels):
+            raise ValueError(f"{len(kernels)} local kernel sizes {kernels} need as many channels, got {dim}")
+        groups = range(len(kernels)) if dim else ()
+        self.widths = [dim // len(kernels) + (i < dim % len(kernels)) for i in groups]
+        self.groups = nn.ModuleList(
+            nn.Sequential(ConvNorm(c, c, k, groups=c), nn.ReLU(), ConvNorm(c, c, groups=c))
+            for c, k in zip(self.widths, kernels, strict=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.groups) == 0:
+            return x
+        parts = list(x.split(self.widths, dim=1))
+        for i, group in enumerate(self.groups):
+            parts[i] = group(parts[i])
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+class MRFFI(nn.Module):
+    """Multi-receptive-field feature interaction, without its residual. ``(B, C, H, W) -> (B, C, H, W)``.
+
+    ``BN(1x1(ReLU(concat(global(x_G), local(x_P), x_I))))`` with the channels divided by :func:`split_channels`.
+
+    Args:
+        dim: channels C.
+        global_ratio: share of the channels for the wavelet-enhanced scan.
+        local_ratio: share of the channels for the depthwise kernels.
+        wavelet_kernel: kernel size on the Haar sub-bands, odd.
+        local_kernels: kernel sizes of the local part, one per channel group, odd.
+        ssm_ratio: inner width of the scan over the width of the global part.
+        d_state: state size N of the scan.
+
+    Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        global_ratio: float,
+        local_ratio: float,
+        wavelet_kernel: int,
+        local_kernels: tuple[int, ...],
+        ssm_ratio: float = 2.0,
+        d_state: int = 1,
+    ) -> None:
+        super().__init__()
+        self.split = split_channels(dim, global_ratio, local_ratio)
+        self.global_part = WaveletMamba(self.split[0], wavelet_kernel, ssm_ratio, d_state)
+        self.local_part = MultiKernelDepthwise(self.split[1], local_kernels)
+        self.proj = ConvNorm(dim, dim, norm_init=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_global, x_local, x_identity = x.split(self.split, dim=1)
+        mixed = torch.cat([self.global_part(x_global), self.local_part(x_local), x_identity], dim=1)
+        return self.proj(mixed.relu())

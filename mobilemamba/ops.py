@@ -1,0 +1,86 @@
+"""The operators of the native core, documented: the Python face of ``csrc/library.cpp``.
+
+Each function only calls ``torch.ops.mobilemamba``, so it works under autograd, autocast, ``torch.jit.script``,
+``torch.compile`` and ``torch.export``, on every backend that the library was built for.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _native  # noqa: F401  (registers the operators)
+
+__all__ = ["bidirectional_scan", "haar_conv2d"]
+
+
+def bidirectional_scan(
+    u: Tensor,
+    delta: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+) -> Tensor:
+    """Selective state-space scan of one sequence in both directions, summed.
+
+    For direction ``k`` (0 runs t = 0 .. L-1, 1 runs t = L-1 .. 0), channel ``d`` and state ``n``::
+
+        dt[t]    = softplus(sum_r dt_weight[k, d, r] * delta[k, r, t] + dt_bias[k, d])
+        h[n, t]  = exp(-exp(A_log[k, d, n]) * dt[t]) * h[n, t -+ 1] + dt[t] * B[k, n, t] * u[d, t]
+        y[d, t] += sum_n C[k, n, t] * h[n, t] + D[k, d] * u[d, t]
+
+    Everything is indexed by the position in the sequence, so the second direction needs no flipped copy. The step
+    size ``dt`` is rebuilt from its ``R`` low-rank rows inside the kernel and never stored.
+
+    Args:
+        u: input, ``(batch, channels, length)``; float16, bfloat16, float32 or float64, any strides. Unit stride in
+            ``channels`` (channels-last) is the fast layout; any other is copied to it first.
+        delta: low-rank step sizes, ``(batch, 2, R, length)``.
+        A_log: log of the negated state matrix, ``(2, channels, N)``.
+        B: input matrix, ``(batch, 2, N, length)``.
+        C: output matrix, ``(batch, 2, N, length)``.
+        D: skip weight, ``(2, channels)``.
+        dt_weight: projection of ``delta`` to the channels, ``(2, channels, R)``.
+        dt_bias: bias of that projection, ``(2, channels)``.
+            ``delta``, ``B`` and ``C`` have the dtype of ``u``. ``A_log``, ``D``, ``dt_weight`` and ``dt_bias`` have
+            it too, or are float32 beside a float16 or bfloat16 ``u``.
+
+    Returns:
+        ``y``, ``(batch, channels, length)`` in the dtype of ``u``, channels-last in memory. State and sums are kept in
+        float32 (float64 for float64). Differentiable once in every argument; deterministic.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
+            expected.
+
+    Source: "MobileMamba" (arXiv 2411.15941), the two-direction scan; "Mamba" (arXiv 2312.00752), the recurrence.
+    """
+    return torch.ops.mobilemamba.bidirectional_scan(u, delta, A_log, B, C, D, dt_weight, dt_bias)
+
+
+def haar_conv2d(input: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise convolution of the one-level Haar sub-bands: Haar transform, convolution, inverse transform.
+
+    The orthonormal transform of a patch ``[[a, b], [c, d]]`` gives, in this order, ``(a+b+c+d)/2`` (LL),
+    ``(a+b-c-d)/2`` (LH), ``(a-b+c-d)/2`` (HL) and ``(a-b-c+d)/2`` (HH); sub-band channel = 4 * channel + band. The
+    convolution is ``k x k`` with zero "same" padding in the half-resolution plane. An odd height or width is treated
+    as if a zero row or column were appended, and the result is cropped.
+
+    Args:
+        input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides;
+            channels-last is the fast layout.
+        weight: ``(4 * channels, 1, k, k)`` with ``k`` odd, in the dtype of ``input``, or float32 beside a float16 or
+            bfloat16 ``input``. Sums are kept in float32 (float64 for float64).
+
+    Returns:
+        ``(batch, channels, height, width)`` in the dtype of ``input``, channels-last in memory. Differentiable any
+        number of times; deterministic.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
+            expected.
+
+    Source: "MobileMamba" (arXiv 2411.15941); "Wavelet Convolutions for Large Receptive Fields" (arXiv 2407.05848).
+    """
+    return torch.ops.mobilemamba.haar_conv2d(input, weight)

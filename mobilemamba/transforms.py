@@ -1,0 +1,153 @@
+"""From an image file to the tensor that a model was trained for: preprocessing as data, done with Pillow."""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "open_image"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+ImageOrPath = Union["Image.Image", str, "os.PathLike[str]"]
+
+
+def open_image(path: "str | os.PathLike[str]") -> "Image.Image":
+    """Read an image file whole, turned upright as its EXIF orientation says, like every viewer shows it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not an image, or a damaged one; the message names it.
+    """
+    from PIL import Image, ImageOps
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such image file")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{path}: expected an image, got a file of no known image format") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, DecompressionBombError, EOFError ...
+        raise ValueError(f"{path}: not a readable image: {error}") from error
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model wants its images: short side resized, centre cropped, normalised.
+
+    Args:
+        resize: pixels of the short side after resizing; the aspect ratio is kept.
+        crop: pixels of the square cut from the centre, at most ``resize``.
+        mean, std: per channel, of values from 0 to 1; their number is that of the channels: 3 for RGB, 1 for grey.
+        interpolation: ``"bicubic"`` or ``"bilinear"``, antialiased.
+    """
+
+    resize: int
+    crop: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        if not 1 <= self.crop <= self.resize:
+            raise ValueError(f"expected a crop of 1 to resize={self.resize} pixels, got {self.crop}")
+        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
+            raise ValueError(f"expected mean and std of 1 or 3 channels, got {self.mean} and {self.std}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation: expected {' or '.join(INTERPOLATIONS)}, got '{self.interpolation}'")
+
+    @property
+    def channels(self) -> int:
+        """3 for RGB, 1 for grey."""
+        return len(self.mean)
+
+    def transforms(self) -> Callable[[ImageOrPath], Tensor]:
+        """A function from a PIL image or the path of one to a normalised float32 tensor ``(channels, crop, crop)``.
+
+        The figures are those of torchvision's ``Resize``, ``CenterCrop``, ``ToTensor`` and ``Normalize`` on PIL
+        images, which the published models are evaluated with. A PIL image is taken as it lies in memory; a path is
+        opened by :func:`open_image`. Palettes, CMYK and grey become RGB (or grey where the model wants that),
+        transparency is dropped, and 16 bits are reduced to 8. Of a strip longer than 16 times its width only the
+        centre is looked at: resizing all of it could take any amount of memory.
+        """
+        return self._normalized
+
+    def pixels(self) -> Callable[[ImageOrPath], Tensor]:
+        """As :meth:`transforms`, but without normalisation: uint8 ``(channels, crop, crop)``."""
+        return self._pixels
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "Preprocessing":
+        """The inverse of :meth:`to_dict`."""
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"preprocessing: expected the fields of Preprocessing, got {fields!r:.200}") from error
+
+    def _normalized(self, image: ImageOrPath) -> Tensor:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return self._pixels(image).float().div_(255).sub_(mean).div_(std)
+
+    def _pixels(self, image: ImageOrPath) -> Tensor:
+        from PIL import Image
+
+        if isinstance(image, (str, os.PathLike)):
+            path, image = image, open_image(image)
+            try:
+                return self._pixels(image)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"image: expected a PIL image or a path, got {type(image).__name__}")
+        image = to_mode(image, "RGB" if self.channels == 3 else "L")
+        image = image.crop(centre_box(image.size, *(min(side, 16 * min(image.size)) for side in image.size)))
+        short = min(image.size)
+        if short < 1:
+            raise ValueError(f"image: expected at least one pixel, got {image.width} x {image.height}")
+        size = tuple(int(self.resize * side / short) for side in image.size)
+        image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        image = image.crop(centre_box(size, self.crop, self.crop))
+        data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return data.view(self.crop, self.crop, self.channels).permute(2, 0, 1).contiguous()
+
+
+def centre_box(size: tuple[int, ...], width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the centre of an image of ``size``, with torchvision's rounding."""
+    left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
+    return left, top, left + width, top + height
+
+
+def to_mode(image: "Image.Image", mode: str) -> "Image.Image":
+    """``image`` as ``"RGB"`` or ``"L"`` of 8 bits."""
+    if image.mode == mode:
+        return image
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+        image = image.convert("I")
+        low, high = image.getextrema()
+        if low < 0 or high > 65535:
+            raise ValueError(f"image: expected 8 or 16 bits per channel, got values from {low} to {high}")
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode == "F":
+        raise ValueError("image: expected 8 or 16 bits per channel, got floating point, whose range is not known")
+    try:
+        return image.convert(mode)
+    except ValueError as error:
+        raise ValueError(f"image: no conversion from mode {image.mode} to {mode}") from error

@@ -1,0 +1,50 @@
+"""Slow, obvious PyTorch versions of the operators: the oracle of the tests and the baseline of the benchmarks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bidirectional_scan(
+    u: Tensor, delta: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor
+) -> Tensor:
+    """Position by position, as ``mobilemamba.ops.bidirectional_scan`` documents it."""
+    dt = F.softplus(torch.einsum("kdr,bkrl->bkdl", dt_weight, delta) + dt_bias[None, :, :, None])
+    A = -A_log.exp()
+    batch, channels, length = u.shape
+    rows = []
+    for k in range(2):
+        h = u.new_zeros(batch, channels, A_log.shape[2])
+        ys: list[Tensor] = [u.new_zeros(0)] * length
+        for t in range(length) if k == 0 else reversed(range(length)):
+            step = dt[:, k, :, t, None]
+            h = (step * A[k]).exp() * h + step * B[:, k, None, :, t] * u[:, :, t, None]
+            ys[t] = (h * C[:, k, None, :, t]).sum(2) + D[k] * u[:, :, t]
+        rows.append(torch.stack(ys, 2) if length else u.clone())
+    return rows[0] + rows[1]
+
+
+def haar_filters(channels: int, like: Tensor) -> Tensor:
+    """The four 2x2 analysis filters for each channel, ``(4 * channels, 1, 2, 2)``."""
+    bands = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]
+    return (torch.tensor(bands, dtype=like.dtype, device=like.device) / 2)[:, None].repeat(channels, 1, 1, 1)
+
+
+def haar_conv2d(input: Tensor, weight: Tensor) -> Tensor:
+    """Strided convolution, depthwise convolution, transposed convolution."""
+    batch, channels, height, width = input.shape
+    if input.numel() == 0:
+        return input + weight.sum() * 0
+    filters = haar_filters(channels, input)
+    padded = F.pad(input, (0, width % 2, 0, height % 2))
+    bands = F.conv2d(padded, filters, stride=2, groups=channels)
+    bands = F.conv2d(bands, weight, padding=weight.shape[-1] // 2, groups=4 * channels)
+    return F.conv_transpose2d(bands, filters, stride=2, groups=channels)[:, :, :height, :width]
+
+
+def install(monkeypatch) -> None:
+    """Make ``mobilemamba``'s modules use these functions: the plain PyTorch rendition of the network."""
+    import mobilemamba.mrffi
+
+    monkeypatch.setattr(mobilemamba.mrffi, "bidirectional_scan", bidirectional_scan)
+    monkeypatch.setattr(mobilemamba.mrffi, "haar_conv2d", haar_conv2d)
