@@ -18,8 +18,8 @@ template <c10::DeviceType device, c10::DispatchKey key>
 Tensor scan(const Tensor& u, const Tensor& delta, const Tensor& A_log, const Tensor& B, const Tensor& C,
             const Tensor& D, const Tensor& dt_weight, const Tensor& dt_bias) {
   const c10::impl::ExcludeDispatchKeyGuard below(key);
-  return bidirectional_scan(cast<device>(u), cast<device>(delta), A_log, cast<device>(B), cast<device>(C), D,
-                            dt_weight, dt_bias);
+  return bidirectional_scan(cast<device>(u), cast<device>(delta), A_log, cast<device>(B), cast<device>(C), D, dt_weight,
+                            dt_bias);
 }
 
 template <c10::DeviceType device, c10::DispatchKey key>

@@ -39,8 +39,8 @@ struct ScanBackward : torch::autograd::Function<ScanBackward> {
   static variable_list forward(AutogradContext*, const Tensor& grad_y, const Tensor& u, const Tensor& delta,
                                const Tensor& A_log, const Tensor& B, const Tensor& C, const Tensor& D,
                                const Tensor& dt_weight, const Tensor& dt_bias) {
-    auto [grad_u, grad_delta, grad_A_log, grad_B, grad_C, grad_D, grad_dt_weight, grad_dt_bias] = below_autograd(
-        bidirectional_scan_backward, grad_y, u, delta, A_log, B, C, D, dt_weight, dt_bias);
+    auto [grad_u, grad_delta, grad_A_log, grad_B, grad_C, grad_D, grad_dt_weight, grad_dt_bias] =
+        below_autograd(bidirectional_scan_backward, grad_y, u, delta, A_log, B, C, D, dt_weight, dt_bias);
     return {grad_u, grad_delta, grad_A_log, grad_B, grad_C, grad_D, grad_dt_weight, grad_dt_bias};
   }
 
@@ -95,7 +95,9 @@ ScanGradients scan_backward(const Tensor& grad_y, const Tensor& u, const Tensor&
   return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
 }
 
-Tensor haar(const Tensor& input, const Tensor& weight) { return Haar::apply(input, weight); }
+Tensor haar(const Tensor& input, const Tensor& weight) {
+  return Haar::apply(input, weight);
+}
 
 Tensor haar_backward_weight(const Tensor& grad_output, const Tensor& input, int64_t kernel_size) {
   return HaarBackwardWeight::apply(grad_output, input, kernel_size);

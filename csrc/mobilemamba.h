@@ -17,13 +17,12 @@ MOBILEMAMBA_API at::Tensor bidirectional_scan(const at::Tensor& u, const at::Ten
                                               const at::Tensor& dt_weight, const at::Tensor& dt_bias);
 
 /// The gradients of bidirectional_scan's arguments, in their order.
-using ScanGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                                 at::Tensor>;
+using ScanGradients =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 MOBILEMAMBA_API ScanGradients bidirectional_scan_backward(const at::Tensor& grad_y, const at::Tensor& u,
                                                           const at::Tensor& delta, const at::Tensor& A_log,
-                                                          const at::Tensor& B, const at::Tensor& C,
-                                                          const at::Tensor& D, const at::Tensor& dt_weight,
-                                                          const at::Tensor& dt_bias);
+                                                          const at::Tensor& B, const at::Tensor& C, const at::Tensor& D,
+                                                          const at::Tensor& dt_weight, const at::Tensor& dt_bias);
 
 /// Haar transform, depthwise convolution of the sub-bands, inverse transform.
 /// input (B, C, H, W); weight (4C, 1, k, k), k odd. Returns (B, C, H, W), channels-last in memory.

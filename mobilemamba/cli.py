@@ -114,7 +114,9 @@ def classify(args: argparse.Namespace) -> None:
     if args.labels:
         labels = args.labels.read_text(encoding="utf-8").splitlines()
     if labels and len(labels) != model.num_classes:
-        raise ValueError(f"{args.labels}: expected {model.num_classes} labels, one in a line, got {len(labels)}")
+        raise ValueError(
+            f"{args.labels or args.checkpoint}: expected {model.num_classes} labels, one in a line, got {len(labels)}"
+        )
     prepare = preprocessing.transforms()
     model = model.fuse().to(device)
     rows: list[torch.Tensor] = []
@@ -150,14 +152,14 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Sequence[str] | None, Any
         model = create_model(name, pretrained="distilled" if args.distilled else True)
         entry = weights.entry(name, args.distilled)
         return model, entry.labels, entry.preprocessing
+    if args.distilled:
+        raise ValueError("--distilled goes with --model, expected either it or --checkpoint")
     stored = checkpoint.read(args.checkpoint)
     name = args.model or stored.preset
     if name is None:
         raise ValueError(f"{args.checkpoint}: the file does not say which model it is for; expected --model NAME")
-    if stored.preset not in (None, name):
-        raise ValueError(f"{args.checkpoint}: expected a checkpoint for {name}, got one for {stored.preset}")
     model = create_model(name, **stored.model_args)
-    checkpoint.load_into(model, stored.state_dict)
+    checkpoint.load_into(model, stored.state_dict, source=args.checkpoint)
     return model, stored.labels, stored.preprocessing or weights.entry(name).preprocessing
 
 
@@ -173,8 +175,8 @@ def checked_device(name: str) -> str:
 def convert(args: argparse.Namespace) -> None:
     from . import checkpoint
 
-    checkpoint.convert(args.source, args.target, preset=args.model)
-    print(f"wrote {args.target}")
+    done = checkpoint.convert(args.source, args.target, preset=args.model)
+    print(f"{args.target}: {done['preset']}, {done['tensors']} tensors, sha256 {done['sha256']}")
 
 
 def info(args: argparse.Namespace) -> None:

@@ -189,7 +189,7 @@ def load_digits() -> DataSet:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise ImportError("data 'digits' needs scikit-learn, which is not installed: pip install scikit-learn") from error
+        raise ImportError("data 'digits' needs scikit-learn: pip install scikit-learn") from error
     digits = datasets.load_digits()
     images = torch.from_numpy(digits.images * 15).to(torch.uint8).unsqueeze(1)  # 0 .. 16 -> 0 .. 240
     labels = torch.from_numpy(digits.target).long()
@@ -215,7 +215,7 @@ class Augmentation:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 ``(B, C, H, W)`` -> the same."""
-        batch, channels, height, width = images.shape
+        batch, _, height, width = images.shape
 
         def uniform() -> Tensor:
             return torch.rand(batch, 1, generator=generator)
@@ -243,7 +243,7 @@ class Augmentation:
 
 
 def span(size: int, length: Tensor, place: Tensor) -> Tensor:
-    """Positions of ``size`` inside a run of ``length`` that lies at the share ``place`` of the room left; ``(B, size)``."""
+    """Which of ``size`` positions a run of ``length`` covers, at the share ``place`` of the room; ``(B, size)``."""
     length = length.round().clamp(1, size)
     start = (place * (size - length + 1)).floor()
     positions = torch.arange(size)

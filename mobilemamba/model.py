@@ -1,8 +1,8 @@
 """The backbone: patch embedding, three stages of blocks with transitions between them, pooling and head."""
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Iterator, Union
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .mrffi import MRFFI
 
 __all__ = ["MobileMamba"]
 
-Logits = Union[Tensor, tuple[Tensor, Tensor]]
+Logits = Tensor | tuple[Tensor, Tensor]
 
 
 class Block(nn.Module):

@@ -1,6 +1,7 @@
 """The published presets and ``nano``, and the functions that make them."""
 
 import difflib
+import os
 from typing import Any
 
 from . import weights
@@ -19,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "depths": (1, 2, 1),
         "wavelet_kernels": (5, 3, 3),
         "local_kernels": ((5,), (3,), (3,)),
-        "patch_strides": (2, 2),
+        "patch_strides": (1, 2, 2),
     },
     "t2": {"widths": (144, 272, 368), "depths": (1, 2, 2)},
     "t4": {"widths": (176, 368, 448), "depths": (1, 2, 2)},
@@ -35,13 +36,17 @@ def list_models() -> list[str]:
     return list(PRESETS)
 
 
-def create_model(name: str, pretrained: bool | str = False, **kwargs: Any) -> MobileMamba:
+def create_model(
+    name: str, pretrained: bool | str | os.PathLike[str] = False, *, allow_head_mismatch: bool = False, **kwargs: Any
+) -> MobileMamba:
     """Make a model by name.
 
     Args:
         name: one of :func:`list_models`.
         pretrained: True for the published plain weights (for ``nano`` the ones inside the package), ``"distilled"``
             for the published distilled ones, or the path of a checkpoint.
+        allow_head_mismatch: where the head of the weights is another one (other ``num_classes``, one head against
+            two), keep a fresh head instead of raising.
         kwargs: arguments of :class:`MobileMamba` that replace the preset's, such as ``num_classes``, ``in_chans``,
             ``distillation``, ``drop_path_rate``.
 
@@ -56,7 +61,7 @@ def create_model(name: str, pretrained: bool | str = False, **kwargs: Any) -> Mo
         kwargs.setdefault("distillation", True)
     model = MobileMamba(**{**PRESETS[name], **kwargs})
     if pretrained is not False:
-        weights.load_pretrained(model, name, pretrained)
+        weights.load_pretrained(model, name, pretrained, allow_head_mismatch)
     return model
 
 

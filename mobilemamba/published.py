@@ -6,14 +6,13 @@ kinds of parameters, and dropping the Haar filters, which are constants.
 
 import re
 from collections.abc import Callable
-from typing import Union
 
 import torch
 from torch import Tensor
 
 __all__ = ["convert", "is_published", "rename"]
 
-Rule = tuple[str, Union[str, Callable[["re.Match[str]"], str]]]
+Rule = tuple[str, str | Callable[["re.Match[str]"], str]]
 
 
 def _place(match: "re.Match[str]") -> str:

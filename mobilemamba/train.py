@@ -130,6 +130,8 @@ def train(config: TrainConfig, out: Path, device: str = "cpu", resume: bool = Fa
     if last.exists():
         run.load(last)
     out.mkdir(parents=True, exist_ok=True)
+    for unfinished in out.glob(".*.tmp"):  # of a process that was killed while saving
+        unfinished.unlink()
     log = Log(out / "log.jsonl", epochs_done=run.epoch)
     log.write({"config": asdict(config), "parameters": run.parameters, "torch": torch.__version__, "epoch": run.epoch})
     while run.epoch < config.epochs:
@@ -225,7 +227,7 @@ class Run:
             "preset": self.config.model,
             "model_args": self.model_args,
             "labels": list(self.dataset.labels),
-            "preprocessing": asdict(self.dataset.preprocessing),
+            "preprocessing": self.dataset.preprocessing.to_dict(),
         }
 
     def save(self, path: Path) -> None:
@@ -264,11 +266,10 @@ class Run:
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.ema.model.state_dict().items()}
         if self.config.half:  # the statistics of BatchNorm and other vectors are few and stay as they are
             weights = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in weights.items()}
-        meta = self.meta()
-        meta["preprocessing"] = self.dataset.preprocessing
+        meta = {**self.meta(), "preprocessing": self.dataset.preprocessing}
         checkpoint.save(path, checkpoint.Checkpoint(weights, **meta))
-        model = create_model(self.config.model, pretrained=str(path), **self.model_args).to(self.device)
-        return evaluate(model, self.dataset.test, self.dataset.preprocessing)
+        checkpoint.load_into(self.ema.model, checkpoint.read(path).state_dict, source=path)
+        return evaluate(self.ema.model, self.dataset.test, self.dataset.preprocessing)
 
 
 class Log:

@@ -18,10 +18,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("bicubic", "bilinear")
 
-ImageOrPath = Union["Image.Image", str, "os.PathLike[str]"]
+ImageOrPath = Union["Image.Image", str, os.PathLike[str]]
 
 
-def open_image(path: "str | os.PathLike[str]") -> "Image.Image":
+def open_image(path: str | os.PathLike[str]) -> "Image.Image":
     """Read an image file whole, turned upright as its EXIF orientation says, like every viewer shows it.
 
     Raises:

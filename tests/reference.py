@@ -32,7 +32,7 @@ def haar_filters(channels: int, like: Tensor) -> Tensor:
 
 def haar_conv2d(input: Tensor, weight: Tensor) -> Tensor:
     """Strided convolution, depthwise convolution, transposed convolution."""
-    batch, channels, height, width = input.shape
+    _batch, channels, height, width = input.shape
     if input.numel() == 0:
         return input + weight.sum() * 0
     filters = haar_filters(channels, input)

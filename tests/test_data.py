@@ -5,9 +5,10 @@ import struct
 
 import pytest
 import torch
+from PIL import Image
+
 from mobilemamba import data
 from mobilemamba.transforms import Preprocessing
-from PIL import Image
 
 
 def idx_bytes(values: torch.Tensor) -> bytes:

@@ -5,11 +5,12 @@ import math
 import subprocess
 import sys
 
-import mobilemamba
 import pytest
 import torch
+
+import mobilemamba
 from mobilemamba import data
-from mobilemamba.train import Ema, TrainConfig, learning_rate, parameter_groups, train
+from mobilemamba.train import Ema, Run, TrainConfig, learning_rate, parameter_groups, train
 
 pytest.importorskip("sklearn")
 CONFIG = TrainConfig(data="digits", epochs=4, batch_size=48, flip=False, crop=1, drop_path=0.1)
@@ -33,13 +34,18 @@ train(TrainConfig(data="digits", epochs=4, batch_size=48, flip=False, crop=1, dr
 """
 
 
-@pytest.fixture
-def small_digits(monkeypatch):
-    """A hundred digits: two steps in an epoch."""
+def use_small_digits(monkeypatch, scale: int = 1) -> None:
+    """A hundred digits, enlarged by ``scale``: two steps in an epoch."""
     whole = data.load("digits")
-    part = data.InMemory(whole.train.pixels[:100], whole.train.labels[:100])
+    pixels = whole.train.pixels[:100].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    part = data.InMemory(pixels, whole.train.labels[:100])
     small = data.DataSet(part, part, whole.labels, whole.preprocessing)
     monkeypatch.setattr(data, "load", lambda *_: small)
+
+
+@pytest.fixture
+def small_digits(monkeypatch):
+    use_small_digits(monkeypatch)
 
 
 def entries(out) -> list[dict]:
@@ -85,12 +91,13 @@ def test_a_few_steps_lower_the_loss(tmp_path, small_digits):
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("amp", [False, True])
-def test_resume_is_bit_for_bit(tmp_path, small_digits, monkeypatch, amp):
+# With 8x8 pixels the last stage is 1x1, where PyTorch's bfloat16 gradient of a depthwise 3x3 stride-2 weight on the CPU
+# holds uninitialised memory (seen in 2.13).
+@pytest.mark.parametrize(("amp", "scale"), [(False, 1), (True, 2)])
+def test_resume_is_bit_for_bit(tmp_path, monkeypatch, amp, scale):
+    use_small_digits(monkeypatch, scale)
     config = TrainConfig(**{**vars(CONFIG), "amp": amp})
     train(config, tmp_path / "straight")
-    from mobilemamba.train import Run
-
     train_epoch = Run.train_epoch
     monkeypatch.setattr(Run, "train_epoch", interrupted_in_third_epoch(train_epoch))
     with pytest.raises(KeyboardInterrupt):

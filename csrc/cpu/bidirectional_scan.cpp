@@ -18,9 +18,9 @@ at::Tensor forward(const at::Tensor& u, const at::Tensor& delta, const at::Tenso
   return y;
 }
 
-ScanGradients backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& delta,
-                       const at::Tensor& A_log, const at::Tensor& B, const at::Tensor& C, const at::Tensor& D,
-                       const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
+ScanGradients backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log,
+                       const at::Tensor& B, const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight,
+                       const at::Tensor& dt_bias) {
   const ScanArguments arguments{u, delta, A_log, B, C, D, dt_weight, dt_bias};
   arguments.check_backward(grad_y);
   ScanBackwardInputs inputs(grad_y, arguments);

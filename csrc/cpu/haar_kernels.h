@@ -39,9 +39,10 @@ struct HaarForwardKernel {
   static int64_t tasks(const HaarForward& p) { return p.batch * ceil_div(p.channels, V::size); }
 
   static void run(const HaarForward& p, int64_t begin, int64_t end, std::byte* scratch) {
-    V* bands = reinterpret_cast<V*>(scratch);  // (4, padded height, padded width), the border zero
+    V* bands = reinterpret_cast<V*>(scratch);                 // (4, padded height, padded width), the border zero
     V* row = bands + 4 * padded_height(p) * padded_width(p);  // (4, band width): convolved
-    for (int64_t i = 0; i < 4 * padded_height(p) * padded_width(p); ++i) bands[i] = V(Acc(0));
+    for (int64_t i = 0; i < 4 * padded_height(p) * padded_width(p); ++i)
+      bands[i] = V(Acc(0));
     const int64_t blocks = ceil_div(p.channels, V::size);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t batch = task / blocks, c = task % blocks * V::size;
@@ -65,7 +66,8 @@ struct HaarForwardKernel {
           bands[band * plane + (i + pad) * width + j + pad] = transformed.band[band];
       }
     for (int64_t i = 0; i < p.band_height(); ++i) {
-      for (int band = 0; band < 4; ++band) convolve_row(p, band, i, c, count, bands + band * plane, row);
+      for (int band = 0; band < 4; ++band)
+        convolve_row(p, band, i, c, count, bands + band * plane, row);
       write_row(p, batch, i, c, count, row);
     }
   }
@@ -78,14 +80,17 @@ struct HaarForwardKernel {
     const int64_t first = i < pad ? pad - i : 0, last = min(k, p.band_height() + pad - i);
     for (int64_t j = 0; j < columns; j += tile) {
       V out[tile];
-      for (int64_t x = 0; x < tile; ++x) out[x] = V(Acc(0));
+      for (int64_t x = 0; x < tile; ++x)
+        out[x] = V(Acc(0));
       for (int64_t ky = first; ky < last; ++ky)
         for (int64_t kx = 0; kx < k; ++kx) {
           const V w = load(weight + (ky * k + kx) * p.channels, count);
           const V* from = plane + (i + ky) * width + j + kx;
-          for (int64_t x = 0; x < tile; ++x) out[x] = out[x] + w * from[x];
+          for (int64_t x = 0; x < tile; ++x)
+            out[x] = out[x] + w * from[x];
         }
-      for (int64_t x = 0; x < tile; ++x) row[band * columns + j + x] = out[x];
+      for (int64_t x = 0; x < tile; ++x)
+        row[band * columns + j + x] = out[x];
     }
   }
 
@@ -123,20 +128,31 @@ struct HaarBackwardWeightKernel {
     V* input = reinterpret_cast<V*>(scratch);  // (band height, padded width), the border zero
     V* grad_row = input + padded_width(p) * p.band_height();
     V* sums = grad_row + p.band_width();
-    for (int64_t i = 0; i < padded_width(p) * p.band_height(); ++i) input[i] = V(Acc(0));
+    for (int64_t i = 0; i < padded_width(p) * p.band_height(); ++i)
+      input[i] = V(Acc(0));
     for (int64_t task = begin; task < end; ++task) {
       const int band = static_cast<int>(task % 4);
       const int64_t c = task / 4 * V::size, kernel = p.kernel;
       const int count = static_cast<int>(min(V::size, p.channels - c));
-      for (int64_t i = 0; i < kernel * kernel; ++i) sums[i] = V(Acc(0));
-      for (int64_t batch = 0; batch < p.batch; ++batch) switch (kernel) {
-          case 3: add_sample<3>(p, batch, band, c, count, input, grad_row, sums); break;
-          case 5: add_sample<5>(p, batch, band, c, count, input, grad_row, sums); break;
-          case 7: add_sample<7>(p, batch, band, c, count, input, grad_row, sums); break;
-          default: add_sample<1>(p, batch, band, c, count, input, grad_row, sums);
+      for (int64_t i = 0; i < kernel * kernel; ++i)
+        sums[i] = V(Acc(0));
+      for (int64_t batch = 0; batch < p.batch; ++batch)
+        switch (kernel) {
+          case 3:
+            add_sample<3>(p, batch, band, c, count, input, grad_row, sums);
+            break;
+          case 5:
+            add_sample<5>(p, batch, band, c, count, input, grad_row, sums);
+            break;
+          case 7:
+            add_sample<7>(p, batch, band, c, count, input, grad_row, sums);
+            break;
+          default:
+            add_sample<1>(p, batch, band, c, count, input, grad_row, sums);
         }
       Acc* out = static_cast<Acc*>(p.grad_weight) + band * kernel * kernel * p.channels + c;
-      for (int64_t i = 0; i < kernel * kernel; ++i) store(out + i * p.channels, sums[i], count);
+      for (int64_t i = 0; i < kernel * kernel; ++i)
+        store(out + i * p.channels, sums[i], count);
     }
   }
 
@@ -156,17 +172,21 @@ struct HaarBackwardWeightKernel {
       for (int64_t j = 0; j < width; ++j)
         input[i * stride + j + pad] = transform(p, p.input, batch, band, i, j, c, count);
     for (int64_t i = 0; i < height; ++i) {
-      for (int64_t j = 0; j < width; ++j) grad_row[j] = transform(p, p.grad_output, batch, band, i, j, c, count);
+      for (int64_t j = 0; j < width; ++j)
+        grad_row[j] = transform(p, p.grad_output, batch, band, i, j, c, count);
       const int64_t first = i < pad ? pad - i : 0, last = min(p.kernel, height + pad - i);
       for (int64_t ky = first; ky < last; ++ky)
         for (int64_t kx = 0; kx < p.kernel; kx += columns) {
           const V* from = input + (i + ky - pad) * stride + kx;
           V* to = sums + ky * p.kernel + kx;
           V out[columns];
-          for (int x = 0; x < columns; ++x) out[x] = to[x];
+          for (int x = 0; x < columns; ++x)
+            out[x] = to[x];
           for (int64_t j = 0; j < width; ++j)
-            for (int x = 0; x < columns; ++x) out[x] = out[x] + grad_row[j] * from[j + x];
-          for (int x = 0; x < columns; ++x) to[x] = out[x];
+            for (int x = 0; x < columns; ++x)
+              out[x] = out[x] + grad_row[j] * from[j + x];
+          for (int x = 0; x < columns; ++x)
+            to[x] = out[x];
         }
     }
   }

@@ -10,13 +10,17 @@ namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 /// The functions of the table for one kernel: they pick the instantiation for the element type.
 template <template <typename> class K, typename Params>
 constexpr Kernel<Params> table_entry() {
-#define MOBILEMAMBA_BY_DTYPE(p, call)                  \
-  switch (p.dtype) {                                   \
-    case DType::float32: return K<float>::call;        \
-    case DType::float64: return K<double>::call;       \
-    case DType::float16: return K<Half>::call;         \
-    case DType::bfloat16: return K<BFloat16>::call;    \
-  }                                                    \
+#define MOBILEMAMBA_BY_DTYPE(p, call) \
+  switch (p.dtype) {                  \
+    case DType::float32:              \
+      return K<float>::call;          \
+    case DType::float64:              \
+      return K<double>::call;         \
+    case DType::float16:              \
+      return K<Half>::call;           \
+    case DType::bfloat16:             \
+      return K<BFloat16>::call;       \
+  }                                   \
   __builtin_unreachable()
   return {[](const Params& p) -> int64_t { MOBILEMAMBA_BY_DTYPE(p, tasks(p)); },
           [](const Params& p) -> size_t { MOBILEMAMBA_BY_DTYPE(p, scratch_bytes(p)); },

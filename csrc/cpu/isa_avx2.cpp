@@ -1,5 +1,7 @@
 // The CPU kernels for AVX2.
 #ifdef __x86_64__
+// system headers first, so that nothing in them is compiled for more than every machine has
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 

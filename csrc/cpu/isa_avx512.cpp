@@ -1,10 +1,13 @@
 // The CPU kernels for AVX-512.
 #ifdef __x86_64__
+// system headers first, so that nothing in them is compiled for more than every machine has
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif

@@ -1,4 +1,5 @@
 // The CPU kernels for whatever the compiler targets by default.
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 

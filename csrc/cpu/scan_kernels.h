@@ -16,7 +16,8 @@ void pack_rows(const ScanForward& p, int64_t batch, Acc* packed) {
       for (int i = 0; i < 3; ++i) {
         const T* from = static_cast<const T*>(rows[i]->data) + batch * rows[i]->batch + k * rows[i]->direction +
                         t * rows[i]->position;
-        for (int64_t row = 0; row < counts[i]; ++row) *packed++ = load_one<Acc>(from + row * rows[i]->row);
+        for (int64_t row = 0; row < counts[i]; ++row)
+          *packed++ = load_one<Acc>(from + row * rows[i]->row);
       }
 }
 
@@ -43,7 +44,8 @@ struct ChannelParams {
   /// dt before softplus.
   V step_size(const Acc* rows) const {
     V x = bias;
-    for (int64_t r = 0; r < rank; ++r) x = x + W(r) * rows[r];
+    for (int64_t r = 0; r < rank; ++r)
+      x = x + W(r) * rows[r];
     return x;
   }
 };
@@ -135,21 +137,21 @@ struct ScanBackwardKernel {
 
   /// What one vector of channels carries from chunk to chunk.
   struct Channels {
-    V* seams;   // (chunks, N): h before each chunk
-    V* A;       // (N)
-    V* carry;   // (N): dL/dh from the later chunks
-    V* grad_A;  // (N)
+    V* seams;        // (chunks, N): h before each chunk
+    V* A;            // (N)
+    V* carry;        // (N): dL/dh from the later chunks
+    V* grad_A;       // (N)
     V* grad_weight;  // (R)
     V grad_bias, grad_D;
   };
 
   /// The pieces of a task's scratch memory.
   struct Scratch {
-    Acc* rows;                             // (2, L, R + 2N)
-    V* grad_u;                             // (vectors, L): of direction 0
-    V *x, *dt;                             // (chunk): step size before and after softplus
-    V *h, *decay;                          // (chunk, N): h before the position, and the decay there
-    V* grad_rows;                          // (chunk, R + 2N): summed over the vectors of a group
+    Acc* rows;     // (2, L, R + 2N)
+    V* grad_u;     // (vectors, L): of direction 0
+    V *x, *dt;     // (chunk): step size before and after softplus
+    V *h, *decay;  // (chunk, N): h before the position, and the decay there
+    V* grad_rows;  // (chunk, R + 2N): summed over the vectors of a group
     Channels channels[vectors_per_group];
     size_t bytes;
 
@@ -186,7 +188,8 @@ struct ScanBackwardKernel {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t batch = task / p.groups();
       if (packed != batch) pack_rows<T>(p, packed = batch, scratch.rows);
-      for (int64_t k = 0; k < 2; ++k) run_direction(p, scratch, batch, task % p.groups(), k);
+      for (int64_t k = 0; k < 2; ++k)
+        run_direction(p, scratch, batch, task % p.groups(), k);
     }
   }
 
@@ -200,7 +203,8 @@ struct ScanBackwardKernel {
       start(p, s, s.channels[v], batch, k, c, static_cast<int>(min(V::size, last - c)));
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
       const int64_t begin = chunk * chunk_length, length = min(chunk_length, p.length - begin);
-      for (int64_t i = 0; i < length * p.rows(); ++i) s.grad_rows[i] = V(Acc(0));
+      for (int64_t i = 0; i < length * p.rows(); ++i)
+        s.grad_rows[i] = V(Acc(0));
       // The gradients of the rows are sums over channels: the vectors of the group add up in vectors, and only then
       // the lanes of the sum.
       for (int64_t v = 0, c = first; c < last; ++v, c += V::size) {
@@ -227,14 +231,16 @@ struct ScanBackwardKernel {
     const ChannelParams<Acc> params(p, k, c, count);
     const T* u = static_cast<const T*>(p.u) + batch * p.u_batch + c;
     channels.grad_bias = channels.grad_D = V(Acc(0));
-    for (int64_t r = 0; r < p.rank; ++r) channels.grad_weight[r] = V(Acc(0));
+    for (int64_t r = 0; r < p.rank; ++r)
+      channels.grad_weight[r] = V(Acc(0));
     for (int64_t n = 0; n < p.state; ++n) {
       channels.A[n] = params.A(n);
       channels.carry[n] = channels.grad_A[n] = s.h[n] = V(Acc(0));
     }
     for (int64_t i = 0; i < p.length; ++i) {
       if (i % chunk_length == 0) {
-        for (int64_t n = 0; n < p.state; ++n) channels.seams[i / chunk_length * p.state + n] = s.h[n];
+        for (int64_t n = 0; n < p.state; ++n)
+          channels.seams[i / chunk_length * p.state + n] = s.h[n];
         if (i + chunk_length >= p.length) break;  // nobody needs the states after the last seam
       }
       const int64_t t = position(p, k, i);
@@ -257,7 +263,8 @@ struct ScanBackwardKernel {
     const T* grad_y = static_cast<const T*>(p.grad_y) + batch * p.grad_y_batch + c;
     T* grad_u = static_cast<T*>(p.grad_u) + batch * p.length * p.channels + c;
 
-    for (int64_t n = 0; n < state; ++n) s.h[n] = channels.seams[chunk * state + n];
+    for (int64_t n = 0; n < state; ++n)
+      s.h[n] = channels.seams[chunk * state + n];
     for (int64_t i = 0; i < length; ++i) {
       const int64_t t = position(p, k, begin + i);
       const Acc* row = s.rows + (k * p.length + t) * p.rows();
@@ -304,10 +311,12 @@ struct ScanBackwardKernel {
       store(out, x, count);
       out += p.channels;
     };
-    for (int64_t r = 0; r < p.rank; ++r) put(channels.grad_weight[r]);
+    for (int64_t r = 0; r < p.rank; ++r)
+      put(channels.grad_weight[r]);
     put(channels.grad_bias);
     put(channels.grad_D);
-    for (int64_t n = 0; n < p.state; ++n) put(channels.grad_A[n] * channels.A[n]);  // A = -exp(A_log)
+    for (int64_t n = 0; n < p.state; ++n)
+      put(channels.grad_A[n] * channels.A[n]);  // A = -exp(A_log)
   }
 };
 

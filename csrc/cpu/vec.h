@@ -9,8 +9,12 @@
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+MOBILEMAMBA_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+MOBILEMAMBA_HOST_DEVICE int64_t min(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 template <typename T, typename Int>
 struct VecBase {
@@ -37,14 +41,14 @@ struct Vec<double> : VecBase<double, int64_t> {
   explicit Vec(Raw x) : VecBase{x} {}
 };
 
-#define MOBILEMAMBA_VEC_OPERATOR(op)                   \
-  template <typename T>                                \
-  inline Vec<T> operator op(Vec<T> a, Vec<T> b) {      \
-    return Vec<T>(a.raw op b.raw);                     \
-  }                                                    \
-  template <typename T>                                \
-  inline Vec<T> operator op(Vec<T> a, T b) {           \
-    return Vec<T>(a.raw op b);                         \
+#define MOBILEMAMBA_VEC_OPERATOR(op)                               \
+  template <typename T>                                            \
+  MOBILEMAMBA_HOST_DEVICE Vec<T> operator op(Vec<T> a, Vec<T> b) { \
+    return Vec<T>(a.raw op b.raw);                                 \
+  }                                                                \
+  template <typename T>                                            \
+  MOBILEMAMBA_HOST_DEVICE Vec<T> operator op(Vec<T> a, T b) {      \
+    return Vec<T>(a.raw op b);                                     \
   }
 MOBILEMAMBA_VEC_OPERATOR(+)
 MOBILEMAMBA_VEC_OPERATOR(-)
@@ -53,7 +57,7 @@ MOBILEMAMBA_VEC_OPERATOR(/)
 #undef MOBILEMAMBA_VEC_OPERATOR
 
 template <typename T>
-inline Vec<T> operator-(Vec<T> a) {
+MOBILEMAMBA_HOST_DEVICE Vec<T> operator-(Vec<T> a) {
   return Vec<T>(-a.raw);
 }
 
@@ -63,38 +67,39 @@ struct Mask {
 };
 
 template <typename T>
-inline Mask<T> operator<(Vec<T> a, Vec<T> b) {
+MOBILEMAMBA_HOST_DEVICE Mask<T> operator<(Vec<T> a, Vec<T> b) {
   return {a.raw < b.raw};
 }
 
 template <typename T>
-inline Vec<T> select(Mask<T> mask, Vec<T> a, Vec<T> b) {
+MOBILEMAMBA_HOST_DEVICE Vec<T> select(Mask<T> mask, Vec<T> a, Vec<T> b) {
   return Vec<T>(mask.raw ? a.raw : b.raw);
 }
 
 /// The greater of the two; `a` where either is NaN.
 template <typename T>
-inline Vec<T> max(Vec<T> a, Vec<T> b) {
+MOBILEMAMBA_HOST_DEVICE Vec<T> max(Vec<T> a, Vec<T> b) {
   return select(a < b, b, a);
 }
 
 template <typename T>
-inline Vec<T> abs(Vec<T> a) {
+MOBILEMAMBA_HOST_DEVICE Vec<T> abs(Vec<T> a) {
   return select(a < Vec<T>(T(0)), -a, a);
 }
 
 template <typename T>
-inline T sum(Vec<T> a) {
+MOBILEMAMBA_HOST_DEVICE T sum(Vec<T> a) {
   T lanes[Vec<T>::size];
   __builtin_memcpy(lanes, &a.raw, sizeof lanes);
   for (int width = Vec<T>::size / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    for (int i = 0; i < width; ++i)
+      lanes[i] += lanes[i + width];
   return lanes[0];
 }
 
 /// e^x to about 1 ulp: x = n ln 2 + r, a degree-6 polynomial for e^r, n into the exponent. Overflows to infinity,
 /// underflows to zero below -87.3 (the smallest normal number).
-inline Vec<float> exp(Vec<float> x) {
+MOBILEMAMBA_HOST_DEVICE Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   const V low = V(-87.33654f), high = V(88.72284f);
   const V clamped = select(x < low, low, select(high < x, high, x));
@@ -115,7 +120,7 @@ inline Vec<float> exp(Vec<float> x) {
 }
 
 /// log(1 + x) for x in [0, 1], to about 1 ulp, as 2 atanh(x / (2 + x)).
-inline Vec<float> log1p(Vec<float> x) {
+MOBILEMAMBA_HOST_DEVICE Vec<float> log1p(Vec<float> x) {
   const Vec<float> s = x / (x + 2.0f), s2 = s * s;
   Vec<float> p = s2 * 0.0769230769f + 0.0909090909f;
   p = p * s2 + 0.1111111111f;
@@ -126,13 +131,15 @@ inline Vec<float> log1p(Vec<float> x) {
   return p + p;
 }
 
-inline Vec<double> exp(Vec<double> x) {
-  for (int i = 0; i < x.size; ++i) x.raw[i] = __builtin_exp(x.raw[i]);
+MOBILEMAMBA_HOST_DEVICE Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < x.size; ++i)
+    x.raw[i] = __builtin_exp(x.raw[i]);
   return x;
 }
 
-inline Vec<double> log1p(Vec<double> x) {
-  for (int i = 0; i < x.size; ++i) x.raw[i] = __builtin_log1p(x.raw[i]);
+MOBILEMAMBA_HOST_DEVICE Vec<double> log1p(Vec<double> x) {
+  for (int i = 0; i < x.size; ++i)
+    x.raw[i] = __builtin_log1p(x.raw[i]);
   return x;
 }
 
@@ -148,19 +155,19 @@ struct BFloat16 {
 typedef uint16_t Bits16 __attribute__((vector_size(MOBILEMAMBA_CPU_VECTOR_BYTES / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(MOBILEMAMBA_CPU_VECTOR_BYTES)));
 
-inline Vec<float> widen(Bits16 packed, BFloat16) {
+MOBILEMAMBA_HOST_DEVICE Vec<float> widen(Bits16 packed, BFloat16) {
   return Vec<float>((Vec<float>::Raw)(__builtin_convertvector(packed, Bits32) << 16));
 }
 
 /// Round to nearest even; NaN stays NaN.
-inline Bits16 narrow(Vec<float> x, BFloat16) {
+MOBILEMAMBA_HOST_DEVICE Bits16 narrow(Vec<float> x, BFloat16) {
   const Bits32 bits = (Bits32)x.raw;
   const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits32 nan = (bits >> 16) | 0x40;
   return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, Bits16);
 }
 
-inline Vec<float> widen(Bits16 packed, Half) {
+MOBILEMAMBA_HOST_DEVICE Vec<float> widen(Bits16 packed, Half) {
   const Bits32 bits = __builtin_convertvector(packed, Bits32), magnitude = bits & 0x7fff;
   // the exponents differ by 112; a multiplication instead of an addition also gets the subnormal numbers right
   const Bits32 finite = (Bits32)((Vec<float>::Raw)(magnitude << 13) * 0x1p112f);
@@ -169,7 +176,7 @@ inline Vec<float> widen(Bits16 packed, Half) {
 }
 
 /// Round to nearest even, beyond the range to infinity; NaN stays NaN.
-inline Bits16 narrow(Vec<float> x, Half) {
+MOBILEMAMBA_HOST_DEVICE Bits16 narrow(Vec<float> x, Half) {
   const Bits32 bits = (Bits32)x.raw, magnitude = bits & 0x7fffffff;
   const Bits32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   // below 2^-14 the sum with 0.5 has the spacing of half's subnormal numbers, so it rounds to them
@@ -180,47 +187,49 @@ inline Bits16 narrow(Vec<float> x, Half) {
   return __builtin_convertvector(result | ((bits >> 16) & 0x8000), Bits16);
 }
 
-/// The type that sums over elements of type T are kept in.
-template <typename T>
-struct AccumulateOf {
-  using type = float;
-};
-template <>
-struct AccumulateOf<double> {
-  using type = double;
-};
-
 // Loads and stores of `count` channels; missing lanes read as zero. A count known at compile time costs nothing.
 
 template <typename T, typename Raw>
-inline Raw load_raw(const T* from, int count) {
+MOBILEMAMBA_HOST_DEVICE Raw load_raw(const T* from, int count) {
   Raw raw{};
-  __builtin_memcpy(&raw, from, count * sizeof(T) == sizeof(Raw) ? sizeof(Raw) : count * sizeof(T));
+  if (count * sizeof(T) == sizeof(Raw))
+    __builtin_memcpy(&raw, from, sizeof(Raw));
+  else
+    __builtin_memcpy(&raw, from, count * sizeof(T));
   return raw;
 }
 template <typename T, typename Raw>
-inline void store_raw(T* to, const Raw& raw, int count) {
-  __builtin_memcpy(to, &raw, count * sizeof(T) == sizeof(Raw) ? sizeof(Raw) : count * sizeof(T));
+MOBILEMAMBA_HOST_DEVICE void store_raw(T* to, const Raw& raw, int count) {
+  if (count * sizeof(T) == sizeof(Raw))
+    __builtin_memcpy(to, &raw, sizeof(Raw));
+  else
+    __builtin_memcpy(to, &raw, count * sizeof(T));
 }
 
-inline Vec<float> load(const float* from, int count) { return Vec<float>(load_raw<float, Vec<float>::Raw>(from, count)); }
-inline Vec<double> load(const double* from, int count) {
+MOBILEMAMBA_HOST_DEVICE Vec<float> load(const float* from, int count) {
+  return Vec<float>(load_raw<float, Vec<float>::Raw>(from, count));
+}
+MOBILEMAMBA_HOST_DEVICE Vec<double> load(const double* from, int count) {
   return Vec<double>(load_raw<double, Vec<double>::Raw>(from, count));
 }
 template <typename T>
-inline Vec<float> load(const T* from, int count) {
+MOBILEMAMBA_HOST_DEVICE Vec<float> load(const T* from, int count) {
   return widen(load_raw<T, Bits16>(from, count), T{});
 }
 
-inline void store(float* to, Vec<float> x, int count) { store_raw(to, x.raw, count); }
-inline void store(double* to, Vec<double> x, int count) { store_raw(to, x.raw, count); }
+MOBILEMAMBA_HOST_DEVICE void store(float* to, Vec<float> x, int count) {
+  store_raw(to, x.raw, count);
+}
+MOBILEMAMBA_HOST_DEVICE void store(double* to, Vec<double> x, int count) {
+  store_raw(to, x.raw, count);
+}
 template <typename T>
-inline void store(T* to, Vec<float> x, int count) {
+MOBILEMAMBA_HOST_DEVICE void store(T* to, Vec<float> x, int count) {
   store_raw(to, narrow(x, T{}), count);
 }
 
 template <typename Acc, typename T>
-inline Acc load_one(const T* from) {
+MOBILEMAMBA_HOST_DEVICE Acc load_one(const T* from) {
   if constexpr (sizeof(T) == 2)
     return load(from, 1).raw[0];
   else

@@ -1,4 +1,4 @@
-// What every kernel source needs to compile for the host and for the device.
+// What every kernel source needs: function qualifiers for host and device, and the element types.
 #pragma once
 
 #ifdef __CUDACC__
@@ -13,5 +13,15 @@ namespace mobilemamba {
 
 /// Element types of the operators. Sums and states are float32, for float64 elements float64.
 enum class DType { float32, float64, float16, bfloat16 };
+
+/// The type that sums over elements of type T are kept in.
+template <typename T>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
 
 }  // namespace mobilemamba

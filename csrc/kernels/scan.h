@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/macros.h"
+#include "kernels/scalar.h"
 
 namespace mobilemamba {
 

@@ -20,8 +20,7 @@ at::Tensor bidirectional_scan(const at::Tensor& u, const at::Tensor& delta, cons
 
 ScanGradients bidirectional_scan_backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& delta,
                                           const at::Tensor& A_log, const at::Tensor& B, const at::Tensor& C,
-                                          const at::Tensor& D, const at::Tensor& dt_weight,
-                                          const at::Tensor& dt_bias) {
+                                          const at::Tensor& D, const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mobilemamba::bidirectional_scan_backward", "")
                              .typed<decltype(bidirectional_scan_backward)>();
@@ -86,8 +85,7 @@ ScanRows rows_of(const at::Tensor& x) {
 
 }  // namespace
 
-ScanInputs::ScanInputs(const ScanArguments& a)
-    : u_(channels_contiguous(a.u)), delta_(a.delta), B_(a.B), C_(a.C) {
+ScanInputs::ScanInputs(const ScanArguments& a) : u_(channels_contiguous(a.u)), delta_(a.delta), B_(a.B), C_(a.C) {
   const at::ScalarType type = accumulate_type(a.u.scalar_type());
   // channels last, so that neighbouring channels load together
   A_log_ = a.A_log.to(type).transpose(1, 2).contiguous();

@@ -8,11 +8,16 @@ namespace mobilemamba {
 
 DType kernel_dtype(at::ScalarType type) {
   switch (type) {
-    case at::kFloat: return DType::float32;
-    case at::kDouble: return DType::float64;
-    case at::kHalf: return DType::float16;
-    case at::kBFloat16: return DType::bfloat16;
-    default: TORCH_CHECK(false, "mobilemamba: no kernel for element type ", type);
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kHalf:
+      return DType::float16;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    default:
+      TORCH_CHECK(false, "mobilemamba: no kernel for element type ", type);
   }
 }
 
@@ -28,16 +33,14 @@ void Checks::dimensions(const char* name, const at::Tensor& tensor, int64_t expe
               " dimensions ", layout);
 }
 
-void Checks::shape(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected,
-                   const char* layout) const {
+void Checks::shape(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected, const char* layout) const {
   dimensions(name, tensor, static_cast<int64_t>(expected.size()), layout);
   for (size_t i = 0; i < expected.size(); ++i)
     TORCH_SYM_CHECK(tensor.sym_size(i).sym_eq(expected[i]), op_, ": ", name, " has shape ", tensor.sym_sizes(),
                     ", expected ", expected, " = ", layout);
 }
 
-void Checks::at_least_one(const char* what, const c10::SymInt& size, const char* name,
-                          const at::Tensor& tensor) const {
+void Checks::at_least_one(const char* what, const c10::SymInt& size, const char* name, const at::Tensor& tensor) const {
   TORCH_SYM_CHECK(size.sym_ge(1), op_, ": ", name, " has shape ", tensor.sym_sizes(), ", expected ", what,
                   " of at least 1");
 }
@@ -49,16 +52,15 @@ void Checks::device(const char* name, const at::Tensor& tensor) const {
 
 void Checks::like_main(const char* name, const at::Tensor& tensor) const {
   device(name, tensor);
-  TORCH_CHECK(tensor.scalar_type() == main_.scalar_type(), op_, ": ", name, " is ", tensor.scalar_type(),
-              ", expected ", main_.scalar_type(), " like ", main_name_);
+  TORCH_CHECK(tensor.scalar_type() == main_.scalar_type(), op_, ": ", name, " is ", tensor.scalar_type(), ", expected ",
+              main_.scalar_type(), " like ", main_name_);
 }
 
 void Checks::parameter(const char* name, const at::Tensor& tensor) const {
   device(name, tensor);
   const at::ScalarType type = main_.scalar_type(), accumulate = accumulate_type(type);
   TORCH_CHECK(tensor.scalar_type() == type || tensor.scalar_type() == accumulate, op_, ": ", name, " is ",
-              tensor.scalar_type(), ", expected ", type, " like ", main_name_,
-              type == accumulate ? "" : ", or Float");
+              tensor.scalar_type(), ", expected ", type, " like ", main_name_, type == accumulate ? "" : ", or Float");
 }
 
 }  // namespace mobilemamba

@@ -9,9 +9,8 @@
 namespace mobilemamba {
 
 at::Tensor haar_conv2d(const at::Tensor& input, const at::Tensor& weight) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mobilemamba::haar_conv2d", "")
-                             .typed<decltype(haar_conv2d)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mobilemamba::haar_conv2d", "").typed<decltype(haar_conv2d)>();
   return op.call(input, weight);
 }
 
@@ -66,7 +65,9 @@ HaarSizes sizes_of(const at::Tensor& image, int64_t kernel) {
   return {kernel_dtype(image.scalar_type()), image.size(0), image.size(1), image.size(2), image.size(3), kernel};
 }
 
-HaarImage image_of(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(2), x.stride(3)}; }
+HaarImage image_of(const at::Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(2), x.stride(3)};
+}
 
 }  // namespace
 

@@ -21,7 +21,6 @@ at::Tensor haar_packed_weight(const at::Tensor& weight, at::ScalarType input_typ
 
 HaarForward haar_forward(const at::Tensor& image, const at::Tensor& packed_weight, at::Tensor& output);
 /// `packed_grad` is (4, k, k, C).
-HaarBackwardWeight haar_backward_weight(const at::Tensor& grad_image, const at::Tensor& image,
-                                        at::Tensor& packed_grad);
+HaarBackwardWeight haar_backward_weight(const at::Tensor& grad_image, const at::Tensor& image, at::Tensor& packed_grad);
 
 }  // namespace mobilemamba

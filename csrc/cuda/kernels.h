@@ -1,0 +1,16 @@
+// The CUDA kernels as the operators see them: launches that return an error code. Free of torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "kernels/scan.h"
+
+namespace mobilemamba::cuda {
+
+/// Bytes of device memory that the launch needs as scratch.
+size_t scan_forward_scratch_bytes(const ScanForward& p);
+cudaError_t scan_forward(const ScanForward& p, void* scratch, cudaStream_t stream);
+
+}  // namespace mobilemamba::cuda

@@ -1,0 +1,40 @@
+// The functions that the shared arithmetic calls, for single numbers: what cpu/vec.h defines for vectors.
+#pragma once
+
+#include <math.h>
+
+#include "kernels/macros.h"
+
+namespace mobilemamba {
+
+MOBILEMAMBA_HOST_DEVICE float exp(float x) {
+  return ::expf(x);
+}
+MOBILEMAMBA_HOST_DEVICE double exp(double x) {
+  return ::exp(x);
+}
+MOBILEMAMBA_HOST_DEVICE float log1p(float x) {
+  return ::log1pf(x);
+}
+MOBILEMAMBA_HOST_DEVICE double log1p(double x) {
+  return ::log1p(x);
+}
+MOBILEMAMBA_HOST_DEVICE float abs(float x) {
+  return ::fabsf(x);
+}
+MOBILEMAMBA_HOST_DEVICE double abs(double x) {
+  return ::fabs(x);
+}
+
+/// The greater of the two; `a` where either is NaN.
+template <typename T>
+MOBILEMAMBA_HOST_DEVICE T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <typename T>
+MOBILEMAMBA_HOST_DEVICE T select(bool condition, T a, T b) {
+  return condition ? a : b;
+}
+
+}  // namespace mobilemamba

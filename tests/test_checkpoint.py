@@ -1,0 +1,350 @@
+"""Checkpoints: every format that is read, what is written, and what is refused with which message."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from figures import small_cases
+from torch import Tensor
+
+from mobilemamba import MobileMamba, checkpoint, create_model, published
+from mobilemamba.checkpoint import Checkpoint
+from mobilemamba.transforms import Preprocessing
+
+PREPROCESSING = Preprocessing(resize=28, crop=28, mean=(0.286,), std=(0.353,))
+
+
+@pytest.fixture(scope="module")
+def nano() -> MobileMamba:
+    return create_model("nano")
+
+
+@pytest.fixture(scope="module")
+def t2() -> dict[str, Tensor]:
+    """A published state dict."""
+    return small_cases()[0].state_dict()
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def full(model: MobileMamba) -> Checkpoint:
+    """A checkpoint with everything known."""
+    labels = [f"class {i}" for i in range(model.num_classes)]
+    return Checkpoint(model.state_dict(), "nano", {"num_classes": model.num_classes}, labels, PREPROCESSING)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "weights.pth"])
+def test_round_trip(tmp_path: Path, nano: MobileMamba, name: str) -> None:
+    if name.endswith(".safetensors"):
+        pytest.importorskip("safetensors")
+    stored = full(nano)
+    checkpoint.save(tmp_path / name, stored)
+    back = checkpoint.read(tmp_path / name)
+    assert back.meta() == stored.meta()
+    assert back.preprocessing == PREPROCESSING
+    assert same(back.state_dict, stored.state_dict)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_plain_state_dict(tmp_path: Path) -> None:
+    model = create_model("nano", num_classes=7, in_chans=3, distillation=True)
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    back = checkpoint.read(tmp_path / "plain.pt")
+    assert (back.preset, back.labels, back.preprocessing) == ("nano", None, None)
+    assert back.model_args == {"num_classes": 7, "in_chans": 3, "distillation": True}
+    torch.save(create_model("nano", num_classes=0).state_dict(), tmp_path / "plain.pt")
+    assert checkpoint.read(tmp_path / "plain.pt").model_args["num_classes"] == 0
+
+
+def test_training_checkpoint(tmp_path: Path, nano: MobileMamba) -> None:
+    averaged = {key: tensor + 1 for key, tensor in nano.state_dict().items()}
+    state = {"format": "mobilemamba-training", "version": 1, "meta": full(nano).meta(), "model": nano.state_dict()}
+    for ema, expected in ((averaged, averaged), (None, nano.state_dict())):
+        torch.save({**state, "ema": ema, "optimizer": {}}, tmp_path / "last.pt")
+        back = checkpoint.read(tmp_path / "last.pt")
+        assert back.meta() == full(nano).meta()
+        assert same(back.state_dict, expected)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrap"),
+    [("", "plain"), ("module.", "net"), ("module.", "net_E"), ("", "net_E is None"), ("module.", "safetensors")],
+)
+def test_published(tmp_path: Path, t2: dict[str, Tensor], prefix: str, wrap: str) -> None:
+    tensors = {f"{prefix}{key}": tensor for key, tensor in t2.items()}
+    wrong = {key: tensor + 1 for key, tensor in tensors.items()}
+    path = tmp_path / "published"
+    if wrap == "safetensors":
+        pytest.importorskip("safetensors.torch").save_file({k: v.clone() for k, v in tensors.items()}, path)
+    else:
+        content = {"net": {"net": tensors}, "net_E": {"net": wrong, "net_E": tensors}}.get(wrap, {"net": tensors})
+        content = {"net": tensors, "net_E": None} if wrap == "net_E is None" else content
+        torch.save(tensors if wrap == "plain" else {**content, "epoch": 300}, path)
+    back = checkpoint.read(path)
+    assert back.preset == "t2"
+    assert back.model_args == {"num_classes": 1000, "in_chans": 3, "distillation": False}
+    head, transition = back.state_dict["head.norm.weight"], back.state_dict["stages.2.transition.4.project.conv.weight"]
+    assert torch.equal(head, t2["head.bn.weight"])
+    assert torch.equal(transition, t2["blocks3.2.1.m.pw2.c.weight"])
+    if wrap == "plain":
+        checkpoint.load_into(create_model("t2"), back.state_dict)
+
+
+def test_every_published_name_is_renamed_to_one_of_ours(t2: dict[str, Tensor]) -> None:
+    constants = [key for key in t2 if key.endswith("wt_filter")]
+    renamed = {published.rename(key, distilled=False) for key in t2 if key not in constants}
+    assert len(constants) == 10
+    assert renamed == set(create_model("t2").state_dict())
+    assert published.rename("head_dist.l.bias", distilled=True) == "head.teacher.linear.bias"
+    assert published.rename("head.l.bias", distilled=True) == "head.labels.linear.bias"
+
+
+def test_haar_filters_are_checked(tmp_path: Path, t2: dict[str, Tensor]) -> None:
+    key = next(key for key in t2 if key.endswith("iwt_filter"))
+    for changed, message in ((t2[key] * 1.01, r"\+-0\.5, got values that differ by 0\.005"), (t2[key][:5], "of shape")):
+        torch.save({**t2, key: changed}, tmp_path / "net.pth")
+        with pytest.raises(ValueError, match=f"net.pth: {key}: expected .*{message}"):
+            checkpoint.read(tmp_path / "net.pth")
+
+
+def test_mismatches_are_listed_and_nothing_is_loaded(nano: MobileMamba) -> None:
+    given = {key: torch.zeros_like(tensor) for key, tensor in nano.state_dict().items()}
+    shifted = given.pop("patch_embed.0.norm.weight")
+    given["patch_embed.0.norm.wait"] = shifted
+    given["head.norm.bias"] = torch.zeros(5)
+    given["head.norm.num_batches_tracked"] = torch.tensor(0.0)
+    before = {key: tensor.clone() for key, tensor in nano.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^file: the weights do not fit the model; 1 missing: ") as caught:
+        checkpoint.load_into(nano, given, source="file")
+    assert str(caught.value).endswith(
+        "1 missing: patch_embed.0.norm.weight; 1 unexpected: patch_embed.0.norm.wait; 2 mis-shaped: "
+        "head.norm.bias [5] instead of [128], head.norm.num_batches_tracked [] instead of [] of integers"
+    )
+    assert same(before, nano.state_dict())
+
+
+def test_other_preset(nano: MobileMamba, t2: dict[str, Tensor]) -> None:
+    given = published.convert(t2)
+    with pytest.raises(ValueError, match="do not fit the model: expected those of nano, got those of t2; ") as caught:
+        checkpoint.load_into(nano, given)
+    assert " more" in str(caught.value)
+    assert len(str(caught.value)) < 4000
+    with pytest.raises(ValueError, match="expected those of nano, got those of no known preset"):
+        checkpoint.load_into(nano, {"weight": torch.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 4}, "expected a head of 4 classes, got a head of 10 classes"),
+        ({"distillation": True}, "expected two heads of 10 classes, got a head of 10 classes"),
+    ],
+)
+def test_other_head(nano: MobileMamba, arguments: dict, message: str) -> None:
+    model = create_model("nano", **arguments)
+    head = {key: tensor.clone() for key, tensor in model.head.state_dict().items()}
+    with pytest.raises(ValueError, match=message + r" \(allow_head_mismatch=True keeps the model's\)"):
+        checkpoint.load_into(model, nano.state_dict())
+    checkpoint.load_into(model, nano.state_dict(), allow_head_mismatch=True)
+    assert same(head, model.head.state_dict())
+    assert same(model.stages.state_dict(), nano.stages.state_dict())
+
+
+def test_head_that_fits_is_loaded_even_if_it_need_not(nano: MobileMamba) -> None:
+    model = create_model("nano")
+    checkpoint.load_into(model, nano.state_dict(), allow_head_mismatch=True)
+    assert same(model.state_dict(), nano.state_dict())
+
+
+def test_model_without_head_takes_the_rest(nano: MobileMamba) -> None:
+    model = create_model("nano", num_classes=0)
+    checkpoint.load_into(model, nano.state_dict())
+    assert same(model.stages.state_dict(), nano.stages.state_dict())
+
+
+def test_other_precision(nano: MobileMamba) -> None:
+    half = {key: t.half() if t.is_floating_point() else t for key, t in nano.state_dict().items()}
+    model = create_model("nano")
+    checkpoint.load_into(model, half)
+    assert model.head.linear.weight.dtype == torch.float32
+
+
+class Payload:
+    """What loading with plain pickle would run."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("payload-was-run",)
+
+
+def test_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nano: MobileMamba) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content, name in ((Payload(), "posix.mkdir"), (nano, "mobilemamba.model.MobileMamba")):
+        torch.save({"net": content}, "bad.pth")
+        with pytest.raises(
+            ValueError, match=rf"bad\.pth: refused, .* run code of its own \({name}\); expected"
+        ) as caught:
+            checkpoint.read("bad.pth")
+        assert "\n" not in str(caught.value)
+    assert not Path("payload-was-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a checkpoint, got an empty file"),
+        (b"\n<!DOCTYPE html><html>" + b" " * 100, "expected a checkpoint, got an HTML or XML page"),
+        (b"GIF89a" + b"\x01" * 100, "expected a checkpoint (torch or safetensors), got something else"),
+        (b"PK\x03\x04" + b"\x00" * 100, "not a whole torch file"),
+        (b"\x10\0\0\0\0\0\0\0{" + b" " * 9, "not a whole safetensors file"),
+    ],
+)
+def test_not_a_checkpoint(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="file: ") as caught:
+        checkpoint.read(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "expected a state dict or a training checkpoint, got a list"),
+        ({"a": 1, "b": 2}, "expected a state dict of tensors, or one under 'net' or 'net_E', got a, b"),
+        ({}, "got nothing"),
+        ({"net": None}, "got NoneType"),
+        ({"net_E": {"a": 1}}, "got a"),
+        (
+            {"format": "mobilemamba", "version": 9, "meta": {}, "state_dict": {"a": torch.zeros(1)}},
+            "version 9 is newer",
+        ),
+        ({"format": "mobilemamba", "meta": {}, "state_dict": {"a": torch.zeros(1)}}, "expected version 1 .* got None"),
+        (
+            {"format": "mobilemamba", "version": 1, "meta": {"labels": 3}, "state_dict": {"a": torch.zeros(1)}},
+            "labels: expected a list, got 3",
+        ),
+        ({"format": "mobilemamba-training", "version": 1, "meta": {}, "ema": None, "model": 4}, "got int"),
+    ],
+)
+def test_other_torch_files(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=rf"file\.pt: .*{message}"):
+        checkpoint.read(tmp_path / "file.pt")
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent: no such checkpoint file"):
+        checkpoint.read(tmp_path / "absent")
+    with pytest.raises(ValueError, match="expected a checkpoint file, got a folder"):
+        checkpoint.read(tmp_path)
+
+
+def test_cut_files(tmp_path: Path, nano: MobileMamba) -> None:
+    for name in ("whole.pt", "whole.safetensors"):
+        if name.endswith(".safetensors"):
+            pytest.importorskip("safetensors")
+        checkpoint.save(tmp_path / name, full(nano))
+        whole = (tmp_path / name).read_bytes()
+        for length in (20, len(whole) // 2, len(whole) - 1):
+            (tmp_path / "cut").write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=r"cut: not a whole (torch|safetensors) file"):
+                checkpoint.read(tmp_path / "cut")
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path: Path, nano: MobileMamba) -> None:
+    path = tmp_path / "weights.pt"
+    checkpoint.save(path, full(nano))
+    old = path.read_bytes()
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.atomic_write(path, write)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_at_the_same_time(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    blocks = [bytes([i]) * 100_000 for i in range(8)]
+    threads = [
+        threading.Thread(target=checkpoint.atomic_write, args=(path, lambda temporary, b=b: temporary.write_bytes(b)))
+        for b in blocks
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in blocks
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_written_file_is_an_ordinary_one(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("target")
+    checkpoint.atomic_write(tmp_path / "link", lambda temporary: temporary.write_bytes(b"new"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"new"
+    (tmp_path / "other").touch()
+    assert (tmp_path / "target").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_bad_targets(tmp_path: Path, nano: MobileMamba) -> None:
+    with pytest.raises(ValueError, match=r"weights\.bin: expected a name that ends with \.safetensors, \.pt or \.pth"):
+        checkpoint.save(tmp_path / "weights.bin", full(nano))
+    with pytest.raises(FileNotFoundError, match=r"absent: no such folder to write weights\.pt into"):
+        checkpoint.save(tmp_path / "absent" / "weights.pt", full(nano))
+
+
+def test_safetensors_is_optional(tmp_path: Path, nano: MobileMamba, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    with pytest.raises(ValueError, match="need the package safetensors: pip install safetensors"):
+        checkpoint.save(tmp_path / "weights.safetensors", full(nano))
+    (tmp_path / "weights").write_bytes(b"\x10\0\0\0\0\0\0\0{" + b" " * 20)
+    with pytest.raises(ValueError, match="weights: safetensors files need the package safetensors: pip install"):
+        checkpoint.read(tmp_path / "weights")
+
+
+def test_convert(tmp_path: Path, t2: dict[str, Tensor]) -> None:
+    pytest.importorskip("safetensors")
+    source, target = tmp_path / "net.pth", tmp_path / "t2.safetensors"
+    torch.save({"net": t2, "net_E": None}, source)
+    summary = checkpoint.convert(source, target)
+    assert json.loads(json.dumps(summary)) == {
+        "preset": "t2",
+        "model_args": {"num_classes": 1000, "in_chans": 3, "distillation": False},
+        "parameters": sum(p.numel() for p in create_model("t2").parameters()),
+        "tensors": len(create_model("t2").state_dict()),
+        "sha256": checkpoint.sha256(target),
+    }
+    back = checkpoint.read(target)
+    assert (back.preset, back.preprocessing) == ("t2", Preprocessing(resize=219, crop=192))
+    checkpoint.load_into(create_model("t2"), back.state_dict)
+    again = checkpoint.convert(target, tmp_path / "again.safetensors")
+    assert again["sha256"] == summary["sha256"]
+
+
+def test_convert_refuses(tmp_path: Path, t2: dict[str, Tensor]) -> None:
+    source, target = tmp_path / "net.pth", tmp_path / "out.pt"
+    torch.save(t2, source)
+    with pytest.raises(ValueError, match=r"net\.pth: expected another file than the input"):
+        checkpoint.convert(source, source)
+    with pytest.raises(ValueError, match="do not fit the model: expected those of s6, got those of t2"):
+        checkpoint.convert(source, target, preset="s6")
+    with pytest.raises(ValueError, match="unknown model 't3'; did you mean"):
+        checkpoint.convert(source, target, preset="t3")
+    torch.save({key: tensor for key, tensor in t2.items() if "blocks3.4.mixer.m.attn.proj" not in key}, source)
+    with pytest.raises(ValueError, match=r"6 missing: stages\.2\.blocks\.1\.mixer\.proj\.conv\.weight, "):
+        checkpoint.convert(source, target)
+    torch.save({"weight": torch.zeros(3)}, source)
+    with pytest.raises(ValueError, match=r"net\.pth: not of a known preset by its shapes; expected preset to be given"):
+        checkpoint.convert(source, target)
+    assert not target.exists()

@@ -1,0 +1,138 @@
+"""The operators and the model outside eager mode: opcheck, TorchScript, torch.compile, torch.export, Meta."""
+
+import io
+
+import pytest
+import torch
+from test_operators import haar_arguments, scan_arguments
+
+import mobilemamba
+from mobilemamba import ops
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_scan(dtype):
+    arguments = scan_arguments(2, 5, 7, 3, 2, dtype=dtype, requires_grad=True)
+    checks = dict(atol=1e-2, rtol=1e-2) if dtype == torch.bfloat16 else {}
+    torch.library.opcheck(torch.ops.mobilemamba.bidirectional_scan, arguments, **checks)
+    grad = torch.randn(2, 5, 7, dtype=dtype)
+    # of the backward operator, gradients are refused: all other properties hold
+    torch.library.opcheck(
+        torch.ops.mobilemamba.bidirectional_scan_backward,
+        [grad.requires_grad_(), *arguments],
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    torch.library.opcheck(
+        torch.ops.mobilemamba.bidirectional_scan_backward, [grad.detach(), *[x.detach() for x in arguments]]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_haar(dtype):
+    image, weight = haar_arguments(2, 3, 5, 4, 3, dtype=dtype, requires_grad=True)
+    checks = dict(atol=1e-2, rtol=1e-2) if dtype == torch.bfloat16 else {}
+    torch.library.opcheck(torch.ops.mobilemamba.haar_conv2d, (image, weight), **checks)
+    grad = torch.randn(2, 3, 5, 4, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(torch.ops.mobilemamba.haar_conv2d_backward_weight, (grad, image, 3), **checks)
+
+
+def test_meta_has_the_shapes_strides_and_dtypes_of_the_cpu():
+    for arguments in (scan_arguments(2, 5, 7, 3, 2), scan_arguments(1, 1, 1), scan_arguments(0, 3, 4)):
+        grad = torch.randn_like(arguments[0])
+        real = torch.ops.mobilemamba.bidirectional_scan_backward(grad, *arguments)
+        meta = torch.ops.mobilemamba.bidirectional_scan_backward(grad.to("meta"), *[x.to("meta") for x in arguments])
+        for a, b in zip(real, meta, strict=True):
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def scan_loss(arguments):
+    return ops.bidirectional_scan(*arguments).sin().sum()
+
+
+@pytest.mark.parametrize("mode", ["script", "compile"])
+def test_operators_give_the_same_gradients(mode):
+    def scan(u, delta, A_log, B, C, D, dt_weight, dt_bias):
+        y = ops.bidirectional_scan(u, delta, A_log, B, C, D, dt_weight, dt_bias)
+        return torch.sin(y)
+
+    def haar(image, weight):
+        return torch.sin(ops.haar_conv2d(image, weight))
+
+    for function, arguments in (
+        (scan, [scan_arguments(2, 5, n, 3, requires_grad=True) for n in (7, 9, 4)]),
+        (haar, [haar_arguments(2, 3, n, 6, 3, requires_grad=True) for n in (7, 8, 5)]),
+    ):
+        torch.compiler.reset()
+        if mode == "script":
+            transformed = torch.jit.script(function)
+        else:
+            transformed = torch.compile(function, fullgraph=True, dynamic=True)
+        for sizes in arguments:
+            expected = torch.autograd.grad(function(*sizes).sum(), sizes)
+            actual = torch.autograd.grad(transformed(*sizes).sum(), sizes)
+            for a, b in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return mobilemamba.nano().eval()
+
+
+IMAGES = [(2, 1, 28, 28), (3, 1, 37, 19), (1, 1, 9, 64)]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_model_scripted_and_loaded_again(model, fused):
+    model = model.fuse() if fused else model
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for shape in IMAGES:
+        x = torch.randn(shape)
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_distilled_model_scripted():
+    model = mobilemamba.nano(distillation=True)
+    scripted = torch.jit.script(model)
+    x = torch.randn(2, 1, 28, 28)
+    assert len(scripted(x)) == 2
+    torch.testing.assert_close(scripted.eval()(x), model.eval()(x))
+
+
+def test_model_compiled(model):
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in IMAGES:
+        x = torch.randn(shape)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_model_compiled_for_training():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = mobilemamba.nano().double()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    expected = torch.autograd.grad(model(x).sin().sum(), parameters)
+    actual = torch.autograd.grad(compiled(x).sin().sum(), parameters)
+    for name, a, b in zip(names, actual, expected, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_model_exported(model, fused):
+    model = model.fuse() if fused else model
+    batch, height, width = (torch.export.Dim(n, min=1 if n == "b" else 8, max=512) for n in ("b", "h", "w"))
+    program = torch.export.export(
+        model, (torch.randn(2, 1, 40, 44),), dynamic_shapes=({0: batch, 2: height, 3: width},), strict=False
+    )
+    for shape in IMAGES:
+        x = torch.randn(shape)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
