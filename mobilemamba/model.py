@@ -72,14 +72,16 @@ class Stage(nn.Module):
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Recomputation in the backward pass sees each batch a second time; the running statistics must not."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats and m.training]
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
 
 
 class Classifier(nn.Module):
@@ -176,7 +178,7 @@ class MobileMamba(nn.Module):
             reduction *= stride
         self.patch_embed = nn.Sequential(*stem)
 
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        rates = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         stages = []
         for i in range(3):
             transition = Transition(widths[i - 1], widths[i]) if i else nn.Identity()

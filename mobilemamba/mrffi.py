@@ -67,6 +67,8 @@ class HaarConv2d(nn.Module):
 
     def __init__(self, dim: int, kernel: int) -> None:
         super().__init__()
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"wavelet kernel size must be odd, got {kernel}")
         self.weight = nn.Parameter(torch.empty(4 * dim, 1, kernel, kernel))
         self.scale = nn.Parameter(torch.full((4 * dim,), 0.1))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Conv2d's default

@@ -47,10 +47,6 @@ def test_meta_has_the_shapes_strides_and_dtypes_of_the_cpu():
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
-def scan_loss(arguments):
-    return ops.bidirectional_scan(*arguments).sin().sum()
-
-
 @pytest.mark.parametrize("mode", ["script", "compile"])
 def test_operators_give_the_same_gradients(mode):
     def scan(u, delta, A_log, B, C, D, dt_weight, dt_bias):
@@ -105,12 +101,15 @@ def test_distilled_model_scripted():
     torch.testing.assert_close(scripted.eval()(x), model.eval()(x))
 
 
-def test_model_compiled(model):
+def test_model_compiled_for_any_size():
+    """Whole graph, symbolic batch and image size. (Tracing costs the time, so the backend is the quickest one.)"""
     torch.compiler.reset()
+    model = mobilemamba.nano(depths=(1, 1, 1)).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    for shape in IMAGES:
-        x = torch.randn(shape)
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for shape in ((2, 1, 40, 36), (3, 1, 37, 51)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_model_compiled_for_training():
@@ -129,10 +128,11 @@ def test_model_compiled_for_training():
 @pytest.mark.parametrize("fused", [False, True])
 def test_model_exported(model, fused):
     model = model.fuse() if fused else model
-    batch, height, width = (torch.export.Dim(n, min=1 if n == "b" else 8, max=512) for n in ("b", "h", "w"))
+    # torch.export treats a size of 1 as a case of its own: from 17 pixels on, the last map of nano has at least 2
+    batch, height, width = torch.export.Dim("b", max=512), *(torch.export.Dim(n, min=17, max=512) for n in "hw")
     program = torch.export.export(
         model, (torch.randn(2, 1, 40, 44),), dynamic_shapes=({0: batch, 2: height, 3: width},), strict=False
     )
-    for shape in IMAGES:
+    for shape in ((2, 1, 28, 28), (3, 1, 37, 19), (1, 1, 17, 64)):
         x = torch.randn(shape)
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)

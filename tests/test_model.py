@@ -1,0 +1,221 @@
+"""The model family: presets, sizes, heads, features, folding, training behaviour, what is refused."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import mobilemamba
+from mobilemamba import MRFFI, create_model
+from mobilemamba.layers import DropPath
+from mobilemamba.mrffi import split_channels
+
+PUBLISHED = {  # parameters in millions, and (global, local, identity) channels of each stage
+    "t2": (8.837, [(112, 28, 4), (192, 54, 26), (224, 110, 34)]),
+    "t4": (14.176, [(144, 32, 0), (256, 73, 39), (272, 134, 42)]),
+    "s6": (15.037, [(160, 32, 0), (272, 76, 36), (272, 134, 42)]),
+    "b1": (17.123, [(160, 40, 0), (256, 75, 45), (272, 134, 42)]),
+}
+
+
+@pytest.fixture
+def nano():
+    """A nano whose residual branches all do something, unlike at initialisation."""
+    torch.manual_seed(0)
+    model = mobilemamba.nano()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            nn.init.normal_(module.weight, 0.3, 0.03)
+            nn.init.normal_(module.bias, 0, 0.1)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    millions, splits = PUBLISHED[name]
+    with torch.device("meta"):
+        model = create_model(name)
+    mixers = [block.mixer for stage in model.stages for block in stage.blocks]
+    haar_filters = sum(32 * mixer.split[0] for mixer in mixers)  # constants, which the published count includes
+    assert round((sum(p.numel() for p in model.parameters()) + haar_filters) / 1e6, 3) == millions
+    assert [stage.blocks[0].mixer.split for stage in model.stages] == splits
+
+
+def test_every_listed_model_is_a_function_of_the_package():
+    assert mobilemamba.list_models() == ["nano", "t2", "t4", "s6", "b1", "b2", "b4"]
+    for name in mobilemamba.list_models():
+        assert callable(getattr(mobilemamba, name))
+
+
+def test_features_and_head():
+    model = create_model("t2", num_classes=7).eval()
+    x = torch.randn(2, 3, 96, 130)
+    with torch.no_grad():
+        maps = model.forward_features(x, stages=True)
+        last = model.forward_features(x)
+        assert [tuple(m.shape) for m in maps] == [(2, 144, 6, 9), (2, 272, 3, 5), (2, 368, 2, 3)]
+        assert torch.equal(last, maps[-1])
+        assert model.forward_head(last, pre_logits=True).shape == (2, model.num_features)
+        assert torch.equal(model.forward_head(last), model(x))
+    assert [info["reduction"] for info in model.feature_info] == [16, 32, 64]
+    assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 28), (5, 3), (16, 16), (31, 33)], ids=str)
+def test_any_image_size(nano, size):
+    x = torch.randn(2, 1, *size)
+    with torch.no_grad():
+        y = nano(x)
+        torch.testing.assert_close(nano.fuse()(x), y, rtol=1e-4, atol=1e-5)
+    assert y.shape == (2, 10)
+    assert y.isfinite().all()
+
+
+def test_memory_format_strides_and_empty_batches(nano):
+    x = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        y = nano(x)
+        torch.testing.assert_close(nano(x.contiguous(memory_format=torch.channels_last)), y)
+        torch.testing.assert_close(nano(torch.stack([x, x], -1)[..., 0]), y)
+        assert nano(x[:0]).shape == (0, 10)
+        assert nano.fuse()(x[:0]).shape == (0, 10)
+        torch.testing.assert_close(torch.cat([nano(x[:1]), nano(x[1:])]), y)  # samples do not see each other
+
+
+def test_distillation_returns_both_heads_in_training_and_their_mean_in_evaluation():
+    torch.manual_seed(0)
+    model = mobilemamba.nano(distillation=True)
+    x = torch.randn(4, 1, 28, 28)
+    labels, teacher = model.train()(x)
+    assert labels.shape == teacher.shape == (4, 10)
+    assert not torch.equal(labels, teacher)
+    model.eval()
+    with torch.no_grad():
+        pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+        expected = (model.head.labels(pooled) + model.head.teacher(pooled)) / 2
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model.fuse()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_reset_classifier(nano):
+    x = torch.randn(2, 1, 28, 28)
+    nano.double().reset_classifier(3)
+    assert nano(x.double()).shape == (2, 3)
+    nano.reset_classifier(5, distillation=True)
+    assert len(nano.train()(x.double())) == 2
+    nano.reset_classifier(0)
+    assert nano.eval()(x.double()).shape == (2, nano.num_features)
+
+
+def test_fuse_folds_every_norm_and_leaves_the_model_alone(nano):
+    before = copy.deepcopy(nano.state_dict())
+    nano.train()
+    fused = nano.fuse()
+    assert nano.training
+    assert not fused.training
+    assert all(torch.equal(v, before[k]) for k, v in nano.state_dict().items())
+    assert not any(isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) for m in fused.modules())
+    again = pickle.loads(pickle.dumps(copy.deepcopy(fused)))
+    x = torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(again(x), nano.eval()(x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        half = fused.to(torch.bfloat16)(x.to(torch.bfloat16)).float()
+    assert (half - nano(x)).std() < 3e-2 * nano(x).std()
+
+
+@pytest.mark.parametrize("kernels", [(3,), (3, 5), (3, 5, 7)], ids=str)
+@pytest.mark.parametrize("state", [1, 3])
+def test_mrffi_with_several_local_kernels_and_states(kernels, state):
+    torch.manual_seed(0)
+    mixer = MRFFI(40, 0.4, 0.4, wavelet_kernel=3, local_kernels=kernels, d_state=state).double()
+    assert mixer.split == (16, 16, 8)
+    assert [g[0].conv.kernel_size[0] for g in mixer.local_part.groups] == list(kernels)
+    assert sum(mixer.local_part.widths) == 16
+    nn.init.ones_(mixer.proj.norm.weight)
+    x = torch.randn(2, 40, 5, 6, dtype=torch.float64, requires_grad=True)
+    mixer(x).sin().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+
+
+def test_whole_models_take_several_local_kernels():
+    model = mobilemamba.nano(local_kernels=((3, 5), (3,), (3, 5, 7)), wavelet_kernels=(7, 5, 3), d_state=2)
+    assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+    assert torch.jit.script(model)(torch.randn(2, 1, 20, 28)).shape == (2, 10)
+
+
+def test_split_channels_rounds_a_tie_up():
+    assert split_channels(50, 0.8, 0.2) == (48, 2, 0)  # 40 is between 32 and 48
+    assert split_channels(64, 1.0, 0.0) == (64, 0, 0)
+
+
+def test_initial_values():
+    """Every block starts as twice the identity: the norm that ends each residual branch has weight 0."""
+    model = mobilemamba.nano().eval()
+    block = model.stages[1].blocks[0]
+    x = torch.randn(1, 96, 4, 4)
+    assert torch.equal(block(x), 2 * x)
+    ss2d = block.mixer.global_part.ss2d
+    assert not ss2d.A_log.any()
+    assert (ss2d.D == 1).all()
+    assert (block.mixer.global_part.base_scale == 1).all()
+    assert (block.mixer.global_part.wavelet.scale == torch.tensor(0.1)).all()
+
+
+def test_no_weight_decay_names_the_parameters_of_the_state_space(nano):
+    names = nano.no_weight_decay()
+    assert {n.rsplit(".", 1)[-1] for n in names} == {"A_log", "D", "dt_bias"}
+    assert names <= dict(nano.named_parameters()).keys()
+
+
+def test_drop_path():
+    torch.manual_seed(0)
+    x = torch.ones(2000, 3)
+    drop = DropPath(0.25)
+    y = drop(x)
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert (y == y[:, :1]).all()  # whole samples
+    assert abs(y.mean().item() - 1) < 0.05
+    assert torch.equal(drop.eval()(x), x)
+    rates = [b.drop_path.rate for s in create_model("b1", num_classes=2).stages for b in s.blocks]
+    assert rates[0] == 0
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(0.03)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    torch.manual_seed(0)
+    plain = mobilemamba.nano(drop_path_rate=0.2).double()
+    saving = copy.deepcopy(plain)
+    saving.set_grad_checkpointing()
+    x = torch.randn(4, 1, 28, 28, dtype=torch.float64)
+    for model in (plain, saving):
+        torch.manual_seed(1)
+        model(x).sin().sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, a), b in zip(plain.named_buffers(), saving.buffers(), strict=True):
+        assert torch.equal(a, b), name  # the running statistics saw the batch once
+
+
+def test_refused_arguments(nano):
+    refused = [
+        (lambda: create_model("s7"), "unknown model 's7'; did you mean s6"),
+        (lambda: nano(torch.randn(2, 3, 28, 28)), r"expected images of shape (batch, 1, height, width), got [2, 3, 28"),
+        (lambda: nano(torch.randn(1, 28, 28)), "expected images of shape (batch, 1, height, width), got [1, 28, 28]"),
+        (lambda: nano(torch.randn(1, 1, 0, 28)), "expected height and width of at least 1, got [1, 1, 0, 28]"),
+        (lambda: mobilemamba.nano(num_classes=-1), "num_classes must not be negative, got -1"),
+        (lambda: mobilemamba.nano(drop_path_rate=1.5), "drop path rate must be in [0, 1), got"),
+        (lambda: MRFFI(40, 0.1, 0.4, 3, (3,)), "global_ratio=0.1 of 40 channels gives a global part of 0 channels"),
+        (lambda: MRFFI(40, 0.4, -0.1, 3, (3,)), "local_ratio must not be negative, got -0.1"),
+        (lambda: MRFFI(40, 0.4, 0.4, 3, (4,)), "local kernel sizes must be odd and at least one, got (4,)"),
+        (lambda: MRFFI(40, 0.4, 0.05, 3, (3, 5, 7)), "3 local kernel sizes (3, 5, 7) need as many channels, got 2"),
+        (lambda: MRFFI(40, 0.4, 0.4, 4, (3,)), "wavelet kernel size must be odd, got 4"),
+    ]
+    for call, message in refused:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
