@@ -4,12 +4,13 @@ from . import ops
 from .model import MobileMamba
 from .mrffi import MRFFI
 from .ops import bidirectional_scan, haar_conv2d
-from .presets import b1, b2, b4, create_model, list_models, nano, s6, t2, t4
+from .presets import PRESETS, b1, b2, b4, create_model, list_models, nano, s6, t2, t4
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MRFFI",
+    "PRESETS",
     "MobileMamba",
     "b1",
     "b2",

@@ -25,6 +25,7 @@ FASHION_MNIST_LABELS = (
     *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
+FASHION_MNIST_PREPROCESSING = Preprocessing(resize=28, crop=28, mean=(0.286,), std=(0.353,))
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -116,8 +117,7 @@ def load_fashion_mnist(root: Path) -> DataSet:
         if len(labels) and int(labels.max()) >= len(FASHION_MNIST_LABELS):
             raise ValueError(f"{root}: expected '{part}' labels from 0 to 9, got {int(labels.max())}")
         parts.append(InMemory(images.unsqueeze(1), labels))
-    preprocessing = Preprocessing(resize=28, crop=28, mean=(0.286,), std=(0.353,))
-    return DataSet(*parts, FASHION_MNIST_LABELS, preprocessing)
+    return DataSet(*parts, FASHION_MNIST_LABELS, FASHION_MNIST_PREPROCESSING)
 
 
 def find_idx(root: Path, stem: str) -> Path:
@@ -160,9 +160,7 @@ def load_folder(root: Path, size: int) -> DataSet:
     extra = sorted({path.name for path in subfolders(root / "val")} - set(names))
     if extra:
         raise ValueError(f"{root / 'val'}: expected only classes of {root / 'train'}, got {', '.join(extra)}")
-    preprocessing = Preprocessing(
-        resize=int(size / 0.875), crop=size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-    )
+    preprocessing = Preprocessing(resize=int(size / 0.875), crop=size)
     parts = []
     for part in ("train", "val"):
         files = [

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from . import checkpoint
-from .data import FASHION_MNIST_LABELS
+from .data import FASHION_MNIST_LABELS, FASHION_MNIST_PREPROCESSING
 from .download import fetch
 from .transforms import Preprocessing
 
@@ -62,7 +62,7 @@ _NANO = WeightsEntry(
     variant="plain",
     file_name="nano.pt",
     drive_id=None,
-    preprocessing=Preprocessing(resize=28, crop=28, mean=(0.286,), std=(0.353,)),  # Fashion-MNIST
+    preprocessing=FASHION_MNIST_PREPROCESSING,
     labels=FASHION_MNIST_LABELS,
 )
 

@@ -1,5 +1,8 @@
 """Slow, obvious PyTorch versions of the operators: the oracle of the tests and the baseline of the benchmarks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,9 +45,14 @@ def haar_conv2d(input: Tensor, weight: Tensor) -> Tensor:
     return F.conv_transpose2d(bands, filters, stride=2, groups=channels)[:, :, :height, :width]
 
 
-def install(monkeypatch) -> None:
-    """Make ``mobilemamba``'s modules use these functions: the plain PyTorch rendition of the network."""
-    import mobilemamba.mrffi
+@contextmanager
+def plain_pytorch() -> Iterator[None]:
+    """Within it, ``mobilemamba``'s modules use these functions: the plain PyTorch rendition of the network."""
+    from mobilemamba import mrffi
 
-    monkeypatch.setattr(mobilemamba.mrffi, "bidirectional_scan", bidirectional_scan)
-    monkeypatch.setattr(mobilemamba.mrffi, "haar_conv2d", haar_conv2d)
+    native = mrffi.bidirectional_scan, mrffi.haar_conv2d
+    mrffi.bidirectional_scan, mrffi.haar_conv2d = bidirectional_scan, haar_conv2d
+    try:
+        yield
+    finally:
+        mrffi.bidirectional_scan, mrffi.haar_conv2d = native

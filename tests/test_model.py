@@ -5,6 +5,7 @@ import pickle
 import re
 
 import pytest
+import reference
 import torch
 from torch import nn
 
@@ -74,6 +75,14 @@ def test_any_image_size(nano, size):
         torch.testing.assert_close(nano.fuse()(x), y, rtol=1e-4, atol=1e-5)
     assert y.shape == (2, 10)
     assert y.isfinite().all()
+
+
+def test_network_equals_its_plain_pytorch_rendition(nano):
+    nano, x = nano.double(), torch.randn(2, 1, 28, 44, dtype=torch.float64)
+    with torch.no_grad():
+        y = nano(x)
+        with reference.plain_pytorch():
+            torch.testing.assert_close(nano(x), y)
 
 
 def test_memory_format_strides_and_empty_batches(nano):
