@@ -13,4 +13,6 @@ TORCH_LIBRARY(mobilemamba, m) {
       tags);
   m.def("haar_conv2d(Tensor input, Tensor weight) -> Tensor", tags);
   m.def("haar_conv2d_backward_weight(Tensor grad_output, Tensor input, int kernel_size) -> Tensor", tags);
+  // the instruction set that the CPU kernels were chosen for: generic, avx2 or avx512
+  m.def("cpu_kernels() -> str");
 }

@@ -30,7 +30,7 @@ def collect() -> dict[str, Any]:
             "nvcc flags": " ".join(build["nvcc_flags"]) or None,
         },
         "backends": {
-            "CPU": "yes",
+            "CPU": f"{torch.ops.mobilemamba.cpu_kernels()} kernels",
             "CUDA": f"{build['cuda']}, {' '.join(build['archs'])}" if _native.has_cuda_kernels() else "not built",
         },
         "running": {

@@ -1,7 +1,10 @@
 // Chooses the CPU kernels for this machine, once.
 #include "cpu/kernels.h"
 
+#include <torch/library.h>
+
 #include <cstdlib>
+#include <string>
 #include <string_view>
 
 namespace mobilemamba::cpu {
@@ -26,6 +29,10 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+TORCH_LIBRARY_IMPL(mobilemamba, CompositeExplicitAutograd, m) {
+  m.impl("cpu_kernels", [] { return std::string(kernels().name); });
 }
 
 }  // namespace mobilemamba::cpu
