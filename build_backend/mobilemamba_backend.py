@@ -2,8 +2,8 @@
 
 Build isolation hides that torch, and a library built against another one does not load. So the hooks ask the target
 environment for its torch. Where there is one, the build uses it; only where there is none do they ask for a torch, and
-the wheel then requires that one. A front end that makes an interpreter of its own for the build (``python -m build``,
-uv) has no such target: give it ``--no-build-isolation``.
+the wheel then requires that one. A front end that makes an interpreter of its own for the build (uv,
+``python -m build``) has no such target: tell it not to isolate.
 """
 
 import importlib

@@ -64,6 +64,8 @@ def choose_archs(requested: str, toolkit: Toolkit) -> tuple[str, ...]:
             raise SystemExit(
                 f"mobilemamba: TORCH_CUDA_ARCH_LIST has {arch!r}; expected compute capabilities such as 8.0;9.0+PTX"
             )
+        if float(match[1]) < 7:
+            raise SystemExit(f"mobilemamba: TORCH_CUDA_ARCH_LIST has {arch}; expected 7.0 (Volta) or later")
         if match[1] not in toolkit.archs:
             raise SystemExit(
                 f"mobilemamba: TORCH_CUDA_ARCH_LIST has {arch}, and nvcc {toolkit.version} "

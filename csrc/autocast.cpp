@@ -14,18 +14,25 @@ Tensor cast(const Tensor& x) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device);
 }
 
+/// Parameters stay in float32, where the operators take them beside any lower precision.
+template <c10::DeviceType device>
+Tensor parameter(const Tensor& x) {
+  return at::autocast::cached_cast(at::kFloat, x, device);
+}
+
 template <c10::DeviceType device, c10::DispatchKey key>
 Tensor scan(const Tensor& u, const Tensor& delta, const Tensor& A_log, const Tensor& B, const Tensor& C,
             const Tensor& D, const Tensor& dt_weight, const Tensor& dt_bias) {
   const c10::impl::ExcludeDispatchKeyGuard below(key);
-  return bidirectional_scan(cast<device>(u), cast<device>(delta), A_log, cast<device>(B), cast<device>(C), D, dt_weight,
-                            dt_bias);
+  return bidirectional_scan(cast<device>(u), cast<device>(delta), parameter<device>(A_log), cast<device>(B),
+                            cast<device>(C), parameter<device>(D), parameter<device>(dt_weight),
+                            parameter<device>(dt_bias));
 }
 
 template <c10::DeviceType device, c10::DispatchKey key>
 Tensor haar(const Tensor& input, const Tensor& weight) {
   const c10::impl::ExcludeDispatchKeyGuard below(key);
-  return haar_conv2d(cast<device>(input), weight);
+  return haar_conv2d(cast<device>(input), parameter<device>(weight));
 }
 
 }  // namespace

@@ -1,13 +1,12 @@
 """Weights in files: reading any format that is known, fitting them to a model, and writing them atomically."""
 
-import hashlib
 import json
 import os
 import pickle
 import re
-import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import published
+from .files import atomic_write, is_page, sha256
+from .identify import check_model_args, fitting_presets, guess_model_args
+from .model import MobileMamba
 from .transforms import Preprocessing
 
-__all__ = ["Checkpoint", "atomic_write", "convert", "guess_preset", "load_into", "read", "save", "sha256"]
+__all__ = ["Checkpoint", "convert", "load_into", "load_torch", "open_model", "read", "save"]
 
 PathLike = str | os.PathLike[str]
 
@@ -32,7 +34,7 @@ class Checkpoint:
 
     Args:
         state_dict: tensors by this package's names.
-        preset: name of the preset, None if not known.
+        preset: name of the preset; None if not known, or if the shapes fit several.
         model_args: arguments of :class:`MobileMamba` that differ from the preset's, such as ``num_classes``.
         labels: names of the classes.
         preprocessing: how the model wants its images.
@@ -73,9 +75,11 @@ def read(path: PathLike) -> Checkpoint:
     try:
         if not start:
             raise ValueError("expected a checkpoint, got an empty file")
-        if start.lstrip()[:1] == b"<":
+        if start[8:9] == b"{":  # the header, after its length in bytes that may be any: those of a page, too
+            return _interpret(*_read_safetensors(path))
+        if is_page(start):
             raise ValueError("expected a checkpoint, got an HTML or XML page")
-        return _interpret(*(_read_safetensors(path) if start[8:9] == b"{" else _read_torch(path)))
+        return _interpret(*_read_torch(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -92,9 +96,16 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any]:
         raise ValueError(f"not a whole safetensors file: {_one_line(error)}") from error
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Any], Any]:
+def load_torch(path: Path) -> Any:
+    """What ``torch.save`` stored, as long as it is tensors and plain containers.
+
+    Raises:
+        ValueError: it is something else; one line, without the name of the file.
+    """
+    if _is_torchscript(path):
+        raise ValueError("expected a checkpoint, got a TorchScript program; save the state_dict() of its model instead")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if blocked:
@@ -105,11 +116,26 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], Any]:
         raise ValueError("expected a checkpoint (torch or safetensors), got something else") from error
     except Exception as error:  # torch.load documents none: broken zip files, ends of file, missing records, ...
         raise ValueError(f"not a whole torch file: {_one_line(error)}") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(re.match(r"[^/]+/(code/|constants\.pkl$)", name) for name in archive.namelist())
+    except Exception:  # broken, or of another format: torch.load says how
+        return False
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Any], Any]:
+    content = load_torch(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a state dict or a training checkpoint, got a {type(content).__name__}")
     kind = content.get("format")
     if kind in (FORMAT, TRAINING_FORMAT):
-        meta = {"version": content.get("version"), **(content.get("meta") or {})}
+        meta = content.get("meta")
+        if not isinstance(meta, dict):
+            raise ValueError(f"meta: expected a dict, got {meta!r:.100}")
+        meta = {**meta, "version": content.get("version")}
         if kind == FORMAT:
             return content.get("state_dict"), meta
         return (content.get("model") if content.get("ema") is None else content.get("ema")), meta
@@ -129,7 +155,8 @@ def _interpret(tensors: Any, meta: Any) -> Checkpoint:
     if published.is_published(state_dict):
         state_dict = published.convert(state_dict)
     if meta is None:
-        return Checkpoint(state_dict, guess_preset(state_dict), _guess_model_args(state_dict))
+        fitting = fitting_presets(state_dict)
+        return Checkpoint(state_dict, fitting[0] if len(fitting) == 1 else None, guess_model_args(state_dict))
     version = meta.get("version") if isinstance(meta, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"expected version {VERSION} of the format, got {version!r}")
@@ -139,35 +166,12 @@ def _interpret(tensors: Any, meta: Any) -> Checkpoint:
     for name, kind in (("preset", str), ("model_args", dict), ("labels", list), ("preprocessing", dict)):
         if not isinstance(fields[name], (kind, type(None))):
             raise ValueError(f"{name}: expected a {kind.__name__}, got {fields[name]!r:.100}")
+    if not all(isinstance(label, str) for label in fields["labels"] or ()):
+        raise ValueError(f"labels: expected a list of names, got {fields['labels']!r:.100}")
     fields["model_args"] = fields["model_args"] or {}
+    check_model_args(fields["model_args"])
     fields["preprocessing"] = fields["preprocessing"] and Preprocessing.from_dict(fields["preprocessing"])
     return Checkpoint(state_dict, **fields)
-
-
-def guess_preset(state_dict: Mapping[str, Tensor]) -> str | None:
-    """The preset with the widths and depths of ``state_dict`` (b1 for b1, b2 and b4, which are one network)."""
-    from .presets import PRESETS  # not at the top: presets needs this module
-
-    def block_count(stage: int) -> int:
-        pattern = re.compile(rf"stages\.{stage}\.blocks\.(\d+)\.")
-        return len({match[1] for match in map(pattern.match, state_dict) if match})
-
-    projections = [state_dict.get(f"stages.{i}.blocks.0.mixer.proj.conv.weight") for i in range(3)]
-    widths = tuple(0 if weight is None else weight.shape[0] for weight in projections)
-    depths = tuple(map(block_count, range(3)))
-    fitting = (name for name, args in PRESETS.items() if (args["widths"], args["depths"]) == (widths, depths))
-    return next(fitting, None)
-
-
-def _guess_model_args(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The constructor arguments that can be seen from the shapes, whatever the preset."""
-    found: dict[str, Any] = {"distillation": "head.teacher.linear.weight" in state_dict}
-    head = state_dict.get("head.labels.linear.weight" if found["distillation"] else "head.linear.weight")
-    stem = state_dict.get("patch_embed.0.conv.weight")
-    found["num_classes"] = 0 if head is None else head.shape[0]
-    if stem is not None and stem.dim() == 4:
-        found["in_chans"] = stem.shape[1]
-    return found
 
 
 def load_into(
@@ -181,7 +185,8 @@ def load_into(
         source: file name for the message.
 
     Raises:
-        ValueError: one line with every missing, unexpected and mis-shaped key (ten of each are named).
+        ValueError: one line: the presets where they differ, otherwise every missing, unexpected and mis-shaped key
+            (ten of each are named).
     """
     own = model.state_dict()
     given = dict(state_dict)
@@ -201,10 +206,18 @@ def load_into(
         if key in given and _describe(given[key]) != _describe(own[key])
     ]
     if missing or unexpected or differing:
+        prefix = f"{source}: " if source else ""
+        expected, got = (" or ".join(fitting_presets(weights)) for weights in (model.state_dict(), state_dict))
+        if expected and got and expected != got:
+            raise ValueError(f"{prefix}expected weights of {expected}, got those of {got}")
         problems = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", differing))
-        counts = "; ".join(f"{len(keys)} {what}: {_shorten(keys)}" for what, keys in problems if keys)
-        hint = _mismatch_hint(model.state_dict(), state_dict, [*missing, *unexpected, *differing])
-        raise ValueError(f"{f'{source}: ' if source else ''}the weights do not fit the model{hint}; {counts}")
+        counts = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems if keys)
+        heads, hint = [_describe_head(weights) for weights in (model.state_dict(), state_dict)], ""
+        if expected != got:
+            hint = f": expected those of {expected or 'no known preset'}, got those of {got or 'no known preset'}"
+        elif heads[0] != heads[1] and all(map(_in_head, [*missing, *unexpected, *differing])):
+            hint = f": expected {heads[0]}, got {heads[1]} (allow_head_mismatch=True keeps the model's)"
+        raise ValueError(f"{prefix}the weights do not fit the model{hint}; {counts}")
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(given[key])
@@ -219,21 +232,14 @@ def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)}{'' if tensor.is_floating_point() else ' of integers'}"
 
 
-def _shorten(keys: list[str], limit: int = 10) -> str:
+def _describe_head(state_dict: Mapping[str, Tensor]) -> str:
+    args = guess_model_args(state_dict)
+    return f"{'two heads' if args['distillation'] else 'a head'} of {args['num_classes']} classes"
+
+
+def shorten(keys: list[str], limit: int = 10) -> str:
+    """The first of ``keys``, and how many more there are."""
     return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
-
-
-def _mismatch_hint(own: Mapping[str, Tensor], given: Mapping[str, Tensor], keys: list[str]) -> str:
-    """What is probably wrong: another preset, or another head."""
-    expected, got = guess_preset(own), guess_preset(given)
-    if expected != got:
-        return f": expected those of {expected or 'no known preset'}, got those of {got or 'no known preset'}"
-    if all(map(_in_head, keys)):
-        heads = []
-        for args in map(_guess_model_args, (own, given)):
-            heads.append(f"{'two heads' if args['distillation'] else 'a head'} of {args['num_classes']} classes")
-        return f": expected {heads[0]}, got {heads[1]} (allow_head_mismatch=True keeps the model's)"
-    return ""
 
 
 def save(path: PathLike, checkpoint: Checkpoint) -> None:
@@ -252,54 +258,40 @@ def save(path: PathLike, checkpoint: Checkpoint) -> None:
         raise ValueError(f"{path}: expected a name that ends with .safetensors, .pt or .pth")
 
 
-def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary)`` with a path beside ``path``, then put that file in the place of ``path``.
+def open_model(source: PathLike, preset: str | None = None) -> tuple[MobileMamba, Checkpoint]:
+    """The model in a file, and the file's content with preset and preprocessing known.
 
-    A reader sees the old file or the new one, whole, whenever the process or the machine stops.
+    Args:
+        preset: the preset, needed where the shapes fit several (b1, b2 and b4 are one network) or none. What the file
+            says of another preset, and of its preprocessing, gives way.
     """
-    path = Path(os.path.realpath(path))  # a link stays a link
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} into")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    from . import presets, weights  # not at the top: both need this module
 
-
-def sha256(path: PathLike) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    stored = read(source)
+    name = preset or stored.preset
+    if name is None:
+        fitting = fitting_presets(stored.state_dict)
+        which = f"of {' or '.join(fitting)}, which are one network" if fitting else "of no known preset by their shapes"
+        raise ValueError(f"{source}: the weights are {which}; expected the model to be named (--model)")
+    model = presets.create_model(name, **stored.model_args)
+    load_into(model, stored.state_dict, source=source)
+    if stored.preprocessing is None or stored.preset not in (None, name):
+        return model, replace(stored, preset=name, preprocessing=weights.entry(name).preprocessing)
+    return model, replace(stored, preset=name)
 
 
 def convert(source: PathLike, target: PathLike, preset: str | None = None) -> dict[str, Any]:
     """Write the weights of any readable file in this package's format, checked against the whole model first.
 
     Args:
-        preset: the preset, needed to tell b2 and b4 from b1, or where the shapes are of no preset.
+        preset: as for :func:`open_model`.
 
     Returns:
         ``preset``, ``model_args``, number of ``parameters`` and ``tensors``, and the ``sha256`` of ``target``.
     """
-    from . import presets, weights  # not at the top: both need this module
-
-    checkpoint = read(source)
+    model, checkpoint = open_model(source, preset)
     if Path(target).exists() and os.path.samefile(source, target):
         raise ValueError(f"{target}: expected another file than the input, which is not overwritten")
-    checkpoint.preset = preset or checkpoint.preset
-    if checkpoint.preset is None:
-        raise ValueError(f"{source}: not of a known preset by its shapes; expected preset to be given")
-    model = presets.create_model(checkpoint.preset, **checkpoint.model_args)
-    load_into(model, checkpoint.state_dict, source=source)
-    if checkpoint.preprocessing is None:
-        checkpoint.preprocessing = weights.entry(checkpoint.preset).preprocessing
     save(target, checkpoint)
     return {
         "preset": checkpoint.preset,

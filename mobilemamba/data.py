@@ -1,6 +1,6 @@
 """Data sets for training, without torchvision, and their augmentation as operations on whole batches.
 
-Images are uint8 tensors ``(N, C, H, W)`` until :func:`normalize`; labels are int64 tensors ``(N,)``.
+Images are uint8 tensors ``(N, C, H, W)`` until :meth:`Preprocessing.normalize`; labels are int64 tensors ``(N,)``.
 """
 
 import gzip
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .transforms import Preprocessing
 
-__all__ = ["Augmentation", "DataSet", "Split", "fashion_mnist_dir", "load", "normalize", "read_idx"]
+__all__ = ["Augmentation", "DataSet", "Split", "fashion_mnist_dir", "load", "read_idx"]
 
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts the files
 FASHION_MNIST_LABELS = (
@@ -246,10 +246,3 @@ def span(size: int, length: Tensor, place: Tensor) -> Tensor:
     start = (place * (size - length + 1)).floor()
     positions = torch.arange(size)
     return (positions >= start) & (positions < start + length)
-
-
-def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 ``(B, C, H, W)`` -> float32 with mean and standard deviation per channel removed, channels-last."""
-    mean, std = (torch.tensor(values, device=images.device) for values in (preprocessing.mean, preprocessing.std))
-    scaled = images.contiguous(memory_format=torch.channels_last).float()
-    return scaled.mul_((1 / (255 * std))[:, None, None]).sub_((mean / std)[:, None, None])

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from .files import is_page
+
 __all__ = ["fetch"]
 
 TIMEOUT = 30  # seconds without a byte
@@ -32,7 +34,8 @@ def fetch(url: str, target: Path, check: Callable[[Path], object], progress: boo
 
     Raises:
         OSError: no connection, or it broke; what arrived is kept and continued next time.
-        ValueError: what arrived is not the file: a web page or a damaged file; nothing of it is kept.
+        ValueError: what arrived is not the file: a web page or a damaged file; nothing of it is kept, but what an
+            earlier call received is kept when a web page comes instead of the rest.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
@@ -46,7 +49,8 @@ def fetch(url: str, target: Path, check: Callable[[Path], object], progress: boo
             _check_whole(part)
             check(part)
         except ValueError as error:
-            part.unlink()
+            if not isinstance(error, _WebPage) or part.stat().st_size == 0:
+                part.unlink()
             raise ValueError(f"download of {target.name} refused: {error} ({url})") from error
         except (OSError, http.client.HTTPException) as error:
             if part.stat().st_size == 0:
@@ -58,6 +62,10 @@ def fetch(url: str, target: Path, check: Callable[[Path], object], progress: boo
             ) from error
         os.replace(part, target)
     return target
+
+
+class _WebPage(ValueError):
+    """The server's answer is a web page, which says nothing about the data that was received before."""
 
 
 @contextmanager
@@ -85,7 +93,7 @@ def _receive(url: str, file: BinaryIO, name: str, progress: bool) -> None:
         if (page := _page(response)) is not None:
             response = _open(opener, _confirmed(url, page), have)
             if (page := _page(response)) is not None:
-                raise ValueError(_refusal(page))
+                raise _WebPage(_refusal(page))
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:  # 416: nothing left to send, or the part is longer than the file
             raise
@@ -128,7 +136,7 @@ def _confirmed(url: str, page: str) -> str:
     form = re.search(r'<form[^>]*\baction="([^"]+)"', page)
     target = urllib.parse.urljoin(url, html.unescape(form[1])) if form else ""
     if urllib.parse.urlsplit(target).hostname not in (urllib.parse.urlsplit(url).hostname, CONFIRM_HOST):
-        raise ValueError(_refusal(page))
+        raise _WebPage(_refusal(page))
     fields = {}
     for tag in re.findall(r"<input[^>]*>", page):
         values = dict(re.findall(r'\b(name|value)="([^"]*)"', tag))
@@ -147,7 +155,7 @@ def _check_whole(path: Path) -> None:
     """Refuse what is no torch file; one in the zip format must be whole, and agree with its own checksums."""
     with path.open("rb") as file:
         start = file.read(64)
-    if start.lstrip()[:1] == b"<":
+    if is_page(start):
         raise ValueError("expected the file, got a web page")
     if start[:2] == b"\x80\x02" and len(start) == 64:  # torch's format before 1.6: its length is all that can be seen
         return

@@ -66,6 +66,8 @@ class Stage(nn.Module):
 
     @torch.jit.unused
     def _checkpointed(self, block: Block, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which decides by itself what to recompute
+            return block(x)
         return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block)))
 
 
@@ -249,7 +251,10 @@ class MobileMamba(nn.Module):
 
     @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: keep only the input of each block and recompute the rest."""
+        """Trade time for memory in training: keep only the input of each block and recompute the rest.
+
+        ``torch.compile`` disregards it: it decides by itself what to recompute.
+        """
         for stage in self.stages:
             stage.grad_checkpointing = enable
 

@@ -81,6 +81,8 @@ class HaarConv2d(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
+        if self.scale is None:
+            return self
         self.weight = nn.Parameter(self.weight * self.scale[:, None, None, None])
         self.scale = None
         return self
@@ -103,6 +105,8 @@ class WaveletMamba(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
+        if self.base_scale is None:
+            return self
         out_proj = self.ss2d.out_proj  # folded already: a convolution with bias
         out_proj.weight *= self.base_scale[:, None, None, None]
         out_proj.bias *= self.base_scale

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint, data
+from .files import atomic_write
 from .presets import create_model
+from .transforms import Preprocessing
 
 __all__ = ["Ema", "TrainConfig", "evaluate", "learning_rate", "parameter_groups", "train"]
 
@@ -102,12 +104,12 @@ class Ema:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: data.Split, preprocessing: Any, batch_size: int = 500) -> float:
+def evaluate(model: nn.Module, split: data.Split, preprocessing: Preprocessing, batch_size: int = 500) -> float:
     """Share of the images of ``split`` that ``model`` gets right, with BatchNorm folded."""
     fused, device = model.fuse(), next(model.parameters()).device
     right = 0
     for index in torch.arange(len(split.labels)).split(batch_size):
-        images = data.normalize(split.images(index).to(device), preprocessing)
+        images = preprocessing.normalize(split.images(index).to(device))
         right += int((fused(images).argmax(1).cpu() == split.labels[index]).sum())
     return right / len(split.labels)
 
@@ -119,26 +121,28 @@ def train(config: TrainConfig, out: Path, device: str = "cpu", resume: bool = Fa
     end, ``model.pt`` (the averaged weights). With ``resume`` it continues from ``last.pt``.
 
     Raises:
-        ValueError: an option or the data is not usable, or ``last.pt`` was made with other options.
+        ValueError: an option or the data is not usable, or ``last.pt`` was made with others.
         FileExistsError: ``out`` has a run and ``resume`` was not asked for.
         FloatingPointError: the loss or its gradient is no longer finite; ``last.pt`` is still the latest good state.
     """
-    last = out / "last.pt"
-    if last.exists() and not resume:
-        raise FileExistsError(f"{last} exists: continue that run with --resume, or choose another folder")
+    last, log_file, model_file = files = [out / name for name in ("last.pt", "log.jsonl", "model.pt")]
+    for path in files:
+        if path.exists() and not resume:
+            raise FileExistsError(f"{path} exists: continue that run with --resume, or choose another folder")
     run = Run(config, data.load(config.data, config.image_size), torch.device(device))
     if last.exists():
         run.load(last)
     out.mkdir(parents=True, exist_ok=True)
-    for unfinished in out.glob(".*.tmp"):  # of a process that was killed while saving
-        unfinished.unlink()
-    log = Log(out / "log.jsonl", epochs_done=run.epoch)
+    for path in files:
+        for unfinished in out.glob(f".{path.name}.*.tmp"):  # of a process that was killed while saving
+            unfinished.unlink()
+    log = Log(log_file, epochs_done=run.epoch)
     log.write({"config": asdict(config), "parameters": run.parameters, "torch": torch.__version__, "epoch": run.epoch})
     while run.epoch < config.epochs:
         log.write(run.train_epoch())
         run.save(last)
-    accuracy = run.export(out / "model.pt")
-    log.write({"test_accuracy": accuracy, "file": "model.pt"})
+    accuracy = run.export(model_file)
+    log.write({"test_accuracy": accuracy, "file": model_file.name})
     return accuracy
 
 
@@ -199,7 +203,7 @@ class Run:
         lr = learning_rate(step, config.epochs * self.steps_per_epoch, warmup, config.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        images = data.normalize(images.to(self.device), self.dataset.preprocessing)
+        images = self.dataset.preprocessing.normalize(images.to(self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels.to(self.device), label_smoothing=config.label_smoothing)
@@ -233,8 +237,8 @@ class Run:
     def save(self, path: Path) -> None:
         """Replace ``path`` by the present state, or leave it as it was."""
         state = {
-            "format": "mobilemamba-training",
-            "version": 1,
+            "format": checkpoint.TRAINING_FORMAT,
+            "version": checkpoint.VERSION,
             "meta": self.meta(),
             "config": asdict(self.config),
             "epoch": self.epoch,
@@ -242,24 +246,33 @@ class Run:
             "ema": self.ema.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        checkpoint.atomic_write(path, lambda temporary: torch.save(state, temporary))
+        atomic_write(path, lambda temporary: torch.save(state, temporary))
 
     def load(self, path: Path) -> None:
         """Continue from what :meth:`save` wrote."""
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load documents none: zip, pickle and end-of-file errors, among others
-            raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
-        if not isinstance(state, dict) or (state.get("format"), state.get("version")) != ("mobilemamba-training", 1):
-            raise ValueError(f"{path}: expected a training checkpoint of version 1, got something else")
-        now = asdict(self.config)
-        other = [f"{key} {value} (now {now[key]})" for key, value in state["config"].items() if value != now[key]]
-        if other:
-            raise ValueError(f"{path} was made with other options, expected the same: {', '.join(other)}")
-        self.epoch = state["epoch"]
-        self.model.load_state_dict(state["model"])
-        self.ema.model.load_state_dict(state["ema"])
+            self.restore(checkpoint.load_torch(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def restore(self, state: Any) -> None:
+        kind = (checkpoint.TRAINING_FORMAT, checkpoint.VERSION)
+        if not isinstance(state, dict) or (state.get("format"), state.get("version")) != kind:
+            raise ValueError(f"expected a training checkpoint of version {checkpoint.VERSION}, got something else")
+        parts = {"config": dict, "meta": dict, "epoch": int, "model": dict, "ema": dict, "optimizer": dict}
+        absent = [part for part, kind in parts.items() if not isinstance(state.get(part), kind)]
+        if absent:
+            raise ValueError(f"expected a whole training checkpoint, got one without {', '.join(absent)}")
+        was = {**state["config"], **facts(state["meta"])}
+        now = {**asdict(self.config), **facts(self.meta())}
+        keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+        if keys:
+            differing = [f"{key} {was.get(key)} (now {now.get(key)})" for key in keys]
+            raise ValueError(f"made with other options or data, expected the same: {checkpoint.shorten(differing)}")
+        checkpoint.load_into(self.model, state["model"])
+        checkpoint.load_into(self.ema.model, state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch = state["epoch"]
 
     def export(self, path: Path) -> float:
         """Store the averaged weights for inference; returns the test accuracy of the file, read back."""
@@ -272,14 +285,30 @@ class Run:
         return evaluate(self.ema.model, self.dataset.test, self.dataset.preprocessing)
 
 
+def facts(meta: dict[str, Any]) -> dict[str, Any]:
+    """``meta`` with an entry for each label, so that a comparison names the ones that moved."""
+    labels = {f"label {i}": label for i, label in enumerate(meta.get("labels") or ())}
+    return {**{key: value for key, value in meta.items() if key != "labels"}, **labels}
+
+
 class Log:
-    """JSON lines, a flushed line for each epoch. What is there of epochs that will be repeated is dropped first."""
+    """JSON lines, a flushed line for each epoch.
+
+    What is there of epochs that will be repeated is dropped first, and a line that a killed process left unfinished.
+    """
 
     def __init__(self, path: Path, epochs_done: int) -> None:
         lines = path.read_text().splitlines() if path.exists() and epochs_done else []
-        kept = [line for line in lines if json.loads(line).get("epoch", math.inf) <= epochs_done]
-        checkpoint.atomic_write(path, lambda temporary: Path(temporary).write_text("".join(f"{x}\n" for x in kept)))
+        kept = [line for line in lines if self.epoch_of(line) <= epochs_done]
+        atomic_write(path, lambda temporary: Path(temporary).write_text("".join(f"{x}\n" for x in kept)))
         self.path = path
+
+    @staticmethod
+    def epoch_of(line: str) -> float:
+        try:
+            return json.loads(line).get("epoch", math.inf)
+        except ValueError:
+            return math.inf
 
     def write(self, entry: dict[str, Any]) -> None:
         with self.path.open("a") as file:

@@ -61,11 +61,13 @@ class Preprocessing:
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        if type(self.crop) is not int or type(self.resize) is not int:
+            raise ValueError(f"expected resize and crop in whole pixels, got {self.resize!r} and {self.crop!r}")
         if not 1 <= self.crop <= self.resize:
             raise ValueError(f"expected a crop of 1 to resize={self.resize} pixels, got {self.crop}")
         if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
             raise ValueError(f"expected mean and std of 1 or 3 channels, got {self.mean} and {self.std}")
-        if min(self.std) <= 0:
+        if not all(value > 0 for value in self.std):
             raise ValueError(f"std must be positive, got {self.std}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation: expected {' or '.join(INTERPOLATIONS)}, got '{self.interpolation}'")
@@ -90,6 +92,11 @@ class Preprocessing:
         """As :meth:`transforms`, but without normalisation: uint8 ``(channels, crop, crop)``."""
         return self._pixels
 
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 ``(..., channels, H, W)`` -> float32 with mean and standard deviation per channel removed."""
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)  # one product: training does it for every batch
+
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -103,8 +110,7 @@ class Preprocessing:
             raise ValueError(f"preprocessing: expected the fields of Preprocessing, got {fields!r:.200}") from error
 
     def _normalized(self, image: ImageOrPath) -> Tensor:
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return self._pixels(image).float().div_(255).sub_(mean).div_(std)
+        return self.normalize(self._pixels(image))
 
     def _pixels(self, image: ImageOrPath) -> Tensor:
         from PIL import Image

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, files
 from .data import FASHION_MNIST_LABELS, FASHION_MNIST_PREPROCESSING
 from .download import fetch
 from .transforms import Preprocessing
@@ -63,6 +63,7 @@ _NANO = WeightsEntry(
     file_name="nano.pt",
     drive_id=None,
     preprocessing=FASHION_MNIST_PREPROCESSING,
+    top1=93.18,
     labels=FASHION_MNIST_LABELS,
 )
 
@@ -129,7 +130,7 @@ def download(entry: WeightsEntry, sha256: str | None = None, progress: bool = Tr
     digest = _check_hash(target, target, sha256)
     record = _record(target)
     if not record.exists():
-        checkpoint.atomic_write(record, lambda path: path.write_text(f"{digest}  {target.name}\n"))
+        files.atomic_write(record, lambda path: path.write_text(f"{digest}  {target.name}\n"))
     return target
 
 
@@ -139,7 +140,7 @@ def _record(target: Path) -> Path:
 
 def _check_hash(path: Path, target: Path, sha256: str | None) -> str:
     """The hash of ``path``, which must be the one asked for and the one recorded for ``target``."""
-    digest, record = checkpoint.sha256(path), _record(target)
+    digest, record = files.sha256(path), _record(target)
     recorded = record.read_text().split(maxsplit=1)[:1] if record.exists() else None
     if sha256 is not None and digest != sha256.lower():
         raise ValueError(f"{target}: expected sha256 {sha256.lower()}, got {digest}; remove the file if it is damaged")

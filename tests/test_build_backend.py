@@ -72,9 +72,14 @@ def test_malformed_arch(requested: str) -> None:
         toolkit.choose_archs(requested, CUDA_13)
 
 
+def test_arch_too_old() -> None:
+    with pytest.raises(SystemExit, match=r"has 6\.1; expected 7\.0 \(Volta\) or later"):
+        toolkit.choose_archs("6.1", CUDA_13)
+
+
 def test_arch_unknown_to_the_toolkit() -> None:
-    with pytest.raises(SystemExit, match=r"has 6\.0, and nvcc 13\.0 compiles for 7\.5 8\.0"):
-        toolkit.choose_archs("6.0", CUDA_13)
+    with pytest.raises(SystemExit, match=r"has 7\.0, and nvcc 13\.0 compiles for 7\.5 8\.0"):
+        toolkit.choose_archs("7.0", CUDA_13)
 
 
 def test_nvcc_describes_its_toolkit(cuda_home: Path) -> None:

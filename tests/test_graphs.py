@@ -9,13 +9,13 @@ from test_operators import haar_arguments, scan_arguments
 import mobilemamba
 from mobilemamba import ops
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck_scan(dtype):
     arguments = scan_arguments(2, 5, 7, 3, 2, dtype=dtype, requires_grad=True)
-    checks = dict(atol=1e-2, rtol=1e-2) if dtype == torch.bfloat16 else {}
+    checks = dict(atol=1e-2, rtol=1e-2) if dtype.itemsize == 2 else {}
     torch.library.opcheck(torch.ops.mobilemamba.bidirectional_scan, arguments, **checks)
     grad = torch.randn(2, 5, 7, dtype=dtype)
     # of the backward operator, gradients are refused: all other properties hold
@@ -32,7 +32,7 @@ def test_opcheck_scan(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck_haar(dtype):
     image, weight = haar_arguments(2, 3, 5, 4, 3, dtype=dtype, requires_grad=True)
-    checks = dict(atol=1e-2, rtol=1e-2) if dtype == torch.bfloat16 else {}
+    checks = dict(atol=1e-2, rtol=1e-2) if dtype.itemsize == 2 else {}
     torch.library.opcheck(torch.ops.mobilemamba.haar_conv2d, (image, weight), **checks)
     grad = torch.randn(2, 3, 5, 4, dtype=dtype, requires_grad=True)
     torch.library.opcheck(torch.ops.mobilemamba.haar_conv2d_backward_weight, (grad, image, 3), **checks)
@@ -70,6 +70,20 @@ def test_operators_give_the_same_gradients(mode):
             actual = torch.autograd.grad(transformed(*sizes).sum(), sizes)
             for a, b in zip(actual, expected, strict=True):
                 torch.testing.assert_close(a, b)
+
+
+class Scan(torch.nn.Module):
+    def forward(self, *arguments):
+        return ops.bidirectional_scan(*arguments)
+
+
+def test_operators_exported():
+    batch, length = torch.export.Dim("b"), torch.export.Dim("l")
+    varying = {0: batch, 3: length}
+    shapes = {"arguments": ({0: batch, 2: length}, varying, None, varying, varying, None, None, None)}
+    program = torch.export.export(Scan(), tuple(scan_arguments(2, 5, 7, 3)), dynamic_shapes=shapes)
+    for arguments in (scan_arguments(3, 5, 70, 3), scan_arguments(2, 5, 2, 3)):
+        assert torch.equal(program.module()(*arguments), ops.bidirectional_scan(*arguments))
 
 
 @pytest.fixture(scope="module")

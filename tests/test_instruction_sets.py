@@ -1,6 +1,7 @@
 """The operator tests again, with the CPU kernels of every instruction set that this machine can run."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ def test_operators_with_the_kernels_for(capability):
     )
     assert chosen.returncode == 0, chosen.stderr
     if chosen.stdout.strip() != CAPABILITIES[capability]:
-        assert torch.backends.cpu.get_cpu_capability() == "DEFAULT", chosen.stdout
+        assert platform.machine() != "x86_64" or torch.backends.cpu.get_cpu_capability() == "DEFAULT", chosen.stdout
         pytest.skip(f"this machine has no {capability}")
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(root)]

@@ -264,6 +264,30 @@ def test_empty_inputs(empty):
     assert not grads[1].any()
 
 
+def test_offsets_beyond_32_bits():
+    """Strides that no 32-bit number holds; the memory in between is never touched."""
+    far = 2**31 + 64
+    storage = torch.empty(far + 4096, dtype=torch.bfloat16)
+
+    arguments = scan_arguments(2, 20, 9, 3, dtype=torch.bfloat16)
+    u = storage.as_strided((2, 20, 9), (far, 1, 20)).copy_(arguments[0])
+    assert torch.equal(ops.bidirectional_scan(u, *arguments[1:]), ops.bidirectional_scan(*arguments))
+    image, weight = haar_arguments(2, 5, 6, 7, 3, dtype=torch.bfloat16)
+    far_image = storage.as_strided((2, 5, 6, 7), (far, 1, 35, 5)).copy_(image)
+    assert torch.equal(ops.haar_conv2d(far_image, weight), ops.haar_conv2d(image, weight))
+
+
+def test_infinities_stay_in_their_channels_and_lanes():
+    """A partial vector gives what a full one does."""
+    for channels in (5, 16):
+        arguments = scan_arguments(1, channels, 4, dtype=torch.float32, requires_grad=True)
+        with torch.no_grad():
+            arguments[1][0, :, 0, 2] = -torch.inf
+            arguments[6].abs_()
+        grads = torch.autograd.grad(ops.bidirectional_scan(*arguments).sum(), arguments)
+        assert grads[1].isfinite().all()
+
+
 # Determinism, threads ------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +334,10 @@ def test_autocast_lowers_what_varies_and_keeps_parameters(dtype):
     with torch.autocast("cpu", dtype):
         y, z = ops.bidirectional_scan(*arguments), ops.haar_conv2d(image, weight)
     assert y.dtype == z.dtype == dtype
+    with torch.autocast("cpu", dtype):  # a model in the other 16-bit type
+        other = torch.bfloat16 if dtype == torch.float16 else torch.float16
+        assert ops.bidirectional_scan(*[x.to(other) for x in arguments]).dtype == dtype
+        assert ops.haar_conv2d(image.to(other), weight.to(other)).dtype == dtype
     lowered = [x.to(dtype) if i in (0, 1, 3, 4) else x for i, x in enumerate(arguments)]
     assert torch.equal(y, ops.bidirectional_scan(*lowered))
     grads = torch.autograd.grad(y.float().sum() + z.float().sum(), [*arguments, image, weight])

@@ -14,7 +14,7 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight) {
   check_haar_conv2d(input, weight);
   const at::Tensor image = haar_image(input), packed = haar_packed_weight(weight, input.scalar_type());
   at::Tensor output = haar_output(input);
-  run(kernels().haar_forward, haar_forward(image, packed, output));
+  run(kernels().haar_forward, haar_forward_params(image, packed, output));
   return output;
 }
 
@@ -23,7 +23,7 @@ at::Tensor backward_weight(const at::Tensor& grad_output, const at::Tensor& inpu
   const at::Tensor grad_image = haar_image(grad_output), image = haar_image(input);
   at::Tensor packed = at::empty({4, kernel_size, kernel_size, input.size(1)},
                                 input.options().dtype(accumulate_type(input.scalar_type())));
-  run(kernels().haar_backward_weight, haar_backward_weight(grad_image, image, packed));
+  run(kernels().haar_backward_weight, haar_backward_weight_params(grad_image, image, packed));
   at::Tensor grad_weight = haar_grad_weight(input, kernel_size);
   grad_weight.view({input.size(1), 4, kernel_size, kernel_size}).copy_(packed.permute({3, 0, 1, 2}));
   return grad_weight;

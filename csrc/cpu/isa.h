@@ -33,7 +33,8 @@ constexpr Kernel<Params> table_entry() {
 #define MOBILEMAMBA_STRING_(x) #x
 #define MOBILEMAMBA_STRING(x) MOBILEMAMBA_STRING_(x)
 
-const Kernels kernels = {
+// Before any code runs: an initialiser would be compiled for the instruction set, and run on machines without it.
+constinit const Kernels kernels = {
     MOBILEMAMBA_STRING(MOBILEMAMBA_CPU_ISA),
     table_entry<ScanForwardKernel, ScanForward>(),
     table_entry<ScanBackwardKernel, ScanBackward>(),

@@ -157,7 +157,7 @@ struct ScanBackwardKernel {
 
     Scratch(const ScanBackward& p, std::byte* memory) : bytes(0) {
       const auto take = [&](int64_t vectors) {
-        V* piece = reinterpret_cast<V*>(memory + bytes);
+        V* piece = reinterpret_cast<V*>(reinterpret_cast<uintptr_t>(memory) + bytes);  // memory may be null
         bytes += vectors * sizeof(V);
         return piece;
       };
@@ -288,15 +288,15 @@ struct ScanBackwardKernel {
         V grad_B, grad_C;
         scan_step_backward(channels.carry[n], grad, channels.grad_A[n], grad_y_t, s.h[i * state + n],
                            s.decay[i * state + n], s.dt[i], u_t, channels.A[n], b_row[n], c_row[n], grad_B, grad_C);
-        grad_rows[p.rank + n] = grad_rows[p.rank + n] + grad_B;
-        grad_rows[p.rank + state + n] = grad_rows[p.rank + state + n] + grad_C;
+        grad_rows[p.rank + n] = grad_rows[p.rank + n] + first_lanes(grad_B, count);
+        grad_rows[p.rank + state + n] = grad_rows[p.rank + state + n] + first_lanes(grad_C, count);
       }
       const V grad_x = grad.dt * sigmoid(s.x[i]);
       channels.grad_bias = channels.grad_bias + grad_x;
       channels.grad_D = channels.grad_D + grad_y_t * u_t;
       for (int64_t r = 0; r < p.rank; ++r) {
         channels.grad_weight[r] = channels.grad_weight[r] + grad_x * row[r];
-        grad_rows[r] = grad_rows[r] + params.W(r) * grad_x;
+        grad_rows[r] = grad_rows[r] + params.W(r) * first_lanes(grad_x, count);
       }
       if (k == 0)
         s.grad_u[v * p.length + t] = grad.u;

@@ -5,7 +5,7 @@
 // out of the linker's sight (no std templates), or code for one instruction set could be picked for another.
 #pragma once
 
-#include "kernels/macros.h"
+#include "kernels/common.h"
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
@@ -215,6 +215,14 @@ MOBILEMAMBA_HOST_DEVICE Vec<double> load(const double* from, int count) {
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE Vec<float> load(const T* from, int count) {
   return widen(load_raw<T, Bits16>(from, count), T{});
+}
+
+/// `x` with zeros in the lanes from `count` on, whatever was in them.
+template <typename T>
+MOBILEMAMBA_HOST_DEVICE Vec<T> first_lanes(Vec<T> x, int count) {
+  for (int i = count; i < Vec<T>::size; ++i)
+    x.raw[i] = T(0);
+  return x;
 }
 
 MOBILEMAMBA_HOST_DEVICE void store(float* to, Vec<float> x, int count) {

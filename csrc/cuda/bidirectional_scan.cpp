@@ -20,6 +20,11 @@ at::Tensor forward(const at::Tensor& u, const at::Tensor& delta, const at::Tenso
   const ScanInputs inputs(arguments);
   at::Tensor y = scan_output(u);
   const ScanForward params = inputs.forward(y);
+  int most = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, u.device().index()));
+  TORCH_CHECK(scan_forward_shared_bytes(params) <= static_cast<size_t>(most),
+              "bidirectional_scan: rank R = ", params.rank, " and state size N = ", params.state, " need ",
+              scan_forward_shared_bytes(params), " bytes of shared memory, and ", u.device(), " has ", most);
   const auto bytes = static_cast<int64_t>(scan_forward_scratch_bytes(params));
   const at::Tensor scratch = at::empty({bytes}, u.options().dtype(at::kByte));
   C10_CUDA_CHECK(scan_forward(params, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));

@@ -43,11 +43,6 @@ __host__ __device__ inline int64_t chunks(const ScanForward& p) {
   return (p.length + chunk_length - 1) / chunk_length;
 }
 
-/// Numbers in shared memory: dt_weight, the rows of a chunk, y of direction 1, A and both directions' states.
-size_t shared_numbers(const ScanForward& p) {
-  return p.rank * threads + chunk_length * p.rows() + chunk_length * threads + 3 * p.state * threads;
-}
-
 template <typename T, typename Acc>
 class ChannelScan {
  public:
@@ -165,16 +160,20 @@ __global__ void __launch_bounds__(threads) scan_forward_kernel(const __grid_cons
 
 template <typename T>
 cudaError_t launch(ScanForward p, void* seams, cudaStream_t stream) {
-  const size_t bytes = shared_numbers(p) * sizeof(typename AccumulateOf<T>::type);
   const auto kernel = scan_forward_kernel<T>;
-  if (bytes > 48 * 1024) {  // beyond what every device grants unasked
-    const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  const size_t bytes = scan_forward_shared_bytes(p);
+  if (bytes > 48 * 1024) {  // beyond what every device grants unasked: ask for all, so that threads ask for the same
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   most);
     if (error != cudaSuccess) return error;
   }
   // the batch is the grid's y dimension, which ends at 65535
   const int64_t batch = p.batch, most = 65535;
-  const size_t element = sizeof(T), sum = sizeof(typename AccumulateOf<T>::type);
+  const size_t element = sizeof(T), sum = accumulate_bytes(p.dtype);
   for (int64_t first = 0; first < batch; first += most) {
     p.batch = batch - first < most ? batch - first : most;
     cudaLaunchConfig_t config = {};
@@ -198,9 +197,15 @@ cudaError_t launch(ScanForward p, void* seams, cudaStream_t stream) {
 
 }  // namespace
 
+size_t scan_forward_shared_bytes(const ScanForward& p) {
+  // dt_weight, the rows of a chunk, y of direction 1, A and both directions' states
+  const int64_t numbers = p.rank * threads + chunk_length * p.rows() + chunk_length * threads + 3 * p.state * threads;
+  return numbers * accumulate_bytes(p.dtype);
+}
+
 size_t scan_forward_scratch_bytes(const ScanForward& p) {
   if (chunks(p) <= 1) return 0;
-  return p.batch * chunks(p) * p.state * p.channels * (p.dtype == DType::float64 ? 8 : 4);
+  return p.batch * chunks(p) * p.state * p.channels * accumulate_bytes(p.dtype);
 }
 
 cudaError_t scan_forward(const ScanForward& p, void* scratch, cudaStream_t stream) {

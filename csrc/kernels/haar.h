@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/macros.h"
+#include "kernels/common.h"
 
 namespace mobilemamba {
 

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "kernels/macros.h"
+#include "kernels/common.h"
 
 namespace mobilemamba {
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "kernels/macros.h"
+#include "kernels/common.h"
 #include "kernels/scalar.h"
 
 namespace mobilemamba {

@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 
-#include "kernels/macros.h"
+#include "kernels/common.h"
 
 namespace mobilemamba {
 

@@ -71,13 +71,13 @@ HaarImage image_of(const at::Tensor& x) {
 
 }  // namespace
 
-HaarForward haar_forward(const at::Tensor& image, const at::Tensor& packed_weight, at::Tensor& output) {
+HaarForward haar_forward_params(const at::Tensor& image, const at::Tensor& packed_weight, at::Tensor& output) {
   return {sizes_of(image, packed_weight.size(1)), image_of(image), packed_weight.const_data_ptr(),
           output.mutable_data_ptr()};
 }
 
-HaarBackwardWeight haar_backward_weight(const at::Tensor& grad_image, const at::Tensor& image,
-                                        at::Tensor& packed_grad) {
+HaarBackwardWeight haar_backward_weight_params(const at::Tensor& grad_image, const at::Tensor& image,
+                                               at::Tensor& packed_grad) {
   return {sizes_of(image, packed_grad.size(1)), image_of(grad_image), image_of(image), packed_grad.mutable_data_ptr()};
 }
 

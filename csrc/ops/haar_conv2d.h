@@ -19,8 +19,9 @@ at::Tensor haar_image(const at::Tensor& x);
 /// The weight as the kernels read it: (4, k, k, C) in the type of sums.
 at::Tensor haar_packed_weight(const at::Tensor& weight, at::ScalarType input_type);
 
-HaarForward haar_forward(const at::Tensor& image, const at::Tensor& packed_weight, at::Tensor& output);
+HaarForward haar_forward_params(const at::Tensor& image, const at::Tensor& packed_weight, at::Tensor& output);
 /// `packed_grad` is (4, k, k, C).
-HaarBackwardWeight haar_backward_weight(const at::Tensor& grad_image, const at::Tensor& image, at::Tensor& packed_grad);
+HaarBackwardWeight haar_backward_weight_params(const at::Tensor& grad_image, const at::Tensor& image,
+                                               at::Tensor& packed_grad);
 
 }  // namespace mobilemamba

@@ -1,6 +1,8 @@
 // What every kernel source needs: function qualifiers for host and device, and the element types.
 #pragma once
 
+#include <cstdint>
+
 #ifdef __CUDACC__
 #define MOBILEMAMBA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -23,5 +25,10 @@ template <>
 struct AccumulateOf<double> {
   using type = double;
 };
+
+/// Bytes of one number of the type that sums over elements are kept in.
+MOBILEMAMBA_HOST_DEVICE int64_t accumulate_bytes(DType type) {
+  return type == DType::float64 ? 8 : 4;
+}
 
 }  // namespace mobilemamba
