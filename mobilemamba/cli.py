@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError) as error:
         print(f"mobilemamba {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -57,7 +57,7 @@ def make_parser() -> Parser:
 
 def add_classify_options(parser: Parser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--model", metavar="NAME", help="preset with its published weights (default: nano)")
+    parser.add_argument("--model", metavar="NAME", help="preset (default: nano), or that of PATH")
     parser.add_argument("--distilled", action="store_true", help="the weights that were trained with a teacher")
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="weights of your own")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one in a line")
@@ -111,9 +111,11 @@ def classify(args: argparse.Namespace) -> None:
 
     device = checked_device(args.device)
     model, labels, preprocessing = open_model(args)
+    if model.num_classes == 0:
+        raise ValueError(f"{args.checkpoint}: expected a model with classes, got one without a head (num_classes=0)")
     if args.labels:
-        labels = args.labels.read_text(encoding="utf-8").splitlines()
-    if labels and len(labels) != model.num_classes:
+        labels = read_labels(args.labels)
+    if labels is not None and len(labels) != model.num_classes:
         raise ValueError(
             f"{args.labels or args.checkpoint}: expected {model.num_classes} labels, one in a line, got {len(labels)}"
         )
@@ -123,16 +125,25 @@ def classify(args: argparse.Namespace) -> None:
     for start in range(0, len(args.images), args.batch_size):
         batch = torch.stack([prepare(path) for path in args.images[start : start + args.batch_size]])
         with torch.inference_mode():
-            rows += model(batch.to(device)).float().softmax(1).cpu()
+            rows += model(batch.to(device)).float().cpu()
     results = []
     for path, row in zip(args.images, rows, strict=True):
-        top = row.topk(min(args.topk, model.num_classes))
+        if not row.isfinite().all():
+            raise ValueError(f"{path}: expected finite outputs of the model, got {row.tolist()!s:.60}")
+        top = row.softmax(0).topk(min(args.topk, model.num_classes))
         predictions = [
             {"class": index, "label": labels[index] if labels else None, "probability": probability}
             for index, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
         results.append({"image": str(path), "predictions": predictions})
     print(json.dumps(results, indent=2) if args.json else "\n\n".join(map(table, results)))
+
+
+def read_labels(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected names in UTF-8, one in a line, got other bytes ({error})") from error
 
 
 def table(result: dict[str, Any]) -> str:
@@ -154,22 +165,19 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Sequence[str] | None, Any
         return model, entry.labels, entry.preprocessing
     if args.distilled:
         raise ValueError("--distilled goes with --model, expected either it or --checkpoint")
-    stored = checkpoint.read(args.checkpoint)
-    name = args.model or stored.preset
-    if name is None:
-        raise ValueError(f"{args.checkpoint}: the file does not say which model it is for; expected --model NAME")
-    model = create_model(name, **stored.model_args)
-    checkpoint.load_into(model, stored.state_dict, source=args.checkpoint)
-    return model, stored.labels, stored.preprocessing or weights.entry(name).preprocessing
+    model, stored = checkpoint.open_model(args.checkpoint, args.model)
+    return model, stored.labels, stored.preprocessing
 
 
 def checked_device(name: str) -> str:
     """``name``, where this torch has such a device."""
     import torch
 
-    if name == "cpu" or (name.partition(":")[0] == "cuda" and torch.cuda.is_available()):
-        return name
-    raise ValueError(f"device '{name}' is not available; expected cpu{' or cuda' * torch.cuda.is_available()}")
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    having = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
+    if name not in having:
+        raise ValueError(f"device '{name}' is not available; expected {' or '.join(having)}")
+    return name
 
 
 def convert(args: argparse.Namespace) -> None:

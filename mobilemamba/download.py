@@ -49,7 +49,7 @@ def fetch(url: str, target: Path, check: Callable[[Path], object], progress: boo
             _check_whole(part)
             check(part)
         except ValueError as error:
-            if not isinstance(error, _WebPage) or part.stat().st_size == 0:
+            if not isinstance(error, _WebPageError) or part.stat().st_size == 0:
                 part.unlink()
             raise ValueError(f"download of {target.name} refused: {error} ({url})") from error
         except (OSError, http.client.HTTPException) as error:
@@ -64,7 +64,7 @@ def fetch(url: str, target: Path, check: Callable[[Path], object], progress: boo
     return target
 
 
-class _WebPage(ValueError):
+class _WebPageError(ValueError):
     """The server's answer is a web page, which says nothing about the data that was received before."""
 
 
@@ -93,7 +93,7 @@ def _receive(url: str, file: BinaryIO, name: str, progress: bool) -> None:
         if (page := _page(response)) is not None:
             response = _open(opener, _confirmed(url, page), have)
             if (page := _page(response)) is not None:
-                raise _WebPage(_refusal(page))
+                raise _WebPageError(_refusal(page))
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:  # 416: nothing left to send, or the part is longer than the file
             raise
@@ -136,7 +136,7 @@ def _confirmed(url: str, page: str) -> str:
     form = re.search(r'<form[^>]*\baction="([^"]+)"', page)
     target = urllib.parse.urljoin(url, html.unescape(form[1])) if form else ""
     if urllib.parse.urlsplit(target).hostname not in (urllib.parse.urlsplit(url).hostname, CONFIRM_HOST):
-        raise _WebPage(_refusal(page))
+        raise _WebPageError(_refusal(page))
     fields = {}
     for tag in re.findall(r"<input[^>]*>", page):
         values = dict(re.findall(r'\b(name|value)="([^"]*)"', tag))

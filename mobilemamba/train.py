@@ -256,18 +256,18 @@ class Run:
             raise ValueError(f"{path}: {error}") from error
 
     def restore(self, state: Any) -> None:
-        kind = (checkpoint.TRAINING_FORMAT, checkpoint.VERSION)
-        if not isinstance(state, dict) or (state.get("format"), state.get("version")) != kind:
-            raise ValueError(f"expected a training checkpoint of version {checkpoint.VERSION}, got something else")
+        ours = isinstance(state, dict) and state.get("format") == checkpoint.TRAINING_FORMAT
+        version = state.get("version") if ours else "something else"
+        if version != checkpoint.VERSION:
+            raise ValueError(f"expected a training checkpoint of version {checkpoint.VERSION}, got {version}")
         parts = {"config": dict, "meta": dict, "epoch": int, "model": dict, "ema": dict, "optimizer": dict}
         absent = [part for part, kind in parts.items() if not isinstance(state.get(part), kind)]
         if absent:
             raise ValueError(f"expected a whole training checkpoint, got one without {', '.join(absent)}")
         was = {**state["config"], **facts(state["meta"])}
         now = {**asdict(self.config), **facts(self.meta())}
-        keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
-        if keys:
-            differing = [f"{key} {was.get(key)} (now {now.get(key)})" for key in keys]
+        keys = (key for key in {**was, **now} if was.get(key) != now.get(key))
+        if differing := [f"{key} {was.get(key)} (now {now.get(key)})" for key in keys]:
             raise ValueError(f"made with other options or data, expected the same: {checkpoint.shorten(differing)}")
         checkpoint.load_into(self.model, state["model"])
         checkpoint.load_into(self.ema.model, state["ema"])
@@ -299,20 +299,20 @@ class Log:
 
     def __init__(self, path: Path, epochs_done: int) -> None:
         lines = path.read_text().splitlines() if path.exists() and epochs_done else []
-        kept = [line for line in lines if self.epoch_of(line) <= epochs_done]
+        kept = [line for line in lines if epoch_of(line) <= epochs_done]
         atomic_write(path, lambda temporary: Path(temporary).write_text("".join(f"{x}\n" for x in kept)))
         self.path = path
-
-    @staticmethod
-    def epoch_of(line: str) -> float:
-        try:
-            return json.loads(line).get("epoch", math.inf)
-        except ValueError:
-            return math.inf
 
     def write(self, entry: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def epoch_of(line: str) -> float:
+    try:
+        return json.loads(line).get("epoch", math.inf)
+    except ValueError:
+        return math.inf
 
 
 def progress(batches: Tensor, describe: Callable[[int, int, float], str]) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from figures import small_cases
 from torch import Tensor
 
-from mobilemamba import MobileMamba, checkpoint, create_model, published
+from mobilemamba import MobileMamba, checkpoint, create_model, files, published
 from mobilemamba.checkpoint import Checkpoint
 from mobilemamba.transforms import Preprocessing
 
@@ -130,12 +131,12 @@ def test_mismatches_are_listed_and_nothing_is_loaded(nano: MobileMamba) -> None:
 
 def test_other_preset(nano: MobileMamba, t2: dict[str, Tensor]) -> None:
     given = published.convert(t2)
-    with pytest.raises(ValueError, match="do not fit the model: expected those of nano, got those of t2; ") as caught:
-        checkpoint.load_into(nano, given)
-    assert " more" in str(caught.value)
-    assert len(str(caught.value)) < 4000
-    with pytest.raises(ValueError, match="expected those of nano, got those of no known preset"):
+    with pytest.raises(ValueError, match=r"^file: expected weights of nano, got those of t2$"):
+        checkpoint.load_into(nano, given, source="file")
+    with pytest.raises(ValueError, match=r"expected those of nano, got those of no known preset; .* more; 1 unex"):
         checkpoint.load_into(nano, {"weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match="the weights do not fit the model; 1 mis-shaped: "):
+        checkpoint.load_into(nano, {**nano.state_dict(), "head.linear.bias": torch.tensor(1.0)})
 
 
 @pytest.mark.parametrize(
@@ -238,6 +239,91 @@ def test_other_torch_files(tmp_path: Path, content: object, message: str) -> Non
         checkpoint.read(tmp_path / "file.pt")
 
 
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({"model_args": {"pretrained": "/etc/passwd"}}, "expected arguments of MobileMamba, got 'pretrained'"),
+        ({"model_args": {"name": "t2"}}, "expected arguments of MobileMamba, got 'name'"),
+        ({"model_args": {"allow_head_mismatch": True}}, "expected arguments of MobileMamba, got 'allow_head_mismatch'"),
+        ({"model_args": {"self": 1}}, "expected arguments of MobileMamba, got 'self'"),
+        ({"model_args": {"num_classes": "7"}}, "expected num_classes of type int, got '7'"),
+        ({"model_args": {"num_classes": True}}, "expected num_classes of type int, got True"),
+        ({"model_args": {"ssm_ratio": None}}, "expected ssm_ratio of type float, got None"),
+        ({"model_args": {"depths": [1, 2]}}, r"expected depths of type tuple\[int, int, int\], got \[1, 2\]"),
+        ({"model_args": {"local_kernels": [3, 3, 3]}}, "expected local_kernels of type tuple"),
+        ({"labels": ["a", 3]}, r"labels: expected a list of names, got \['a', 3\]"),
+        ([1], r"meta: expected a dict, got \[1\]"),
+    ],
+)
+def test_stated_facts_are_checked(tmp_path: Path, nano: MobileMamba, meta: object, message: str) -> None:
+    content = {"format": "mobilemamba", "version": 1, "meta": meta, "state_dict": nano.state_dict()}
+    torch.save(content, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=rf"file\.pt: .*{message}"):
+        checkpoint.read(tmp_path / "file.pt")
+
+
+def test_stated_architecture_is_used(tmp_path: Path) -> None:
+    args = {"num_classes": 3, "depths": (1, 1, 1), "local_kernels": ((5, 3), (3,), (3,)), "drop_path_rate": 0}
+    source = Checkpoint(create_model("nano", **args).state_dict(), "nano", args)
+    for name in ("custom.pt", "custom.safetensors"):
+        if name.endswith(".safetensors"):
+            pytest.importorskip("safetensors")
+        checkpoint.save(tmp_path / name, source)
+        model, _ = checkpoint.open_model(tmp_path / name)
+        assert same(model.state_dict(), source.state_dict)
+
+
+def test_scalars_in_place_of_weights(tmp_path: Path, nano: MobileMamba) -> None:
+    for key in ("head.linear.weight", "patch_embed.0.conv.weight", "stages.0.blocks.0.mixer.proj.conv.weight"):
+        torch.save({**nano.state_dict(), key: torch.tensor(1.0)}, tmp_path / "file.pt")
+        with pytest.raises(ValueError, match=rf"file\.pt: the weights do not fit the model.*; .*{key} \[\] instead"):
+            checkpoint.open_model(tmp_path / "file.pt", "nano")
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_torchscript_is_refused(tmp_path: Path) -> None:
+    for folder in ("code/__torch__.py", "constants.pkl"):
+        with zipfile.ZipFile(tmp_path / "program.pt", "w") as archive:
+            archive.writestr("program/data.pkl", b"")
+            archive.writestr(f"program/{folder}", b"")
+        with pytest.raises(ValueError, match=r"program\.pt: expected a checkpoint, got a TorchScript program; save"):
+            checkpoint.read(tmp_path / "program.pt")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
+    with pytest.raises(ValueError, match="got a TorchScript program"):
+        checkpoint.read(tmp_path / "program.pt")
+
+
+def test_safetensors_that_begins_like_a_page(tmp_path: Path) -> None:
+    """Its header is 0x13c20 bytes long, and so the file begins with `` <``."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    tensors = create_model("nano").state_dict()
+    path = tmp_path / "file"
+    save_file(tensors, path, {"": ""})
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    save_file(tensors, path, {"": "x" * (0x1_3C20 - header)})
+    assert path.read_bytes().startswith(b" <")
+    assert same(checkpoint.read(path).state_dict, tensors)
+
+
+def test_one_network_of_several_presets(tmp_path: Path) -> None:
+    source, target = tmp_path / "b.pt", tmp_path / "out.pt"
+    network = create_model("b4", num_classes=2).state_dict()
+    torch.save(network, source)
+    assert checkpoint.read(source).preset is None
+    with pytest.raises(ValueError, match=r"b\.pt: the weights are of b1 or b2 or b4, which are one network; expected"):
+        checkpoint.convert(source, target)
+    assert not target.exists()
+    checkpoint.convert(source, target, preset="b4")
+    back = checkpoint.read(target)
+    assert (back.preset, back.preprocessing.crop) == ("b4", 512)
+    for preset, expected, crop in ((None, "b4", 512), ("b4", "b4", 512), ("b1", "b1", 256)):
+        stored = checkpoint.open_model(target, preset)[1]
+        assert (stored.preset, stored.preprocessing.crop) == (expected, crop)
+    own = Preprocessing(resize=64, crop=64)  # of an own training
+    checkpoint.save(source, Checkpoint(network, "b1", {"num_classes": 2}, None, own))
+    assert checkpoint.open_model(source)[1].preprocessing == checkpoint.open_model(source, "b1")[1].preprocessing == own
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent: no such checkpoint file"):
         checkpoint.read(tmp_path / "absent")
@@ -267,7 +353,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, nano: MobileMamba
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.atomic_write(path, write)
+        files.atomic_write(path, write)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
 
@@ -276,7 +362,7 @@ def test_writers_at_the_same_time(tmp_path: Path) -> None:
     path = tmp_path / "file"
     blocks = [bytes([i]) * 100_000 for i in range(8)]
     threads = [
-        threading.Thread(target=checkpoint.atomic_write, args=(path, lambda temporary, b=b: temporary.write_bytes(b)))
+        threading.Thread(target=files.atomic_write, args=(path, lambda temporary, b=b: temporary.write_bytes(b)))
         for b in blocks
     ]
     for thread in threads:
@@ -290,7 +376,7 @@ def test_writers_at_the_same_time(tmp_path: Path) -> None:
 def test_written_file_is_an_ordinary_one(tmp_path: Path) -> None:
     (tmp_path / "target").write_bytes(b"old")
     (tmp_path / "link").symlink_to("target")
-    checkpoint.atomic_write(tmp_path / "link", lambda temporary: temporary.write_bytes(b"new"))
+    files.atomic_write(tmp_path / "link", lambda temporary: temporary.write_bytes(b"new"))
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_bytes() == b"new"
     (tmp_path / "other").touch()
@@ -323,7 +409,7 @@ def test_convert(tmp_path: Path, t2: dict[str, Tensor]) -> None:
         "model_args": {"num_classes": 1000, "in_chans": 3, "distillation": False},
         "parameters": sum(p.numel() for p in create_model("t2").parameters()),
         "tensors": len(create_model("t2").state_dict()),
-        "sha256": checkpoint.sha256(target),
+        "sha256": files.sha256(target),
     }
     back = checkpoint.read(target)
     assert (back.preset, back.preprocessing) == ("t2", Preprocessing(resize=219, crop=192))
@@ -337,7 +423,7 @@ def test_convert_refuses(tmp_path: Path, t2: dict[str, Tensor]) -> None:
     torch.save(t2, source)
     with pytest.raises(ValueError, match=r"net\.pth: expected another file than the input"):
         checkpoint.convert(source, source)
-    with pytest.raises(ValueError, match="do not fit the model: expected those of s6, got those of t2"):
+    with pytest.raises(ValueError, match=r"net\.pth: expected weights of s6, got those of t2$"):
         checkpoint.convert(source, target, preset="s6")
     with pytest.raises(ValueError, match="unknown model 't3'; did you mean"):
         checkpoint.convert(source, target, preset="t3")
@@ -345,6 +431,6 @@ def test_convert_refuses(tmp_path: Path, t2: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"6 missing: stages\.2\.blocks\.1\.mixer\.proj\.conv\.weight, "):
         checkpoint.convert(source, target)
     torch.save({"weight": torch.zeros(3)}, source)
-    with pytest.raises(ValueError, match=r"net\.pth: not of a known preset by its shapes; expected preset to be given"):
+    with pytest.raises(ValueError, match=r"net\.pth: the weights are of no known preset by their shapes; expected the"):
         checkpoint.convert(source, target)
     assert not target.exists()

@@ -1,6 +1,7 @@
 """The command line: what it prints for people and for programs, and that what it refuses takes one line."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -27,6 +28,16 @@ def folder(tmp_path, monkeypatch):
     preprocessing = Preprocessing(resize=28, crop=28, mean=(0.286,), std=(0.353,))
     stored = checkpoint.Checkpoint(model.state_dict(), "nano", {"num_classes": 10}, LABELS, preprocessing)
     checkpoint.save("nano.pt", stored)
+    headless = mobilemamba.nano(num_classes=0)
+    checkpoint.save("headless.pt", checkpoint.Checkpoint(headless.state_dict(), "nano", {"num_classes": 0}))
+    infinite = {**model.state_dict(), "head.linear.bias": torch.full((10,), math.nan)}
+    checkpoint.save("infinite.pt", checkpoint.Checkpoint(infinite, "nano"))
+    (tmp_path / "latin.txt").write_bytes("Häuser\n".encode("latin-1"))
+    (tmp_path / "empty.txt").touch()
+    # as much of b1 as tells the shapes
+    widths, depths = (200, 376, 448), (2, 3, 2)
+    blocks = [f"stages.{stage}.blocks.{i}.mixer.proj.conv.weight" for stage in range(3) for i in range(depths[stage])]
+    torch.save({key: torch.zeros(widths[int(key[7])], 1) for key in blocks}, "b.pt")
     checkpoint.save("unlabelled.pt", checkpoint.Checkpoint(model.state_dict(), "nano", {}, None, preprocessing))
     return tmp_path
 
@@ -124,12 +135,27 @@ REFUSALS = {
     "not a checkpoint": (("classify", "dark.png", "--checkpoint", "text.png"), "text.png: "),
     "another preset": (
         ("classify", "dark.png", "--model", "t2", *OWN),
-        "expected a checkpoint for t2, got one for nano",
+        "error: nano.pt: expected weights of t2, got those of nano\n",
     ),
+    "no head": (("classify", "dark.png", "--checkpoint", "headless.pt"), "headless.pt: expected a model with classes"),
+    "not finite": (
+        ("classify", "light.png", "dark.png", "--checkpoint", "infinite.pt"),
+        "error: light.png: expected finite outputs of the model, got [nan",
+    ),
+    "several presets": (("classify", "dark.png", "--checkpoint", "b.pt"), "b.pt: the weights are of b1 or b2 or b4, "),
+    "convert several": (("convert", "b.pt", "new.pt"), "b.pt: the weights are of b1 or b2 or b4, which are one "),
+    "labels not in UTF-8": (
+        ("classify", "dark.png", "--labels", "latin.txt", *OWN),
+        "latin.txt: expected names in UTF",
+    ),
+    "no labels": (("classify", "dark.png", "--labels", "empty.txt", *OWN), "empty.txt: expected 10 labels"),
     "labels for others": (("classify", "dark.png", "--labels", "text.png", *OWN), "expected 10 labels"),
     "missing labels": (("classify", "dark.png", "--labels", "none.txt", *OWN), "none.txt"),
     "topk": (("classify", "dark.png", "--topk", "0"), "argument --topk: must be at least 1, got 0"),
-    "device": (("classify", "dark.png", "--device", "toaster", *OWN), "device 'toaster' is not available"),
+    **{
+        f"device {name}": (("classify", "dark.png", "--device", name, *OWN), f"device '{name}' is not available; expec")
+        for name in ("toaster", "gpu", "cuda:99", "cuda:256", "cuda:x", "cuda:", "")
+    },
     "unknown data": (("train", "--data", "mnist", "--out", "new"), "unknown data 'mnist'; expected fashion-mnist"),
     "missing data": (("train", "--data", "fashion-mnist:none", "--out", "new"), "none: no train-images"),
     "missing folder": (("train", "--data", "folder:none", "--out", "new"), "expected a folder"),
@@ -137,7 +163,7 @@ REFUSALS = {
     "rate": (("train", "--lr", "-1", "--out", "new"), "lr must be positive, got -1.0"),
     "convert nothing": (("convert", "none.pt", "new.pt"), "none.pt: no such checkpoint"),
     "convert to what": (("convert", "nano.pt", "new.txt"), "new.txt: expected a name"),
-    "convert another": (("convert", "nano.pt", "new.pt", "--model", "t2"), "expected those of t2, got those of nano"),
+    "convert another": (("convert", "nano.pt", "new.pt", "--model", "t2"), "expected weights of t2, got those of nano"),
 }
 
 
@@ -170,7 +196,26 @@ def test_a_bug_shows_its_traceback(monkeypatch):
         cli.main(["info"])
 
 
-def test_module_is_a_command():
-    done = subprocess.run([sys.executable, "-m", "mobilemamba", "info", "--json"], capture_output=True, text=True)
+def test_device_is_one_that_exists(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [cli.checked_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    for name in ("cuda:2", "cuda:256", "cuda:x", "gpu"):
+        with pytest.raises(ValueError, match=f"'{name}' is not available; expected cpu or cuda or cuda:0 or cuda:1$"):
+            cli.checked_device(name)
+
+
+def test_a_missing_kernel_is_the_users_to_mend(monkeypatch, capsys):
+    def missing(_):
+        raise NotImplementedError("mobilemamba::haar_conv2d: this version has no CUDA kernel for it")
+
+    monkeypatch.setattr(cli, "info", missing)
+    code, out, err = run(capsys, "info")
+    assert (code, out) == (2, "")
+    assert err == "mobilemamba info: error: mobilemamba::haar_conv2d: this version has no CUDA kernel for it\n"
+
+
+def test_module_is_a_command(tmp_path):
+    command = [sys.executable, "-m", "mobilemamba", "info", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["mobilemamba"]["version"] == mobilemamba.__version__

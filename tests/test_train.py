@@ -120,7 +120,7 @@ def interrupted_in_third_epoch(train_epoch):
 
 def test_killed_while_saving_loses_nothing(tmp_path, small_digits):
     command = [sys.executable, "-c", KILLED_IN_SECOND_SAVE, str(tmp_path / "killed")]
-    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr
     assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["epoch"] == 1
     train(CONFIG, tmp_path / "killed", resume=True)
@@ -139,15 +139,77 @@ def test_a_run_is_not_overwritten(tmp_path, small_digits):
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["model.pt", "log.jsonl"])
+def test_files_without_a_state_are_not_overwritten(tmp_path, small_digits, name):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(FileExistsError, match=rf"{name} exists: continue that run with --resume"):
+        train(CONFIG, tmp_path)
+    assert (tmp_path / name).read_text() == "precious"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_own_unfinished_files_are_removed(tmp_path, small_digits):
+    for name in (".mine.tmp", ".notes.pt.0.tmp", ".last.pt.0.tmp", ".model.pt.0.tmp", ".log.jsonl.0.tmp"):
+        (tmp_path / name).touch()
+    train(TrainConfig(data="digits", epochs=1, batch_size=50), tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".mine.tmp", ".notes.pt.0.tmp", "last.pt", "log.jsonl", "model.pt"}
+
+
+def test_an_unfinished_line_of_the_log_is_dropped(tmp_path, small_digits):
+    train(CONFIG, tmp_path)
+    whole = (tmp_path / "log.jsonl").read_bytes()
+    (tmp_path / "log.jsonl").write_bytes(whole + b'{"test_accu')
+    train(CONFIG, tmp_path, resume=True)
+    assert [entry["epoch"] for entry in entries(tmp_path) if "loss" in entry] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
 def test_a_broken_checkpoint_is_refused(tmp_path, small_digits, content):
     if content is None:
         torch.save({"some": "thing"}, tmp_path / "last.pt")
     else:
         (tmp_path / "last.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"last\.pt: (not a readable|expected a training) checkpoint"):
+    with pytest.raises(ValueError, match=r"last\.pt: (not a whole torch file|expected a (training )?checkpoint)"):
         train(CONFIG, tmp_path, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def swapped(labels: list[str]) -> list[str]:
+    return [labels[1], labels[0], *labels[2:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update(version=9), "expected a training checkpoint of version 1, got 9$"),
+        (lambda state: state.pop("config"), "got one without config"),
+        (lambda state: state.update(meta=None, ema=None), "got one without meta, ema"),
+        (lambda state: state["config"].update(momentum=0.9), r"momentum 0.9 \(now None\)"),
+        (lambda state: state["config"].pop("erase"), r"erase None \(now 0.25\)"),
+        (
+            lambda state: state["meta"].update(labels=swapped(state["meta"]["labels"])),
+            r"label 0 1 \(now 0\), label 1 0 \(now 1\)$",
+        ),
+        (
+            lambda state: (state["meta"].update(model_args={"num_classes": 9}), state["meta"]["labels"].pop()),
+            r"model_args .*'num_classes': 9.*label 9 None \(now 9\)$",
+        ),
+        (
+            lambda state: state["model"].pop("head.linear.bias"),
+            "not fit the model; 1 missing: head.linear.bias$",
+        ),
+    ],
+)
+def test_a_state_of_another_run_is_refused(tmp_path, small_digits, change, message):
+    config = TrainConfig(data="digits", epochs=1, batch_size=50)
+    train(config, tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=rf"last\.pt: .*{message}") as caught:
+        train(config, tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_digits):

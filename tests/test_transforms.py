@@ -44,6 +44,15 @@ def test_grey_without_margin_is_the_image() -> None:
     torch.testing.assert_close(actual[0], (torch.from_numpy(np.array(image)) / 255 - 0.286) / 0.353)
 
 
+def test_normalize_takes_batches() -> None:
+    """Bit for bit the same as one image at a time, so that ``classify`` computes what the training loop measured."""
+    preprocessing, images = Preprocessing(resize=30, crop=30), [noise(30, 30), noise(31, 30)]
+    pixels = torch.stack([preprocessing.pixels()(image) for image in images])
+    batch = preprocessing.normalize(pixels.contiguous(memory_format=torch.channels_last))
+    assert batch.dtype == torch.float32
+    assert torch.equal(batch, torch.stack([preprocessing.transforms()(image) for image in images]))
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_modes(mode: str, channels: int) -> None:
@@ -103,6 +112,8 @@ def test_json() -> None:
         ({"mean": (0.5, 0.5), "std": (1, 1)}, "mean and std of 1 or 3 channels"),
         ({"mean": (0.5,)}, "mean and std of 1 or 3 channels"),
         ({"std": (1, 0, 1)}, "std must be positive"),
+        ({"std": (1, float("nan"), 1)}, "std must be positive"),
+        ({"crop": 27.5}, "expected resize and crop in whole pixels, got 28 and 27.5"),
         ({"interpolation": "magic"}, "interpolation: expected bicubic or bilinear, got 'magic'"),
     ],
 )

@@ -153,6 +153,20 @@ def test_part_of_another_file(server: Server, cache: Path, torch_file: bytes) ->
     assert weights.download(T2, url=server.url, progress=False).read_bytes() == torch_file
 
 
+@pytest.mark.parametrize("page", [BROKEN_PAGE, QUESTION % b"http://elsewhere.invalid"])
+def test_a_page_instead_of_the_rest_loses_nothing(server: Server, cache: Path, torch_file: bytes, page: bytes) -> None:
+    server.body, server.html = torch_file, page
+    cache.mkdir()
+    part = cache / "mobilemamba-t2-plain.pth.part"
+    part.write_bytes(torch_file[:100_000])
+    with pytest.raises(ValueError, match="refused: expected the file, got a web page that says"):
+        weights.download(T2, url=server.url, progress=False)
+    assert part.read_bytes() == torch_file[:100_000]
+    server.html = None
+    assert weights.download(T2, url=server.url, progress=False).read_bytes() == torch_file
+    assert server.ranges_asked[-1] == "bytes=100000-"
+
+
 def test_google_drives_question(server: Server, torch_file: bytes) -> None:
     server.body, server.question = torch_file, True
     assert weights.download(T2, url=server.url, progress=False).read_bytes() == torch_file
