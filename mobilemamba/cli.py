@@ -12,7 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import __version__
+
 __all__ = ["main"]
+
+METAVARS = {int: "N", int | None: "N", float: "X"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mobilemamba {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        hint = ": --resume goes on from the latest epoch" if args.command == "train" else ""
+        print(f"\nmobilemamba {args.command}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -37,6 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> Parser:
     parser = Parser(prog="mobilemamba", description="MobileMamba: train, classify, convert, info.")
+    parser.add_argument("--version", action="version", version=f"mobilemamba {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> Parser:
@@ -74,7 +81,7 @@ def add_train_options(parser: Parser) -> None:
     types = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         text = field.metadata["help"] + ("" if field.default is None else " (default: %(default)s)")
-        kind: dict[str, Any] = {"type": types[field.name], "metavar": "X"}
+        kind: dict[str, Any] = {"type": types[field.name], "metavar": METAVARS.get(types[field.name], "NAME")}
         if types[field.name] is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         elif field.default is None:

@@ -15,13 +15,14 @@ __all__ = ["MRFFI", "SS2D", "HaarConv2d", "MultiKernelDepthwise", "WaveletMamba"
 def split_channels(dim: int, global_ratio: float, local_ratio: float) -> tuple[int, int, int]:
     """Widths of the (global, local, identity) parts of ``dim`` channels; they sum to ``dim``.
 
-    The global part is ``global_ratio * dim`` to the nearest multiple of 16, a tie going up.
+    The global part is ``global_ratio * dim`` to the nearest multiple of 16, a tie going up. The local part is
+    ``local_ratio * dim``, or what the global part leaves where that is less; the identity part is the rest.
     """
     global_dim = (int(global_ratio * dim) + 8) // 16 * 16
     if not 0 < global_dim <= dim:
         raise ValueError(
             f"global_ratio={global_ratio} of {dim} channels gives a global part of {global_dim} channels; "
-            f"expected a multiple of 16 from 16 to {dim}"
+            f"expected at least 16 and at most {dim}, in multiples of 16"
         )
     local_dim = min(int(local_ratio * dim), dim - global_dim)
     if local_dim < 0:
@@ -123,6 +124,8 @@ class MultiKernelDepthwise(nn.Module):
 
     def __init__(self, dim: int, kernels: tuple[int, ...]) -> None:
         super().__init__()
+        if not isinstance(kernels, (tuple, list)):
+            raise ValueError(f"local kernel sizes must be a tuple such as (7,) or (3, 5), got {kernels!r}")
         if not kernels or any(k < 1 or k % 2 == 0 for k in kernels):
             raise ValueError(f"local kernel sizes must be odd and at least one, got {kernels}")
         if 0 < dim < len(kernels):
@@ -149,7 +152,7 @@ class MRFFI(nn.Module):
     ``BN(1x1(ReLU(concat(global(x_G), local(x_P), x_I))))`` with the channels divided by :func:`split_channels`.
 
     Args:
-        dim: channels C.
+        dim: channels C, at least 16 (the global part is a multiple of 16).
         global_ratio: share of the channels for the wavelet-enhanced scan.
         local_ratio: share of the channels for the depthwise kernels.
         wavelet_kernel: kernel size on the Haar sub-bands, odd.

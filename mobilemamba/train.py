@@ -38,7 +38,10 @@ class TrainConfig:
     """What determines the result of a training run, to the last bit on one machine."""
 
     model: str = option("nano", "preset")
-    data: str = option("fashion-mnist", "fashion-mnist[:DIR], folder:DIR (class folders in train/ and val/) or digits")
+    data: str = option(
+        "fashion-mnist",
+        "fashion-mnist[:DIR], folder:DIR (class folders in train/ and val/) or scikit-learn's digits",
+    )
     image_size: int | None = option(None, "height and width of the images of folder:DIR (default: 224)")
     epochs: int = option(20, "passes over the training images")
     batch_size: int = option(128, "images in a step")

@@ -32,6 +32,8 @@ def open_image(path: str | os.PathLike[str]) -> "Image.Image":
 
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such image file")
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: expected an image, got a folder")
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image)

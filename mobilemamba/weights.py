@@ -92,6 +92,9 @@ def entry(name: str, distilled: bool = False) -> WeightsEntry:
     for candidate in ENTRIES:
         if (candidate.preset, candidate.variant) == (name, variant):
             return candidate
+    presets = dict.fromkeys(candidate.preset for candidate in ENTRIES)
+    if name not in presets:
+        raise ValueError(f"unknown model '{name}'; expected one of {', '.join(presets)}")
     having = [candidate.preset for candidate in ENTRIES if candidate.variant == variant]
     raise ValueError(f"no {variant} weights for model '{name}'; expected one of {', '.join(having)}")
 

@@ -179,12 +179,15 @@ def test_refusal_is_one_line_and_writes_nothing(folder, capsys, name):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_interrupt_is_quiet(monkeypatch, capsys):
+def test_interrupt_is_one_line(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "info", interrupted)
-    assert run(capsys, "info") == (130, "", "")
+    assert run(capsys, "info") == (130, "", "\nmobilemamba info: interrupted\n")
+    monkeypatch.setattr(cli, "train", interrupted)
+    code, _, err = run(capsys, "train", "--out", "somewhere")
+    assert (code, err) == (130, "\nmobilemamba train: interrupted: --resume goes on from the latest epoch\n")
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):

@@ -224,6 +224,7 @@ def test_refused_arguments(nano):
         (lambda: mobilemamba.nano(drop_path_rate=1.5), "drop path rate must be in [0, 1), got"),
         (lambda: MRFFI(40, 0.1, 0.4, 3, (3,)), "global_ratio=0.1 of 40 channels gives a global part of 0 channels"),
         (lambda: MRFFI(40, 0.4, -0.1, 3, (3,)), "local_ratio must not be negative, got -0.1"),
+        (lambda: MRFFI(40, 0.4, 0.4, 3, 3), "local kernel sizes must be a tuple such as (7,) or (3, 5), got 3"),
         (lambda: MRFFI(40, 0.4, 0.4, 3, (4,)), "local kernel sizes must be odd and at least one, got (4,)"),
         (lambda: MRFFI(40, 0.4, 0.05, 3, (3, 5, 7)), "3 local kernel sizes (3, 5, 7) need as many channels, got 2"),
         (lambda: MRFFI(40, 0.4, 0.4, 4, (3,)), "wavelet kernel size must be odd, got 4"),

@@ -132,7 +132,7 @@ def test_bad_images(tmp_path: Path) -> None:
     for name in ("text.png", "empty.png"):
         with pytest.raises(ValueError, match=rf"{name}: expected an image, got a file of no known image format$"):
             prepare(tmp_path / name)
-    for name, message in (("cut.png", "not a readable image"), ("float.tif", "got floating point"), ("", "not a read")):
+    for name, message in (("cut.png", "not a readable image"), ("float.tif", "got floating point"), ("", "a folder")):
         with pytest.raises(ValueError, match=f"{name}: .*{message}") as caught:
             prepare(tmp_path / name)
         assert "\n" not in str(caught.value)

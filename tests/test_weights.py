@@ -98,6 +98,8 @@ def test_table() -> None:
     assert [entry.preprocessing.resize for entry in published[::2]] == [219, 219, 256, 292, 438, 585]
     assert weights.entry("s6", distilled=True).top1 == 80.7
     assert len(weights.entry("nano").labels) == 10
+    with pytest.raises(ValueError, match="unknown model 'zz'; expected one of nano, t2, t4, s6, b1, b2, b4"):
+        weights.entry("zz")
     with pytest.raises(ValueError, match="no distilled weights for model 'nano'; expected one of t2, t4, s6, b1"):
         weights.entry("nano", distilled=True)
 
