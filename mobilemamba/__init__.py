@@ -4,7 +4,8 @@ from . import ops
 from .model import MobileMamba
 from .mrffi import MRFFI
 from .ops import bidirectional_scan, haar_conv2d
-from .presets import PRESETS, b1, b2, b4, create_model, list_models, nano, s6, t2, t4
+from .presets import PRESETS
+from .zoo import b1, b2, b4, create_model, list_models, nano, s6, t2, t4
 
 __version__ = "0.1.0"
 

@@ -6,7 +6,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from . import published
-from .files import atomic_write, is_page, sha256
+from .files import atomic_write, is_page
 from .identify import check_model_args, fitting_presets, guess_model_args
-from .model import MobileMamba
 from .transforms import Preprocessing
 
-__all__ = ["Checkpoint", "convert", "load_into", "load_torch", "open_model", "read", "save"]
+__all__ = ["Checkpoint", "load_into", "load_torch", "read", "save"]
 
 PathLike = str | os.PathLike[str]
 
@@ -256,50 +255,6 @@ def save(path: PathLike, checkpoint: Checkpoint) -> None:
         atomic_write(path, lambda temporary: torch.save(content, temporary))
     else:
         raise ValueError(f"{path}: expected a name that ends with .safetensors, .pt or .pth")
-
-
-def open_model(source: PathLike, preset: str | None = None) -> tuple[MobileMamba, Checkpoint]:
-    """The model in a file, and the file's content with preset and preprocessing known.
-
-    Args:
-        preset: the preset, needed where the shapes fit several (b1, b2 and b4 are one network) or none. What the file
-            says of another preset, and of its preprocessing, gives way.
-    """
-    from . import presets, weights  # not at the top: both need this module
-
-    stored = read(source)
-    name = preset or stored.preset
-    if name is None:
-        fitting = fitting_presets(stored.state_dict)
-        which = f"of {' or '.join(fitting)}, which are one network" if fitting else "of no known preset by their shapes"
-        raise ValueError(f"{source}: the weights are {which}; expected the model to be named (--model)")
-    model = presets.create_model(name, **stored.model_args)
-    load_into(model, stored.state_dict, source=source)
-    if stored.preprocessing is None or stored.preset not in (None, name):
-        return model, replace(stored, preset=name, preprocessing=weights.entry(name).preprocessing)
-    return model, replace(stored, preset=name)
-
-
-def convert(source: PathLike, target: PathLike, preset: str | None = None) -> dict[str, Any]:
-    """Write the weights of any readable file in this package's format, checked against the whole model first.
-
-    Args:
-        preset: as for :func:`open_model`.
-
-    Returns:
-        ``preset``, ``model_args``, number of ``parameters`` and ``tensors``, and the ``sha256`` of ``target``.
-    """
-    model, checkpoint = open_model(source, preset)
-    if Path(target).exists() and os.path.samefile(source, target):
-        raise ValueError(f"{target}: expected another file than the input, which is not overwritten")
-    save(target, checkpoint)
-    return {
-        "preset": checkpoint.preset,
-        "model_args": checkpoint.model_args,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tensors": len(checkpoint.state_dict),
-        "sha256": sha256(target),
-    }
 
 
 def _safetensors() -> tuple[Any, Any]:

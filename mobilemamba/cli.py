@@ -162,17 +162,16 @@ def table(result: dict[str, Any]) -> str:
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Sequence[str] | None, Any]:
     """The model with its weights, its labels and its preprocessing, as the options say."""
-    from . import checkpoint, weights
-    from .presets import create_model
+    from . import weights, zoo
 
     if args.checkpoint is None:
         name = args.model or "nano"
-        model = create_model(name, pretrained="distilled" if args.distilled else True)
+        model = zoo.create_model(name, pretrained="distilled" if args.distilled else True)
         entry = weights.entry(name, args.distilled)
         return model, entry.labels, entry.preprocessing
     if args.distilled:
         raise ValueError("--distilled goes with --model, expected either it or --checkpoint")
-    model, stored = checkpoint.open_model(args.checkpoint, args.model)
+    model, stored = zoo.open_model(args.checkpoint, args.model)
     return model, stored.labels, stored.preprocessing
 
 
@@ -188,9 +187,9 @@ def checked_device(name: str) -> str:
 
 
 def convert(args: argparse.Namespace) -> None:
-    from . import checkpoint
+    from . import zoo
 
-    done = checkpoint.convert(args.source, args.target, preset=args.model)
+    done = zoo.convert(args.source, args.target, preset=args.model)
     print(f"{args.target}: {done['preset']}, {done['tensors']} tensors, sha256 {done['sha256']}")
 
 

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from .model import MobileMamba
+from .presets import PRESETS
 
 __all__ = ["check_model_args", "fitting_presets", "guess_model_args"]
 
 
 def fitting_presets(state_dict: Mapping[str, Tensor]) -> list[str]:
     """The presets with the widths and depths of ``state_dict``: several for b1, b2 and b4, which are one network."""
-    from .presets import PRESETS  # not at the top: presets needs checkpoint, which needs this module
 
     def block_count(stage: int) -> int:
         pattern = re.compile(rf"stages\.{stage}\.blocks\.(\d+)\.")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from . import checkpoint, data
 from .files import atomic_write
-from .presets import create_model
 from .transforms import Preprocessing
+from .zoo import create_model
 
 __all__ = ["Ema", "TrainConfig", "evaluate", "learning_rate", "parameter_groups", "train"]
 

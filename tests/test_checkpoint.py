@@ -11,7 +11,7 @@ import torch
 from figures import small_cases
 from torch import Tensor
 
-from mobilemamba import MobileMamba, checkpoint, create_model, files, published
+from mobilemamba import MobileMamba, checkpoint, create_model, files, published, zoo
 from mobilemamba.checkpoint import Checkpoint
 from mobilemamba.transforms import Preprocessing
 
@@ -269,7 +269,7 @@ def test_stated_architecture_is_used(tmp_path: Path) -> None:
         if name.endswith(".safetensors"):
             pytest.importorskip("safetensors")
         checkpoint.save(tmp_path / name, source)
-        model, _ = checkpoint.open_model(tmp_path / name)
+        model, _ = zoo.open_model(tmp_path / name)
         assert same(model.state_dict(), source.state_dict)
 
 
@@ -277,7 +277,7 @@ def test_scalars_in_place_of_weights(tmp_path: Path, nano: MobileMamba) -> None:
     for key in ("head.linear.weight", "patch_embed.0.conv.weight", "stages.0.blocks.0.mixer.proj.conv.weight"):
         torch.save({**nano.state_dict(), key: torch.tensor(1.0)}, tmp_path / "file.pt")
         with pytest.raises(ValueError, match=rf"file\.pt: the weights do not fit the model.*; .*{key} \[\] instead"):
-            checkpoint.open_model(tmp_path / "file.pt", "nano")
+            zoo.open_model(tmp_path / "file.pt", "nano")
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -311,17 +311,17 @@ def test_one_network_of_several_presets(tmp_path: Path) -> None:
     torch.save(network, source)
     assert checkpoint.read(source).preset is None
     with pytest.raises(ValueError, match=r"b\.pt: the weights are of b1 or b2 or b4, which are one network; expected"):
-        checkpoint.convert(source, target)
+        zoo.convert(source, target)
     assert not target.exists()
-    checkpoint.convert(source, target, preset="b4")
+    zoo.convert(source, target, preset="b4")
     back = checkpoint.read(target)
     assert (back.preset, back.preprocessing.crop) == ("b4", 512)
     for preset, expected, crop in ((None, "b4", 512), ("b4", "b4", 512), ("b1", "b1", 256)):
-        stored = checkpoint.open_model(target, preset)[1]
+        stored = zoo.open_model(target, preset)[1]
         assert (stored.preset, stored.preprocessing.crop) == (expected, crop)
     own = Preprocessing(resize=64, crop=64)  # of an own training
     checkpoint.save(source, Checkpoint(network, "b1", {"num_classes": 2}, None, own))
-    assert checkpoint.open_model(source)[1].preprocessing == checkpoint.open_model(source, "b1")[1].preprocessing == own
+    assert zoo.open_model(source)[1].preprocessing == zoo.open_model(source, "b1")[1].preprocessing == own
 
 
 def test_no_file(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_convert(tmp_path: Path, t2: dict[str, Tensor]) -> None:
     pytest.importorskip("safetensors")
     source, target = tmp_path / "net.pth", tmp_path / "t2.safetensors"
     torch.save({"net": t2, "net_E": None}, source)
-    summary = checkpoint.convert(source, target)
+    summary = zoo.convert(source, target)
     assert json.loads(json.dumps(summary)) == {
         "preset": "t2",
         "model_args": {"num_classes": 1000, "in_chans": 3, "distillation": False},
@@ -414,7 +414,7 @@ def test_convert(tmp_path: Path, t2: dict[str, Tensor]) -> None:
     back = checkpoint.read(target)
     assert (back.preset, back.preprocessing) == ("t2", Preprocessing(resize=219, crop=192))
     checkpoint.load_into(create_model("t2"), back.state_dict)
-    again = checkpoint.convert(target, tmp_path / "again.safetensors")
+    again = zoo.convert(target, tmp_path / "again.safetensors")
     assert again["sha256"] == summary["sha256"]
 
 
@@ -422,15 +422,15 @@ def test_convert_refuses(tmp_path: Path, t2: dict[str, Tensor]) -> None:
     source, target = tmp_path / "net.pth", tmp_path / "out.pt"
     torch.save(t2, source)
     with pytest.raises(ValueError, match=r"net\.pth: expected another file than the input"):
-        checkpoint.convert(source, source)
+        zoo.convert(source, source)
     with pytest.raises(ValueError, match=r"net\.pth: expected weights of s6, got those of t2$"):
-        checkpoint.convert(source, target, preset="s6")
+        zoo.convert(source, target, preset="s6")
     with pytest.raises(ValueError, match="unknown model 't3'; did you mean"):
-        checkpoint.convert(source, target, preset="t3")
+        zoo.convert(source, target, preset="t3")
     torch.save({key: tensor for key, tensor in t2.items() if "blocks3.4.mixer.m.attn.proj" not in key}, source)
     with pytest.raises(ValueError, match=r"6 missing: stages\.2\.blocks\.1\.mixer\.proj\.conv\.weight, "):
-        checkpoint.convert(source, target)
+        zoo.convert(source, target)
     torch.save({"weight": torch.zeros(3)}, source)
     with pytest.raises(ValueError, match=r"net\.pth: the weights are of no known preset by their shapes; expected the"):
-        checkpoint.convert(source, target)
+        zoo.convert(source, target)
     assert not target.exists()

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from mobilemamba import presets
+from mobilemamba import zoo
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def test_python_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []  # the published weights are the one thing that is not here
-    monkeypatch.setattr(presets.weights, "load_pretrained", lambda model, name, *rest: loaded.append(name))
+    monkeypatch.setattr(zoo.weights, "load_pretrained", lambda model, name, *rest: loaded.append(name))
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
     assert len(blocks) >= 2
     names: dict[str, object] = {}
