@@ -8,24 +8,27 @@
 namespace mobilemamba::cpu {
 namespace {
 
+constexpr ScanBackend backend = {
+    .forward_scratch_bytes = [](const ScanForward&) -> size_t { return 0; },
+    .forward = [](const ScanForward& p) { run(kernels().scan_forward, p); },
+    .divide_backward =
+        [](ScanBackward& p) {
+          p.group_channels = scan_group_channels;
+          p.segments = scan_segments;
+        },
+    .backward_scratch_bytes = [](const ScanBackward&) -> size_t { return 0; },
+    .backward = [](const ScanBackward& p) { run(kernels().scan_backward, p); },
+};
+
 at::Tensor forward(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log, const at::Tensor& B,
                    const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
-  const ScanArguments arguments{u, delta, A_log, B, C, D, dt_weight, dt_bias};
-  arguments.check();
-  const ScanInputs inputs(arguments);
-  at::Tensor y = scan_output(u);
-  run(kernels().scan_forward, inputs.forward(y));
-  return y;
+  return backend.bidirectional_scan({u, delta, A_log, B, C, D, dt_weight, dt_bias});
 }
 
 ScanGradients backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log,
                        const at::Tensor& B, const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight,
                        const at::Tensor& dt_bias) {
-  const ScanArguments arguments{u, delta, A_log, B, C, D, dt_weight, dt_bias};
-  arguments.check_backward(grad_y);
-  ScanBackwardInputs inputs(grad_y, arguments);
-  run(kernels().scan_backward, inputs.backward());
-  return inputs.gradients(arguments);
+  return backend.bidirectional_scan_backward(grad_y, {u, delta, A_log, B, C, D, dt_weight, dt_bias});
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ template <typename T, typename V>
 struct Patch {
   V a, b, c, d;
 
-  Patch(const HaarSizes& p, const T* image, const HaarImage& strides, int64_t i, int64_t j, int count) {
+  Patch(const HaarSizes& p, const T* image, const Image& strides, int64_t i, int64_t j, int count) {
     const T* at = image + 2 * i * strides.row + 2 * j * strides.column;
     const bool right = 2 * j + 1 < p.width, below = 2 * i + 1 < p.height;
     const V zero = V(0);
@@ -150,14 +150,14 @@ struct HaarBackwardWeightKernel {
           default:
             add_sample<1>(p, batch, band, c, count, input, grad_row, sums);
         }
-      Acc* out = static_cast<Acc*>(p.grad_weight) + band * kernel * kernel * p.channels + c;
+      Acc* out = static_cast<Acc*>(p.sums) + band * kernel * kernel * p.channels + c;
       for (int64_t i = 0; i < kernel * kernel; ++i)
         store(out + i * p.channels, sums[i], count);
     }
   }
 
-  static V transform(const HaarSizes& p, const HaarImage& image, int64_t batch, int band, int64_t i, int64_t j,
-                     int64_t c, int count) {
+  static V transform(const HaarSizes& p, const Image& image, int64_t batch, int band, int64_t i, int64_t j, int64_t c,
+                     int count) {
     const T* data = static_cast<const T*>(image.data) + batch * image.batch + c;
     const Patch<T, V> patch(p, data, image, i, j, count);
     return haar(patch.a, patch.b, patch.c, patch.d).band[band];

@@ -19,6 +19,9 @@ struct Kernel {
   void (*run)(const Params&, int64_t begin, int64_t end, std::byte* scratch);
 };
 
+/// What the scan's backward kernel expects of ScanBackward.
+constexpr int64_t scan_group_channels = 64, scan_segments = 1;
+
 struct Kernels {
   const char* name;
   Kernel<ScanForward> scan_forward;

@@ -133,7 +133,7 @@ template <typename T>
 struct ScanBackwardKernel {
   using Acc = typename AccumulateOf<T>::type;
   using V = Vec<Acc>;
-  static constexpr int64_t vectors_per_group = ScanBackward::channels_per_group / V::size;
+  static constexpr int64_t vectors_per_group = scan_group_channels / V::size;
 
   /// What one vector of channels carries from chunk to chunk.
   struct Channels {
@@ -194,8 +194,8 @@ struct ScanBackwardKernel {
   }
 
   static void run_direction(const ScanBackward& p, Scratch& s, int64_t batch, int64_t group, int64_t k) {
-    const int64_t first = group * ScanBackward::channels_per_group;
-    const int64_t last = min(first + ScanBackward::channels_per_group, p.channels);
+    const int64_t first = group * scan_group_channels;
+    const int64_t last = min(first + scan_group_channels, p.channels);
     const int64_t chunks = ceil_div(p.length, chunk_length);
     Acc* grad_rows = static_cast<Acc*>(p.grad_rows) + ((batch * p.groups() + group) * 2 + k) * p.length * p.rows();
 
@@ -214,9 +214,9 @@ struct ScanBackwardKernel {
         else
           run_chunk(p, s, v, batch, k, c, count, chunk, length, p.state);
       }
-      for (int64_t i = 0; i < length; ++i)
-        for (int64_t row = 0; row < p.rows(); ++row)
-          grad_rows[position(p, k, begin + i) * p.rows() + row] = sum(s.grad_rows[i * p.rows() + row]);
+      for (int64_t row = 0; row < p.rows(); ++row)
+        for (int64_t i = 0; i < length; ++i)
+          grad_rows[row * p.length + position(p, k, begin + i)] = sum(s.grad_rows[i * p.rows() + row]);
     }
     for (int64_t v = 0, c = first; c < last; ++v, c += V::size)
       finish(p, s.channels[v], batch, k, c, static_cast<int>(min(V::size, last - c)));

@@ -4,14 +4,9 @@
 #include <cstdint>
 
 #include "kernels/common.h"
+#include "kernels/image.h"
 
 namespace mobilemamba {
-
-/// An image batch, (B, H, W, C) with channels contiguous; strides in elements.
-struct HaarImage {
-  const void* data;
-  int64_t batch, row, column;
-};
 
 struct HaarSizes {
   DType dtype;
@@ -22,15 +17,17 @@ struct HaarSizes {
 };
 
 struct HaarForward : HaarSizes {
-  HaarImage input;
+  Image input;
   const void* weight;  // (4, k, k, C), in the type of sums
   void* output;        // (B, H, W, C) contiguous
 };
 
-/// Gradient of the weight: correlation of the sub-bands of the output's gradient with those of the input.
+/// Gradient of the weight: correlation of the sub-bands of the output's gradient with those of the input. Partial
+/// sums, one slice for each of `slabs` parts of the positions, which the caller adds in order.
 struct HaarBackwardWeight : HaarSizes {
-  HaarImage grad_output, input;
-  void* grad_weight;  // (4, k, k, C), in the type of sums
+  int64_t slabs;
+  Image grad_output, input;
+  void* sums;  // (slabs, 4, k, k, C), in the type of sums
 };
 
 template <typename V>

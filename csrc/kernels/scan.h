@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "kernels/common.h"
-#include "kernels/scalar.h"
+#include "kernels/functions.h"
 
 namespace mobilemamba {
 
@@ -28,35 +28,24 @@ struct ScanForward {
   const void* dt_weight;  // (2, R, D)
   const void* dt_bias;    // (2, D)
   void* y;                // (B, L, D) contiguous
+  void* scratch;          // as many bytes as the backend asks for
 
   MOBILEMAMBA_HOST_DEVICE int64_t rows() const { return rank + 2 * state; }
 };
 
-/// Outputs in the type of sums are partial: one slice for each batch entry, and for the rows each group of channels,
-/// which the caller adds in order. So the result depends neither on the number of threads nor on their timing.
+/// Outputs in the type of sums are partial: the caller adds their slices in order. So the result depends neither on the
+/// number of threads nor on their timing.
 struct ScanBackward : ScanForward {
   const void* grad_y;  // (B, L, D): strides grad_y_batch and grad_y_position, channels contiguous
   int64_t grad_y_batch, grad_y_position;
-  void* grad_u;       // (B, L, D) contiguous
-  void* grad_rows;    // (B, groups, 2, L, R + 2N): gradients of delta, B and C
-  void* grad_params;  // (B, 2, R + 2 + N, D): gradients of dt_weight, dt_bias, D and A_log
+  void* grad_u;            // (B, L, D) contiguous
+  int64_t group_channels;  // channels whose contributions to a row are summed already
+  int64_t segments;        // parts of the sequence whose contributions to a parameter are summed already
+  void* grad_rows;         // (B, groups, 2, R + 2N, L): gradients of delta, B and C
+  void* grad_params;       // (B, segments, 2, R + 2 + N, D): gradients of dt_weight, dt_bias, D and A_log
 
-  static constexpr int64_t channels_per_group = 64;
-  MOBILEMAMBA_HOST_DEVICE int64_t groups() const { return (channels + channels_per_group - 1) / channels_per_group; }
+  MOBILEMAMBA_HOST_DEVICE int64_t groups() const { return (channels + group_channels - 1) / group_channels; }
 };
-
-/// log(1 + exp(x)) without overflow; exact to rounding for large and small x.
-template <typename V>
-MOBILEMAMBA_HOST_DEVICE V softplus(V x) {
-  return max(x, V(0)) + log1p(exp(-abs(x)));
-}
-
-/// d softplus / dx.
-template <typename V>
-MOBILEMAMBA_HOST_DEVICE V sigmoid(V x) {
-  const V e = exp(-abs(x));
-  return select(x < V(0), e, V(1)) / (V(1) + e);
-}
 
 /// h_t from h_(t-1). `dt_u` is dt * u; b is B at this position.
 template <typename V, typename S>

@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 
 #include "ops/common.h"
 
@@ -64,101 +65,117 @@ at::Tensor scan_output(const at::Tensor& u) {
 }
 
 ScanGradients scan_gradients(const ScanArguments& a) {
-  const auto rows = [](const at::Tensor& like) {
-    const c10::SymIntArrayRef s = like.sym_sizes();
-    return at::empty_symint({s[0], s[1], s[3], s[2]}, like.options()).transpose(2, 3);
-  };
-  const auto parameter = [](const at::Tensor& like) { return at::empty_symint(like.sym_sizes(), like.options()); };
-  return {scan_output(a.u), rows(a.delta),  parameter(a.A_log),     rows(a.B),
-          rows(a.C),        parameter(a.D), parameter(a.dt_weight), parameter(a.dt_bias)};
+  const auto like = [](const at::Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); };
+  return {scan_output(a.u), like(a.delta), like(a.A_log),     like(a.B),
+          like(a.C),        like(a.D),     like(a.dt_weight), like(a.dt_bias)};
 }
 
 namespace {
-
-at::Tensor channels_contiguous(const at::Tensor& x) {
-  return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.transpose(1, 2).contiguous().transpose(1, 2);
-}
 
 ScanRows rows_of(const at::Tensor& x) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
+/// Kernel parameters, and the tensors that they point into.
+class Inputs {
+ public:
+  explicit Inputs(const ScanArguments& a) : u_(channels_contiguous(a.u)), delta_(a.delta), B_(a.B), C_(a.C) {
+    const at::ScalarType type = accumulate_type(a.u.scalar_type());
+    // channels last, so that neighbouring channels load together
+    A_log_ = a.A_log.to(type).transpose(1, 2).contiguous();
+    dt_weight_ = a.dt_weight.to(type).transpose(1, 2).contiguous();
+    D_ = a.D.to(type).contiguous();
+    dt_bias_ = a.dt_bias.to(type).contiguous();
+  }
+
+  /// All but the outputs.
+  void fill(ScanForward& p) const {
+    p.dtype = kernel_dtype(u_.scalar_type());
+    p.batch = u_.size(0);
+    p.channels = u_.size(1);
+    p.length = u_.size(2);
+    p.rank = delta_.size(2);
+    p.state = B_.size(2);
+    p.u = u_.const_data_ptr();
+    p.u_batch = u_.stride(0);
+    p.u_position = u_.stride(2);
+    p.delta = rows_of(delta_);
+    p.B = rows_of(B_);
+    p.C = rows_of(C_);
+    p.A_log = A_log_.const_data_ptr();
+    p.D = D_.const_data_ptr();
+    p.dt_weight = dt_weight_.const_data_ptr();
+    p.dt_bias = dt_bias_.const_data_ptr();
+  }
+
+ private:
+  const at::Tensor u_, delta_, B_, C_;
+  at::Tensor A_log_, D_, dt_weight_, dt_bias_;
+};
+
+at::Tensor scratch_of(size_t bytes, const at::Tensor& like) {
+  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+}
+
 }  // namespace
 
-ScanInputs::ScanInputs(const ScanArguments& a) : u_(channels_contiguous(a.u)), delta_(a.delta), B_(a.B), C_(a.C) {
-  const at::ScalarType type = accumulate_type(a.u.scalar_type());
-  // channels last, so that neighbouring channels load together
-  A_log_ = a.A_log.to(type).transpose(1, 2).contiguous();
-  dt_weight_ = a.dt_weight.to(type).transpose(1, 2).contiguous();
-  D_ = a.D.to(type).contiguous();
-  dt_bias_ = a.dt_bias.to(type).contiguous();
-}
-
-ScanForward ScanInputs::inputs() const {
-  ScanForward p;
-  p.dtype = kernel_dtype(u_.scalar_type());
-  p.batch = u_.size(0);
-  p.channels = u_.size(1);
-  p.length = u_.size(2);
-  p.rank = delta_.size(2);
-  p.state = B_.size(2);
-  p.u = u_.const_data_ptr();
-  p.u_batch = u_.stride(0);
-  p.u_position = u_.stride(2);
-  p.delta = rows_of(delta_);
-  p.B = rows_of(B_);
-  p.C = rows_of(C_);
-  p.A_log = A_log_.const_data_ptr();
-  p.D = D_.const_data_ptr();
-  p.dt_weight = dt_weight_.const_data_ptr();
-  p.dt_bias = dt_bias_.const_data_ptr();
-  p.y = nullptr;
-  return p;
-}
-
-ScanForward ScanInputs::forward(at::Tensor& y) const {
-  ScanForward p = inputs();
+at::Tensor ScanBackend::bidirectional_scan(const ScanArguments& a) const {
+  a.check();
+  at::Tensor y = scan_output(a.u);
+  if (y.numel() == 0) return y;
+  const Inputs inputs(a);
+  ScanForward p{};
+  inputs.fill(p);
   p.y = y.mutable_data_ptr();
-  return p;
+  const at::Tensor scratch = scratch_of(forward_scratch_bytes(p), a.u);
+  p.scratch = scratch.mutable_data_ptr();
+  forward(p);
+  return y;
 }
 
-ScanBackwardInputs::ScanBackwardInputs(const at::Tensor& grad_y, const ScanArguments& a)
-    : ScanInputs(a), grad_y_(channels_contiguous(grad_y)) {}
+ScanGradients ScanBackend::bidirectional_scan_backward(const at::Tensor& grad_y, const ScanArguments& a) const {
+  a.check_backward(grad_y);
+  if (a.u.numel() == 0) {
+    const auto zeros = [](const at::Tensor& x) { return at::zeros(x.sizes(), x.options()); };
+    return {scan_output(a.u), zeros(a.delta), zeros(a.A_log),     zeros(a.B),
+            zeros(a.C),       zeros(a.D),     zeros(a.dt_weight), zeros(a.dt_bias)};
+  }
+  const Inputs inputs(a);
+  const at::Tensor grad_y_channels = channels_contiguous(grad_y);
+  ScanBackward p{};
+  inputs.fill(p);
+  p.grad_y = grad_y_channels.const_data_ptr();
+  p.grad_y_batch = grad_y_channels.stride(0);
+  p.grad_y_position = grad_y_channels.stride(2);
+  divide_backward(p);
 
-ScanBackward ScanBackwardInputs::backward() {
-  ScanBackward p;
-  static_cast<ScanForward&>(p) = inputs();
-  const auto sums = u_.options().dtype(accumulate_type(u_.scalar_type()));
-  grad_u_ = scan_output(u_);
-  grad_rows_ = at::empty({p.batch, p.groups(), 2, p.length, p.rows()}, sums);
-  grad_params_ = at::empty({p.batch, 2, p.rank + 2 + p.state, p.channels}, sums);
-  p.grad_y = grad_y_.const_data_ptr();
-  p.grad_y_batch = grad_y_.stride(0);
-  p.grad_y_position = grad_y_.stride(2);
-  p.grad_u = grad_u_.mutable_data_ptr();
-  p.grad_rows = grad_rows_.mutable_data_ptr();
-  p.grad_params = grad_params_.mutable_data_ptr();
-  return p;
-}
+  const auto sums = a.u.options().dtype(accumulate_type(a.u.scalar_type()));
+  at::Tensor grad_u = scan_output(a.u);
+  at::Tensor grad_rows = at::empty({p.batch, p.groups(), 2, p.rows(), p.length}, sums);
+  at::Tensor grad_params = at::empty({p.batch * p.segments, 2, p.rank + 2 + p.state, p.channels}, sums);
+  const at::Tensor scratch = scratch_of(backward_scratch_bytes(p), a.u);
+  p.grad_u = grad_u.mutable_data_ptr();
+  p.grad_rows = grad_rows.mutable_data_ptr();
+  p.grad_params = grad_params.mutable_data_ptr();
+  p.scratch = scratch.mutable_data_ptr();
+  backward(p);
 
-ScanGradients ScanBackwardInputs::gradients(const ScanArguments& a) const {
-  const int64_t rank = a.delta.size(2), state = a.A_log.size(2);
-  const auto rows = [&](int64_t first, int64_t count, const at::Tensor& like) {
-    return grad_rows_.narrow(4, first, count).sum(1).to(like.scalar_type()).transpose(2, 3);
+  const auto rows = [&](int64_t first, const at::Tensor& like) {
+    return grad_rows.narrow(3, first, like.size(2)).sum(1).to(like.scalar_type());
   };
-  const at::Tensor params = grad_params_.sum(0);
+  const at::Tensor params = grad_params.sum(0);
   const auto parameter = [&](int64_t first, int64_t count, const at::Tensor& like) {
     const at::Tensor grad = params.narrow(1, first, count).transpose(1, 2).to(like.scalar_type());
     return grad.clone(at::MemoryFormat::Contiguous).view(like.sizes());
   };
-  return {grad_u_,
-          rows(0, rank, a.delta),
-          parameter(rank + 2, state, a.A_log),
-          rows(rank, state, a.B),
-          rows(rank + state, state, a.C),
-          parameter(rank + 1, 1, a.D),
-          parameter(0, rank, a.dt_weight),
-          parameter(rank, 1, a.dt_bias)};
+  return {grad_u,
+          rows(0, a.delta),
+          parameter(p.rank + 2, p.state, a.A_log),
+          rows(p.rank, a.B),
+          rows(p.rank + p.state, a.C),
+          parameter(p.rank + 1, 1, a.D),
+          parameter(0, p.rank, a.dt_weight),
+          parameter(p.rank, 1, a.dt_bias)};
 }
 
 }  // namespace mobilemamba

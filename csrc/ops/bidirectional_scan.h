@@ -20,27 +20,16 @@ at::Tensor scan_output(const at::Tensor& u);
 /// Uninitialised gradients, for the Meta backend.
 ScanGradients scan_gradients(const ScanArguments& a);
 
-/// Kernel parameters, and the tensors that they point into.
-class ScanInputs {
- public:
-  explicit ScanInputs(const ScanArguments& a);
-  ScanForward forward(at::Tensor& y) const;
+/// The operators on a backend's kernels.
+struct ScanBackend {
+  size_t (*forward_scratch_bytes)(const ScanForward&);
+  void (*forward)(const ScanForward&);
+  void (*divide_backward)(ScanBackward&);  // fills in group_channels and segments
+  size_t (*backward_scratch_bytes)(const ScanBackward&);
+  void (*backward)(const ScanBackward&);
 
- protected:
-  ScanForward inputs() const;
-  at::Tensor u_, delta_, B_, C_, A_log_, D_, dt_weight_, dt_bias_;
-};
-
-class ScanBackwardInputs : public ScanInputs {
- public:
-  ScanBackwardInputs(const at::Tensor& grad_y, const ScanArguments& a);
-  /// Allocates the outputs and partial sums.
-  ScanBackward backward();
-  /// Adds up the partial sums after the kernel has run.
-  ScanGradients gradients(const ScanArguments& a) const;
-
- private:
-  at::Tensor grad_y_, grad_u_, grad_rows_, grad_params_;
+  at::Tensor bidirectional_scan(const ScanArguments& a) const;
+  ScanGradients bidirectional_scan_backward(const at::Tensor& grad_y, const ScanArguments& a) const;
 };
 
 }  // namespace mobilemamba

@@ -21,6 +21,14 @@ DType kernel_dtype(at::ScalarType type) {
   }
 }
 
+at::Tensor channels_contiguous(const at::Tensor& x) {
+  return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.movedim(1, -1).contiguous().movedim(-1, 1);
+}
+
+Image image_of(const at::Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(2), x.stride(3)};
+}
+
 Checks::Checks(const char* op, const char* main_name, const at::Tensor& main)
     : op_(op), main_name_(main_name), main_(main) {
   const at::ScalarType type = main.scalar_type();

@@ -5,6 +5,7 @@
 #include <c10/core/SymInt.h>
 
 #include "kernels/common.h"
+#include "kernels/image.h"
 
 namespace mobilemamba {
 
@@ -14,6 +15,12 @@ inline at::ScalarType accumulate_type(at::ScalarType type) {
 }
 
 DType kernel_dtype(at::ScalarType type);
+
+/// A tensor (batch, channels, ...) whose channels are contiguous: the same one where it is so already.
+at::Tensor channels_contiguous(const at::Tensor& x);
+
+/// The kernels' view of a (batch, channels, height, width) tensor with contiguous channels.
+Image image_of(const at::Tensor& x);
 
 /// Checks for one operator. Each failure names the argument, what came and what was expected.
 /// They read symbolic sizes, so the Meta backend makes them as well.

@@ -3,6 +3,8 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zero.h>
 
 #include "ops/common.h"
 
@@ -50,35 +52,42 @@ at::Tensor haar_grad_weight(const at::Tensor& input, int64_t kernel_size) {
                           input.options().dtype(accumulate_type(input.scalar_type())));
 }
 
-at::Tensor haar_image(const at::Tensor& x) {
-  return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
-}
+namespace {
 
-at::Tensor haar_packed_weight(const at::Tensor& weight, at::ScalarType input_type) {
+/// The weight as the kernels read it: (4, k, k, C) in the type of sums.
+at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType input_type) {
   const int64_t channels = weight.size(0) / 4, k = weight.size(3);
   return weight.to(accumulate_type(input_type)).reshape({channels, 4, k, k}).permute({1, 2, 3, 0}).contiguous();
 }
 
-namespace {
-
-HaarSizes sizes_of(const at::Tensor& image, int64_t kernel) {
-  return {kernel_dtype(image.scalar_type()), image.size(0), image.size(1), image.size(2), image.size(3), kernel};
-}
-
-HaarImage image_of(const at::Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(2), x.stride(3)};
+HaarSizes sizes_of(const at::Tensor& input, int64_t kernel) {
+  return {kernel_dtype(input.scalar_type()), input.size(0), input.size(1), input.size(2), input.size(3), kernel};
 }
 
 }  // namespace
 
-HaarForward haar_forward_params(const at::Tensor& image, const at::Tensor& packed_weight, at::Tensor& output) {
-  return {sizes_of(image, packed_weight.size(1)), image_of(image), packed_weight.const_data_ptr(),
-          output.mutable_data_ptr()};
+at::Tensor HaarBackend::haar_conv2d(const at::Tensor& input, const at::Tensor& weight) const {
+  check_haar_conv2d(input, weight);
+  at::Tensor output = haar_output(input);
+  if (output.numel() == 0) return output;
+  const at::Tensor image = channels_contiguous(input), packed = packed_weight(weight, input.scalar_type());
+  forward({sizes_of(image, weight.size(3)), image_of(image), packed.const_data_ptr(), output.mutable_data_ptr()});
+  return output;
 }
 
-HaarBackwardWeight haar_backward_weight_params(const at::Tensor& grad_image, const at::Tensor& image,
-                                               at::Tensor& packed_grad) {
-  return {sizes_of(image, packed_grad.size(1)), image_of(grad_image), image_of(image), packed_grad.mutable_data_ptr()};
+at::Tensor HaarBackend::haar_conv2d_backward_weight(const at::Tensor& grad_output, const at::Tensor& input,
+                                                    int64_t kernel_size) const {
+  check_haar_conv2d_backward_weight(grad_output, input, kernel_size);
+  at::Tensor grad_weight = haar_grad_weight(input, kernel_size);
+  if (input.numel() == 0) return grad_weight.zero_();
+  const at::Tensor grad_image = channels_contiguous(grad_output), image = channels_contiguous(input);
+  const HaarSizes sizes = sizes_of(image, kernel_size);
+  const int64_t slabs = backward_weight_slabs(sizes), channels = input.size(1);
+  at::Tensor sums = at::empty({slabs, 4, kernel_size, kernel_size, channels}, grad_weight.options());
+  backward_weight({sizes, slabs, image_of(grad_image), image_of(image), sums.mutable_data_ptr()});
+  const at::Tensor sum = slabs == 1 ? sums[0] : sums.sum(0);
+  grad_weight.view({channels, 4, kernel_size, kernel_size}).copy_(sum.permute({3, 0, 1, 2}));
+  return grad_weight;
 }
 
 }  // namespace mobilemamba

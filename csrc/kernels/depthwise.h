@@ -1,0 +1,76 @@
+// The depthwise convolution: parameters of its kernels, and the arithmetic of its epilogue. Host and device compile
+// this file; V is a scalar or a vector of channels.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common.h"
+#include "kernels/functions.h"
+#include "kernels/image.h"
+
+namespace mobilemamba {
+
+enum class Activation { none, relu, silu };
+
+/// Zero padding of kernel / 2 on every side, so that stride 1 keeps the size.
+struct DepthwiseSizes {
+  DType dtype;
+  int64_t batch, channels, height, width, kernel, stride;
+
+  MOBILEMAMBA_HOST_DEVICE int64_t out_height() const { return (height + stride - 1) / stride; }
+  MOBILEMAMBA_HOST_DEVICE int64_t out_width() const { return (width + stride - 1) / stride; }
+};
+
+/// output = activation(convolution + bias) + residual; or, where `grad_output` has data, the gradient of the loss by
+/// what the activation was applied to: output = grad_output * activation'(convolution + bias).
+struct DepthwiseForward : DepthwiseSizes {
+  Activation activation;
+  Image input;
+  const void* weight;           // (k, k, C), in the type of sums like the bias
+  const void* bias;             // (C), or null
+  Image residual, grad_output;  // of the output's size; data may be null
+  void* output;                 // (B, H', W', C) contiguous
+};
+
+struct DepthwiseBackwardInput : DepthwiseSizes {
+  Image grad_output;   // (B, H', W', C)
+  const void* weight;  // (k, k, C), in the type of sums
+  void* grad_input;    // (B, H, W, C) contiguous
+};
+
+/// Partial sums over the positions, one slice for each of `slabs` parts of the batch and its rows, which the caller
+/// adds in order: so the result depends neither on the number of threads nor on their timing.
+struct DepthwiseBackwardWeight : DepthwiseSizes {
+  int64_t slabs;
+  Image grad_output, input;
+  void* sums;  // (slabs, k * k + 1, C) in the type of sums: gradients of the weight, and of the bias last
+};
+
+template <typename V>
+MOBILEMAMBA_HOST_DEVICE V activate(Activation activation, V x) {
+  switch (activation) {
+    case Activation::relu:
+      return max(V(0), x);
+    case Activation::silu:
+      return x * sigmoid(x);
+    default:
+      return x;
+  }
+}
+
+/// d activate / dx.
+template <typename V>
+MOBILEMAMBA_HOST_DEVICE V activate_derivative(Activation activation, V x) {
+  switch (activation) {
+    case Activation::relu:
+      return select(V(0) < x, V(1), V(0));
+    case Activation::silu: {
+      const V s = sigmoid(x);
+      return s * (V(1) + x * (V(1) - s));
+    }
+    default:
+      return V(1);
+  }
+}
+
+}  // namespace mobilemamba

@@ -1,0 +1,14 @@
+// A batch of images as the kernels see it.
+#pragma once
+
+#include <cstdint>
+
+namespace mobilemamba {
+
+/// (B, H, W, C) with channels contiguous; the other strides in elements.
+struct Image {
+  const void* data;
+  int64_t batch, row, column;
+};
+
+}  // namespace mobilemamba
