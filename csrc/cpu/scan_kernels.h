@@ -311,12 +311,12 @@ struct ScanBackwardKernel {
       store(out, x, count);
       out += p.channels;
     };
+    for (int64_t n = 0; n < p.state; ++n)
+      put(channels.grad_A[n] * channels.A[n]);  // A = -exp(A_log)
     for (int64_t r = 0; r < p.rank; ++r)
       put(channels.grad_weight[r]);
     put(channels.grad_bias);
     put(channels.grad_D);
-    for (int64_t n = 0; n < p.state; ++n)
-      put(channels.grad_A[n] * channels.A[n]);  // A = -exp(A_log)
   }
 };
 

@@ -5,14 +5,28 @@
 
 #include <cstddef>
 
+#include "kernels/depthwise.h"
+#include "kernels/haar.h"
 #include "kernels/scan.h"
 
 namespace mobilemamba::cuda {
 
-/// Bytes of shared memory that a block needs: it grows with R and N, and must not exceed what the device can opt in to.
-size_t scan_forward_shared_bytes(const ScanForward& p);
-/// Bytes of device memory that the launch needs as scratch.
 size_t scan_forward_scratch_bytes(const ScanForward& p);
-cudaError_t scan_forward(const ScanForward& p, void* scratch, cudaStream_t stream);
+cudaError_t scan_forward(const ScanForward& p, cudaStream_t stream);
+
+void scan_divide_backward(ScanBackward& p);
+size_t scan_backward_scratch_bytes(const ScanBackward& p);
+cudaError_t scan_backward(const ScanBackward& p, cudaStream_t stream);
+
+// `shared_limit`: bytes of shared memory that the device grants a block
+
+cudaError_t haar_forward(const HaarForward& p, size_t shared_limit, cudaStream_t stream);
+int64_t haar_backward_weight_slabs(const HaarSizes& p, size_t shared_limit);
+cudaError_t haar_backward_weight(const HaarBackwardWeight& p, size_t shared_limit, cudaStream_t stream);
+
+cudaError_t depthwise_forward(const DepthwiseForward& p, size_t shared_limit, cudaStream_t stream);
+cudaError_t depthwise_backward_input(const DepthwiseBackwardInput& p, cudaStream_t stream);
+int64_t depthwise_backward_weight_slabs(const DepthwiseSizes& p, size_t shared_limit);
+cudaError_t depthwise_backward_weight(const DepthwiseBackwardWeight& p, size_t shared_limit, cudaStream_t stream);
 
 }  // namespace mobilemamba::cuda

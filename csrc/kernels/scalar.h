@@ -19,6 +19,12 @@ MOBILEMAMBA_HOST_DEVICE float log1p(float x) {
 MOBILEMAMBA_HOST_DEVICE double log1p(double x) {
   return ::log1p(x);
 }
+MOBILEMAMBA_HOST_DEVICE float expm1(float x) {
+  return ::expm1f(x);
+}
+MOBILEMAMBA_HOST_DEVICE double expm1(double x) {
+  return ::expm1(x);
+}
 MOBILEMAMBA_HOST_DEVICE float abs(float x) {
   return ::fabsf(x);
 }

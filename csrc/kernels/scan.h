@@ -42,7 +42,7 @@ struct ScanBackward : ScanForward {
   int64_t group_channels;  // channels whose contributions to a row are summed already
   int64_t segments;        // parts of the sequence whose contributions to a parameter are summed already
   void* grad_rows;         // (B, groups, 2, R + 2N, L): gradients of delta, B and C
-  void* grad_params;       // (B, segments, 2, R + 2 + N, D): gradients of dt_weight, dt_bias, D and A_log
+  void* grad_params;       // (B, segments, 2, N + R + 2, D): gradients of A_log, dt_weight, dt_bias and D
 
   MOBILEMAMBA_HOST_DEVICE int64_t groups() const { return (channels + group_channels - 1) / group_channels; }
 };

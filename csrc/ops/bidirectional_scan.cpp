@@ -152,7 +152,7 @@ ScanGradients ScanBackend::bidirectional_scan_backward(const at::Tensor& grad_y,
   const auto sums = a.u.options().dtype(accumulate_type(a.u.scalar_type()));
   at::Tensor grad_u = scan_output(a.u);
   at::Tensor grad_rows = at::empty({p.batch, p.groups(), 2, p.rows(), p.length}, sums);
-  at::Tensor grad_params = at::empty({p.batch * p.segments, 2, p.rank + 2 + p.state, p.channels}, sums);
+  at::Tensor grad_params = at::empty({p.batch * p.segments, 2, p.state + p.rank + 2, p.channels}, sums);
   const at::Tensor scratch = scratch_of(backward_scratch_bytes(p), a.u);
   p.grad_u = grad_u.mutable_data_ptr();
   p.grad_rows = grad_rows.mutable_data_ptr();
@@ -170,12 +170,12 @@ ScanGradients ScanBackend::bidirectional_scan_backward(const at::Tensor& grad_y,
   };
   return {grad_u,
           rows(0, a.delta),
-          parameter(p.rank + 2, p.state, a.A_log),
+          parameter(0, p.state, a.A_log),
           rows(p.rank, a.B),
           rows(p.rank + p.state, a.C),
-          parameter(p.rank + 1, 1, a.D),
-          parameter(0, p.rank, a.dt_weight),
-          parameter(p.rank, 1, a.dt_bias)};
+          parameter(p.state + p.rank + 1, 1, a.D),
+          parameter(p.state, p.rank, a.dt_weight),
+          parameter(p.state + p.rank, 1, a.dt_bias)};
 }
 
 }  // namespace mobilemamba

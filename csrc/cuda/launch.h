@@ -1,0 +1,190 @@
+// How the kernels are launched: configurations as functions of the sizes alone, and the launch itself.
+//
+// Every grid is one-dimensional and its blocks walk over tasks, so that no size meets the limits of a grid.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/depthwise.h"
+#include "kernels/haar.h"
+#include "kernels/scan.h"
+
+namespace mobilemamba::cuda {
+
+constexpr int warp_size = 32;
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+struct Launch {
+  int64_t tasks;
+  int warps;  // of a block
+  size_t shared_bytes;
+};
+
+// The scan: a thread takes a chunk of successive positions of one channel into its registers, a warp a chunk of 32
+// channels, a block several chunks: a segment. A sequence of one segment is read once; of more, a first pass collects
+// what each segment hands on.
+
+constexpr int staged_rows = 16;     // rows of delta, or of B and C, that a warp holds in shared memory
+constexpr int parameter_batch = 4;  // gradients of parameters that are summed over the warps together
+
+/// Positions of a chunk and chunks of a block: as many as a multiprocessor's registers hold.
+struct ScanShape {
+  int chunk_length, max_warps;
+};
+constexpr ScanShape scan_forward_shape(bool float64) {
+  return float64 ? ScanShape{8, 16} : ScanShape{8, 32};
+}
+constexpr ScanShape scan_backward_shape(bool float64) {
+  return float64 ? ScanShape{8, 8} : ScanShape{8, 16};
+}
+
+struct ScanLaunch : Launch {
+  int64_t segments, tiles;  // of the sequence, of the channels
+};
+
+/// `numbers`: of shared memory for each warp, beside the staged rows.
+inline ScanLaunch scan_launch(const ScanForward& p, ScanShape shape, int numbers) {
+  ScanLaunch launch;
+  const int64_t chunks = ceil_div(p.length, shape.chunk_length);
+  launch.warps = static_cast<int>(ceil_div(chunks, ceil_div(chunks, shape.max_warps)));  // about equal segments
+  launch.segments = ceil_div(chunks, launch.warps);
+  launch.tiles = ceil_div(p.channels, warp_size);
+  launch.tasks = p.batch * launch.segments * launch.tiles;
+  launch.shared_bytes = launch.warps * (staged_rows * shape.chunk_length + numbers) * accumulate_bytes(p.dtype);
+  return launch;
+}
+
+/// Shared memory: what a chunk hands on, its decay and its state, twice.
+inline ScanLaunch scan_forward_launch(const ScanForward& p) {
+  return scan_launch(p, scan_forward_shape(p.dtype == DType::float64), 4 * warp_size);
+}
+
+/// Shared memory: u and grad_y; what a chunk hands on, its decay, state and gradient; sums of parameters' gradients.
+inline ScanLaunch scan_backward_launch(const ScanForward& p) {
+  const ScanShape shape = scan_backward_shape(p.dtype == DType::float64);
+  return scan_launch(p, shape, (2 * shape.chunk_length + 3 + parameter_batch) * warp_size);
+}
+
+/// What a segment hands on, for each direction, state and channel: decay, state, and backward the gradient.
+inline size_t scan_scratch_bytes(const ScanForward& p, const ScanLaunch& launch, int values) {
+  if (launch.segments == 1) return 0;
+  return p.batch * launch.segments * 2 * p.state * values * p.channels * accumulate_bytes(p.dtype);
+}
+
+// Convolutions of planes: images, or the four sub-bands of the Haar transform. A block takes a tile of one plane's
+// positions for 32 channels; kernels of 3, 5 and 7 in 16 or 32 bits stage its input in shared memory, with the border.
+
+constexpr int strip_height = 2, strip_width = 4;  // outputs that a thread computes together
+constexpr size_t stage_budget = 99 * 1024;        // bytes of shared memory: two blocks on a multiprocessor with 227 KiB
+
+struct PlaneLaunch : Launch {
+  int64_t tiles_y, tiles_x, channel_tiles;
+  int tile_height, tile_width;    // in outputs
+  int stage_height, stage_width;  // in inputs
+
+  int64_t position_tiles(int64_t batch) const { return batch * tiles_y * tiles_x; }
+};
+
+struct PlaneSizes {
+  DType dtype;
+  int planes;
+  int64_t batch, channels, height, width, kernel, stride;
+
+  explicit PlaneSizes(const DepthwiseSizes& p)
+      : dtype(p.dtype),
+        planes(1),
+        batch(p.batch),
+        channels(p.channels),
+        height(p.height),
+        width(p.width),
+        kernel(p.kernel),
+        stride(p.stride) {}
+  explicit PlaneSizes(const HaarSizes& p)
+      : dtype(p.dtype),
+        planes(4),
+        batch(p.batch),
+        channels(p.channels),
+        height(p.band_height()),
+        width(p.band_width()),
+        kernel(p.kernel),
+        stride(1) {}
+
+  int64_t out_height() const { return ceil_div(height, stride); }
+  int64_t out_width() const { return ceil_div(width, stride); }
+  /// Whether there is a kernel for this size that stages its input.
+  bool staged() const {
+    const bool size = kernel == 3 || (stride == 1 && (kernel == 5 || kernel == 7));
+    return size && stride <= 2 && dtype != DType::float64;
+  }
+};
+
+/// `backward`: for the gradient of the weight. `shared_limit`: bytes that the device grants a block.
+inline PlaneLaunch plane_launch(const PlaneSizes& p, bool backward, size_t shared_limit) {
+  const size_t budget = shared_limit < stage_budget ? shared_limit : stage_budget;
+  PlaneLaunch launch;
+  launch.tile_height = static_cast<int>(clamp(round_up(p.out_height(), strip_height), strip_height, 8));
+  launch.tile_width = static_cast<int>(clamp(round_up(p.out_width(), strip_width), strip_width, backward ? 8 : 16));
+  for (;;) {
+    const int64_t height = (launch.tile_height - 1) * p.stride + p.kernel;
+    launch.stage_height = static_cast<int>(height < p.height ? height : p.height);  // rows beyond the plane are skipped
+    launch.stage_width = static_cast<int>((launch.tile_width - 1) * p.stride + p.kernel);
+    int64_t numbers = p.planes * launch.stage_height * launch.stage_width;
+    const int64_t sums = p.planes * p.kernel * p.kernel + 1;  // the warps' sums, in the same memory later
+    if (backward && numbers < sums) numbers = sums;
+    launch.shared_bytes = p.staged() ? numbers * warp_size * sizeof(float) : 0;
+    if (launch.shared_bytes <= budget) break;
+    if (launch.tile_width > 2 * strip_width)
+      launch.tile_width = 2 * strip_width;
+    else
+      launch.tile_height -= strip_height;  // a height of 2 fits everywhere
+  }
+  launch.tiles_y = ceil_div(p.out_height(), launch.tile_height);
+  launch.tiles_x = ceil_div(p.out_width(), launch.tile_width);
+  launch.channel_tiles = ceil_div(p.channels, warp_size);
+  launch.tasks = launch.position_tiles(p.batch) * launch.channel_tiles;
+  const int64_t strips = launch.tile_height / strip_height * (launch.tile_width / strip_width);
+  launch.warps = backward ? 8 : static_cast<int>(clamp(strips, 4, 8));
+  return launch;
+}
+
+/// Parts of the batch's tiles that the gradient of the weight is summed over separately: enough blocks for a large GPU.
+inline int64_t plane_slabs(const PlaneSizes& p, size_t shared_limit) {
+  const PlaneLaunch launch = plane_launch(p, true, shared_limit);
+  return clamp(1024 / launch.channel_tiles, 1, launch.position_tiles(p.batch));
+}
+
+/// Launches `kernel` with a block for each task, up to the largest grid.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& launch, cudaStream_t stream,
+                          const Arguments&... arguments) {
+  if (launch.shared_bytes > 48 * 1024) {  // beyond what every device grants unasked
+    int device = 0, limit = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    // always the same number for a device, since other threads may be launching the same kernel
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(clamp(limit, 0, stage_budget)));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(clamp(launch.tasks, 1, 0x7fffffff)));
+  config.blockDim = dim3(warp_size, launch.warps);
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace mobilemamba::cuda

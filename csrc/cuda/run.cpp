@@ -1,0 +1,38 @@
+// Errors of launches in words; see run.h.
+#include "cuda/run.h"
+
+#include <cuda_runtime_api.h>
+
+#define MOBILEMAMBA_STRING_(...) #__VA_ARGS__
+#define MOBILEMAMBA_STRING(...) MOBILEMAMBA_STRING_(__VA_ARGS__)
+
+namespace mobilemamba::cuda {
+namespace {
+
+int attribute(cudaDeviceAttr name) {
+  int device = 0, value = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+}  // namespace
+
+void check_launch(cudaError_t error) {
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+      error == cudaErrorUnsupportedPtxVersion) {
+    (void)cudaGetLastError();  // reported here: the next caller should not find it
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor), minor = attribute(cudaDevAttrComputeCapabilityMinor);
+    TORCH_CHECK(false, "mobilemamba: the GPU has compute capability ", major, ".", minor,
+                ", and the library was built for " MOBILEMAMBA_STRING(MOBILEMAMBA_CUDA_ARCHS) "; rebuild it with "
+                "TORCH_CUDA_ARCH_LIST=", major, ".", minor,
+                " FORCE_CUDA=1 pip install --force-reinstall --no-deps . in the checkout");
+  }
+  C10_CUDA_CHECK(error);
+}
+
+size_t shared_limit() {
+  return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+}  // namespace mobilemamba::cuda

@@ -1,0 +1,195 @@
+// The bidirectional scan on CUDA: what its forward and backward kernels share.
+//
+// A thread holds a chunk of successive positions of one channel in registers, so that u is read once. It scans them
+// as if nothing came before, in both directions; what a chunk hands on to the next is then its decay (the product over
+// its positions) and its last state. Chunks of a block exchange these in shared memory, segments of a long sequence in
+// global memory, and each thread corrects its positions by what comes in.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace mobilemamba::cuda {
+
+/// A sequence of several segments takes three launches: `collect`, the carries, `finish`.
+enum class Pass { whole, collect, finish };
+
+// In 16 bits the error of the fast functions is far below the elements' own.
+
+/// sigmoid(x) of the x that has this softplus.
+template <typename T, typename Acc>
+__device__ __forceinline__ Acc step_size_derivative_of(Acc dt) {
+  if constexpr (sizeof(T) == 2)
+    return 1.0f - __expf(-dt);
+  else
+    return -expm1(-dt);
+}
+
+template <typename T, typename Acc>
+__device__ __forceinline__ Acc decay_of(Acc dt_A) {
+  if constexpr (sizeof(T) == 2)
+    return __expf(dt_A);
+  else
+    return exp(dt_A);
+}
+
+template <typename T, typename Acc>
+__device__ __forceinline__ Acc step_size_of(Acc x) {
+  if constexpr (sizeof(T) == 2)
+    return fmaxf(x, 0.0f) + __logf(1.0f + __expf(-fabsf(x)));
+  else
+    return softplus(x);
+}
+
+/// One direction's scratch entry of a segment, with `values` numbers for each state and channel.
+template <typename Acc>
+__device__ __forceinline__ Acc* handed_on(const ScanForward& p, const ScanLaunch& launch, int values, int64_t batch,
+                                          int64_t segment, int64_t direction, int64_t n) {
+  return static_cast<Acc*>(p.scratch) +
+         (((batch * launch.segments + segment) * 2 + direction) * p.state + n) * values * p.channels;
+}
+
+/// The part of the work that one warp has: its positions, its lane's channel, and its shared memory.
+template <typename T, int chunk_length>
+struct Chunk {
+  using Acc = typename AccumulateOf<T>::type;
+
+  const ScanForward& p;
+  Acc* const staged;  // (staged_rows, chunk_length)
+  const int lane;
+  int64_t batch, segment, tile, begin, channel;
+  int length;   // positions, less than chunk_length at the end of the sequence
+  bool active;  // whether the lane has a channel
+
+  __device__ Chunk(const ScanForward& p, const ScanLaunch& launch, int64_t task, Acc* staged)
+      : p(p), staged(staged), lane(threadIdx.x) {
+    tile = task % launch.tiles;
+    segment = task / launch.tiles % launch.segments;
+    batch = task / launch.tiles / launch.segments;
+    begin = (segment * launch.warps + threadIdx.y) * chunk_length;
+    length = static_cast<int>(p.length - begin < 0              ? 0
+                              : p.length - begin < chunk_length ? p.length - begin
+                                                                : chunk_length);
+    channel = tile * warp_size + lane;
+    active = channel < p.channels;
+    if (!active) channel = p.channels - 1;  // reads something; its results go nowhere
+  }
+
+  /// Reads this channel's elements of a (B, L, D) tensor; zero where there are none.
+  __device__ void load(const void* data, int64_t batch_stride, int64_t position_stride, Acc (&x)[chunk_length]) const {
+    const T* from = static_cast<const T*>(data) + batch * batch_stride + begin * position_stride + channel;
+#pragma unroll
+    for (int t = 0; t < chunk_length; ++t)
+      x[t] = active && t < length ? widen(from[t * position_stride]) : Acc(0);
+  }
+
+  /// Writes this channel's elements of a contiguous (B, L, D) tensor.
+  __device__ void store(void* data, const Acc (&x)[chunk_length]) const {
+    T* to = static_cast<T*>(data) + (batch * p.length + begin) * p.channels + channel;
+#pragma unroll
+    for (int t = 0; t < chunk_length; ++t)
+      if (active && t < length) to[t * p.channels] = narrow<T>(x[t]);
+  }
+
+  /// A parameter (2, rows, D).
+  __device__ Acc parameter(const void* data, int64_t direction, int64_t row, int64_t rows) const {
+    return static_cast<const Acc*>(data)[(direction * rows + row) * p.channels + channel];
+  }
+
+  /// `count` rows of the chunk's positions to shared memory, from row `to` on; zero beyond the sequence.
+  __device__ void stage(const ScanRows& rows, int64_t direction, int64_t first, int count, int to) const {
+    const T* from = static_cast<const T*>(rows.data) + batch * rows.batch + direction * rows.direction +
+                    first * rows.row + begin * rows.position;
+    for (int i = lane; i < count * chunk_length; i += warp_size) {
+      const int t = i % chunk_length, row = i / chunk_length;
+      staged[to * chunk_length + i] = t < length ? widen(from[row * rows.row + t * rows.position]) : Acc(0);
+    }
+  }
+
+  /// Calls f(row, values) for each row of delta; values are those of the chunk's positions, in shared memory.
+  template <typename F>
+  __device__ void for_each_delta_row(int64_t direction, F f) const {
+    for (int64_t first = 0; first < p.rank; first += staged_rows) {
+      const int count = static_cast<int>(p.rank - first < staged_rows ? p.rank - first : staged_rows);
+      __syncwarp();  // the rows before have been read
+      stage(p.delta, direction, first, count, 0);
+      __syncwarp();
+      for (int row = 0; row < count; ++row)
+        f(first + row, staged + row * chunk_length);
+    }
+  }
+
+  /// Step sizes of the positions; zero beyond the sequence, where a step changes nothing.
+  __device__ void step_sizes(int64_t direction, Acc (&dt)[chunk_length]) const {
+    const Acc bias = parameter(p.dt_bias, direction, 0, 1);
+#pragma unroll
+    for (int t = 0; t < chunk_length; ++t)
+      dt[t] = bias;
+    for_each_delta_row(direction, [&](int64_t row, const Acc* values) {
+      const Acc weight = parameter(p.dt_weight, direction, row, p.rank);
+#pragma unroll
+      for (int t = 0; t < chunk_length; ++t)
+        dt[t] += weight * values[t];
+    });
+#pragma unroll
+    for (int t = 0; t < chunk_length; ++t)
+      dt[t] = t < length ? step_size_of<T>(dt[t]) : Acc(0);
+  }
+
+  /// B and C of one state, as rows 0 and 1.
+  __device__ void stage_B_and_C(int64_t direction, int64_t n) const {
+    __syncwarp();
+    stage(p.B, direction, n, 1, 0);
+    stage(p.C, direction, n, 1, 1);
+    __syncwarp();
+  }
+
+  __device__ Acc b(int t) const { return staged[t]; }
+  __device__ Acc c(int t) const { return staged[chunk_length + t]; }
+
+  /// Decay of the state at a position; none beyond the sequence, whatever A is.
+  __device__ Acc decay(int t, Acc dt, Acc A) const { return t < length ? decay_of<T>(dt * A) : Acc(1); }
+
+  /// The position that a direction visits as its i-th.
+  __device__ static constexpr int visited(int direction, int i) { return direction == 0 ? i : chunk_length - 1 - i; }
+};
+
+/// The segments' turn: replaces what each hands on by what comes in to it. A thread has one direction, state and
+/// channel of one batch entry.
+template <typename Acc>
+__global__ void __launch_bounds__(256)
+    scan_carry_kernel(const __grid_constant__ ScanForward p, const __grid_constant__ ScanLaunch launch, int values) {
+  const int64_t count = p.batch * 2 * p.state * p.channels;
+  const int64_t thread = threadIdx.y * warp_size + threadIdx.x, threads = blockDim.y * warp_size;
+  for (int64_t i = blockIdx.x * threads + thread; i < count; i += gridDim.x * threads) {
+    const int64_t channel = i % p.channels, n = i / p.channels % p.state, direction = i / p.channels / p.state % 2;
+    const int64_t batch = i / p.channels / p.state / 2;
+    const auto walk = [&](int value, bool ascending) {
+      Acc carry = Acc(0);
+      for (int64_t s = 0; s < launch.segments; ++s) {
+        const int64_t segment = ascending ? s : launch.segments - 1 - s;
+        Acc* at = handed_on<Acc>(p, launch, values, batch, segment, direction, n) + channel;
+        const Acc handed = at[value * p.channels];
+        at[value * p.channels] = carry;
+        carry = at[0] * carry + handed;
+      }
+    };
+    walk(1, direction == 0);
+    if (values == 3) walk(2, direction == 1);  // the gradient runs against its direction
+  }
+}
+
+/// Launches a kernel for its pass, or its passes.
+template <typename Acc, typename P, typename Kernel>
+cudaError_t launch_scan(Kernel kernel, const P& p, const ScanLaunch& launch, int values, cudaStream_t stream) {
+  if (launch.segments == 1) return launch_kernel(kernel, launch, stream, p, launch, Pass::whole);
+  cudaError_t error = launch_kernel(kernel, launch, stream, p, launch, Pass::collect);
+  if (error != cudaSuccess) return error;
+  const Launch carries = {ceil_div(p.batch * 2 * p.state * p.channels, 256), 8, 0};
+  error = launch_kernel(scan_carry_kernel<Acc>, carries, stream, static_cast<const ScanForward&>(p), launch, values);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(kernel, launch, stream, p, launch, Pass::finish);
+}
+
+}  // namespace mobilemamba::cuda

@@ -1,0 +1,247 @@
+// The bidirectional scan, backward; see scan.cuh for the scheme. The states are recomputed, and the gradient of the
+// state is scanned against its direction in the same way. Sums over channels are those of a warp, sums over positions
+// those of a block; the caller adds them up, so that nothing depends on the order in which blocks run.
+#include "cuda/scan.cuh"
+
+namespace mobilemamba::cuda {
+namespace {
+
+template <typename T>
+constexpr ScanShape shape = scan_backward_shape(sizeof(T) == 8);
+
+/// Sums over the block's positions of the gradients of this channel's parameters, `parameter_batch` at a time.
+template <typename Acc>
+class ParameterSums {
+ public:
+  /// `out`: the first parameter's sum of this lane's channel; null where the lane has none.
+  __device__ ParameterSums(Acc* shared, int warps, Acc* out, int64_t channels)
+      : shared_(shared), warps_(warps), out_(out), channels_(channels) {}
+
+  /// The next parameter's; every thread calls it.
+  __device__ void add(Acc value) {
+    shared_[(count_ * warps_ + threadIdx.y) * warp_size + threadIdx.x] = value;
+    if (++count_ == parameter_batch) flush();
+  }
+
+  __device__ void flush() {
+    __syncthreads();
+    for (int i = threadIdx.y; i < count_; i += warps_) {
+      Acc sum = Acc(0);
+      for (int w = 0; w < warps_; ++w)
+        sum += shared_[(i * warps_ + w) * warp_size + threadIdx.x];
+      if (out_) out_[i * channels_] = sum;
+    }
+    __syncthreads();
+    if (out_) out_ += count_ * channels_;
+    count_ = 0;
+  }
+
+ private:
+  Acc* const shared_;  // (parameter_batch, warps, 32)
+  const int warps_;
+  Acc* out_;
+  const int64_t channels_;
+  int count_ = 0;
+};
+
+/// A thread's own numbers in shared memory, one for each position, to leave the registers to what changes.
+template <typename Acc>
+struct Kept {
+  Acc* lane;
+  __device__ Acc& operator[](int t) const { return lane[t * warp_size]; }
+};
+
+/// One direction's part. Step i of a walk is position t in memory: `decay` and `before` are in the order of the walk.
+template <int direction, bool one_state, typename T, int chunk_length, typename Acc>
+__device__ __forceinline__ void run_direction(const ScanBackward& p, const ScanLaunch& launch, Pass pass,
+                                              const Chunk<T, chunk_length>& chunk, Acc* shared, Kept<Acc> u,
+                                              Kept<Acc> grad_y, Acc (&grad_u)[chunk_length]) {
+  const int lane = threadIdx.x, warp = threadIdx.y, warps = launch.warps;
+  Acc* const handed = shared;  // (warps, 3 values, 32)
+  const auto at = [&](int w, int value) -> Acc& { return handed[(w * 3 + value) * warp_size + lane]; };
+  const int64_t states = one_state ? 1 : p.state;
+  const int64_t part = chunk.batch * launch.segments + chunk.segment;
+  Acc* const grad_rows = static_cast<Acc*>(p.grad_rows) +
+                         ((chunk.batch * launch.tiles + chunk.tile) * 2 + direction) * p.rows() * p.length +
+                         chunk.begin;
+  Acc* const grad_params =
+      static_cast<Acc*>(p.grad_params) + (part * 2 + direction) * (p.state + p.rank + 2) * p.channels + chunk.channel;
+  ParameterSums<Acc> parameter_sums(shared + warps * 3 * warp_size, warps, chunk.active ? grad_params : nullptr,
+                                    p.channels);
+
+  Acc dt[chunk_length], grad_dt[chunk_length];
+  chunk.step_sizes(direction, dt);
+#pragma unroll
+  for (int t = 0; t < chunk_length; ++t)
+    grad_dt[t] = Acc(0);
+
+  for (int64_t n = 0; n < states; ++n) {
+    const Acc A = -exp(chunk.parameter(p.A_log, direction, n, states));
+    chunk.stage_B_and_C(direction, n);
+    Acc decay[chunk_length], all_decay = Acc(1), state = Acc(0), grad_state = Acc(0);
+#pragma unroll
+    for (int i = 0; i < chunk_length; ++i) {
+      const int t = chunk.visited(direction, i);
+      decay[i] = chunk.decay(t, dt[t], A);
+      state = scan_step(state, decay[i], dt[t] * u[t], chunk.b(t));
+      all_decay *= decay[i];
+    }
+#pragma unroll
+    for (int i = chunk_length - 1; i >= 0; --i) {
+      const int t = chunk.visited(direction, i);
+      grad_state = (grad_y[t] * chunk.c(t) + grad_state) * decay[i];
+    }
+    __syncthreads();  // what was handed on before has been read
+    at(warp, 0) = all_decay;
+    at(warp, 1) = state;
+    at(warp, 2) = grad_state;
+    __syncthreads();
+    if (pass == Pass::collect) {
+      if (warp < 2 && chunk.active) {  // a warp for the states, one for their gradients; see launch.h
+        const bool ascending = (direction == 0) == (warp == 0);
+        Acc carry = Acc(0), block_decay = Acc(1);
+        for (int i = 0; i < warps; ++i) {
+          const int w = ascending ? i : warps - 1 - i;
+          carry = at(w, 0) * carry + at(w, 1 + warp);
+          block_decay *= at(w, 0);
+        }
+        Acc* to = handed_on<Acc>(p, launch, 3, chunk.batch, chunk.segment, direction, n) + chunk.channel;
+        if (warp == 0) to[0] = block_decay;
+        to[(1 + warp) * p.channels] = carry;
+      }
+      continue;
+    }
+
+    state = grad_state = Acc(0);
+    if (pass == Pass::finish) {
+      const Acc* from = handed_on<Acc>(p, launch, 3, chunk.batch, chunk.segment, direction, n) + chunk.channel;
+      state = from[p.channels];
+      grad_state = from[2 * p.channels];
+    }
+    constexpr int ascending = direction == 0 ? 1 : 2, descending = 3 - ascending;
+    Acc& from_below = direction == 0 ? state : grad_state;
+    Acc& from_above = direction == 0 ? grad_state : state;
+    for (int w = 0; w < warp; ++w)
+      from_below = at(w, 0) * from_below + at(w, ascending);
+    for (int w = warps - 1; w > warp; --w)
+      from_above = at(w, 0) * from_above + at(w, descending);
+
+    Acc before[chunk_length];
+#pragma unroll
+    for (int i = 0; i < chunk_length; ++i) {
+      const int t = chunk.visited(direction, i);
+      before[i] = state;
+      state = scan_step(state, decay[i], dt[t] * u[t], chunk.b(t));
+    }
+    Acc grad_A = Acc(0), grad_B_and_C[2 * chunk_length];
+#pragma unroll
+    for (int i = chunk_length - 1; i >= 0; --i) {
+      const int t = chunk.visited(direction, i);
+      ScanStepGradient<Acc> grad = {grad_u[t], grad_dt[t]};
+      Acc grad_B, grad_C;
+      scan_step_backward(grad_state, grad, grad_A, grad_y[t], before[i], decay[i], dt[t], u[t], A, chunk.b(t),
+                         chunk.c(t), grad_B, grad_C);
+      grad_u[t] = grad.u;
+      grad_dt[t] = grad.dt;
+      grad_B_and_C[t] = chunk.active ? grad_B : Acc(0);
+      grad_B_and_C[chunk_length + t] = chunk.active ? grad_C : Acc(0);
+    }
+    const Acc sum = warp_sums<2 * chunk_length>(grad_B_and_C);
+    constexpr int lanes = warp_size / (2 * chunk_length);  // that get the same sum
+    const int which = lane / lanes, t = which % chunk_length;
+    if (lane % lanes == 0 && t < chunk.length)
+      grad_rows[(p.rank + (which < chunk_length ? 0 : p.state) + n) * p.length + t] = sum;
+    parameter_sums.add(grad_A * A);  // A = -exp(A_log)
+  }
+  if (pass == Pass::collect) return;
+
+#pragma unroll
+  for (int t = 0; t < chunk_length; ++t)  // through softplus: from here on the gradient of what went into it
+    grad_dt[t] = chunk.active && t < chunk.length ? grad_dt[t] * step_size_derivative_of<T>(dt[t]) : Acc(0);
+  chunk.for_each_delta_row(direction, [&](int64_t row, const Acc* values) {
+    const Acc weight = chunk.active ? chunk.parameter(p.dt_weight, direction, row, p.rank) : Acc(0);
+    Acc grad_weight = Acc(0), grad_row[chunk_length];
+#pragma unroll
+    for (int t = 0; t < chunk_length; ++t) {
+      grad_weight += grad_dt[t] * values[t];
+      grad_row[t] = grad_dt[t] * weight;
+    }
+    const Acc sum = warp_sums<chunk_length>(grad_row);
+    constexpr int lanes = warp_size / chunk_length;  // that get the same sum
+    if (lane % lanes == 0 && lane / lanes < chunk.length) grad_rows[row * p.length + lane / lanes] = sum;
+    parameter_sums.add(grad_weight);
+  });
+  Acc grad_bias = Acc(0), grad_D = Acc(0);
+#pragma unroll
+  for (int t = 0; t < chunk_length; ++t) {
+    grad_bias += grad_dt[t];
+    grad_D += u[t] * grad_y[t];
+  }
+  parameter_sums.add(grad_bias);
+  parameter_sums.add(grad_D);
+  parameter_sums.flush();
+}
+
+template <typename T, bool one_state>
+__global__ void __launch_bounds__(warp_size* shape<T>.max_warps)
+    scan_backward_kernel(const __grid_constant__ ScanBackward p, const __grid_constant__ ScanLaunch launch, Pass pass) {
+  using Acc = typename AccumulateOf<T>::type;
+  constexpr int chunk_length = shape<T>.chunk_length;
+  Acc* const shared = reinterpret_cast<Acc*>(shared_memory);
+  for (int64_t task = blockIdx.x; task < launch.tasks; task += gridDim.x) {
+    const Chunk<T, chunk_length> chunk(p, launch, task, shared + threadIdx.y * staged_rows * chunk_length);
+    Acc* const rest = shared + launch.warps * staged_rows * chunk_length;
+    Acc* const kept = rest + threadIdx.y * 2 * chunk_length * warp_size + threadIdx.x;
+    const Kept<Acc> u = {kept}, grad_y = {kept + chunk_length * warp_size};
+    const Acc skip = chunk.parameter(p.D, 0, 0, 1) + chunk.parameter(p.D, 1, 0, 1);
+    Acc grad_u[chunk_length];
+    chunk.load(p.u, p.u_batch, p.u_position, grad_u);
+#pragma unroll
+    for (int t = 0; t < chunk_length; ++t)
+      u[t] = grad_u[t];
+    chunk.load(p.grad_y, p.grad_y_batch, p.grad_y_position, grad_u);
+#pragma unroll
+    for (int t = 0; t < chunk_length; ++t) {
+      grad_y[t] = grad_u[t];
+      grad_u[t] *= skip;
+    }
+    Acc* const exchanged = rest + launch.warps * 2 * chunk_length * warp_size;
+    run_direction<0, one_state>(p, launch, pass, chunk, exchanged, u, grad_y, grad_u);
+    run_direction<1, one_state>(p, launch, pass, chunk, exchanged, u, grad_y, grad_u);
+    if (pass != Pass::collect) chunk.store(p.grad_u, grad_u);
+  }
+}
+
+template <typename T>
+cudaError_t launch(const ScanBackward& p, cudaStream_t stream) {
+  using Acc = typename AccumulateOf<T>::type;
+  const auto kernel = p.state == 1 ? scan_backward_kernel<T, true> : scan_backward_kernel<T, false>;
+  return launch_scan<Acc>(kernel, p, scan_backward_launch(p), 3, stream);
+}
+
+}  // namespace
+
+void scan_divide_backward(ScanBackward& p) {
+  p.group_channels = warp_size;
+  p.segments = scan_backward_launch(p).segments;
+}
+
+size_t scan_backward_scratch_bytes(const ScanBackward& p) {
+  return scan_scratch_bytes(p, scan_backward_launch(p), 3);
+}
+
+cudaError_t scan_backward(const ScanBackward& p, cudaStream_t stream) {
+  switch (p.dtype) {
+    case DType::float32:
+      return launch<float>(p, stream);
+    case DType::float64:
+      return launch<double>(p, stream);
+    case DType::float16:
+      return launch<__half>(p, stream);
+    case DType::bfloat16:
+      return launch<__nv_bfloat16>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace mobilemamba::cuda

@@ -1,0 +1,234 @@
+// The stand-in for the CUDA runtime; see include/cuda_runtime_api.h. Settings come from the environment:
+// HOST_CUDA_SEED of the order of threads, HOST_CUDA_BLOCKS of a grid, HOST_CUDA_SHARED_LIMIT in bytes, HOST_CUDA_ERROR
+// that launches return instead of running.
+#include <cuda_runtime.h>
+#include <sanitizer/asan_interface.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <random>
+#include <vector>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace mobilemamba::cuda {
+constexpr size_t shared_capacity = 227 * 1024;
+alignas(128) extern unsigned char shared_memory[];
+alignas(128) unsigned char shared_memory[shared_capacity];
+}  // namespace mobilemamba::cuda
+
+namespace host_cuda {
+namespace {
+
+using mobilemamba::cuda::shared_capacity, mobilemamba::cuda::shared_memory;
+
+constexpr size_t stack_bytes = 256 * 1024;
+constexpr int warp_size = 32, most_threads = 1024;
+
+int setting(const char* name, int otherwise) {
+  const char* value = std::getenv(name);
+  return value ? std::atoi(value) : otherwise;
+}
+
+enum class State { ready, at_warp_barrier, at_block_barrier, done };
+
+struct Thread {
+  State state;
+  dim3 index;
+  int turn;  // of the warp's two places for exchanged numbers
+  void* stack_pointer;
+  unsigned char* stack;
+};
+
+struct Scheduler {
+  std::mutex mutex;  // one launch at a time
+  std::mt19937 random{static_cast<unsigned>(setting("HOST_CUDA_SEED", 0))};
+  std::vector<Thread> threads;
+  Thread* running;
+  void* stack_pointer;
+  const std::function<void()>* kernel;
+  uint64_t places[most_threads / warp_size][2][warp_size];
+
+  Scheduler() {
+    threads.resize(most_threads);
+    for (Thread& thread : threads)
+      thread.stack = static_cast<unsigned char*>(std::aligned_alloc(64, stack_bytes));
+  }
+};
+
+Scheduler& scheduler() {
+  static Scheduler& instance = *new Scheduler;
+  return instance;
+}
+
+/// Saves the registers that a call preserves, goes on where `to` was saved.
+extern "C" void host_cuda_switch(void** from, void* to);
+asm(R"(
+.text
+.globl host_cuda_switch
+.hidden host_cuda_switch
+.type host_cuda_switch, @function
+host_cuda_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size host_cuda_switch, . - host_cuda_switch
+)");
+
+/// Back to the scheduler, until it runs this thread again.
+void pause(State state) {
+  Scheduler& s = scheduler();
+  Thread& thread = *s.running;
+  thread.state = state;
+  host_cuda_switch(&thread.stack_pointer, s.stack_pointer);
+}
+
+void thread_main() {
+  (*scheduler().kernel)();
+  pause(State::done);
+}
+
+void start(Thread& thread) {
+  thread.state = State::ready;
+  thread.turn = 0;
+  ASAN_UNPOISON_MEMORY_REGION(thread.stack, stack_bytes);
+  void** top = reinterpret_cast<void**>(thread.stack + stack_bytes) - 3;  // aligned as after a call
+  *top = nullptr;
+  *--top = reinterpret_cast<void*>(thread_main);
+  thread.stack_pointer = top - 6;
+}
+
+void run(Thread& thread) {
+  Scheduler& s = scheduler();
+  s.running = &thread;
+  threadIdx = thread.index;
+  host_cuda_switch(&s.stack_pointer, thread.stack_pointer);
+}
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "host_cuda: %s\n", what);
+  std::abort();
+}
+
+/// Runs the threads [begin, end) until each is at a barrier of the block or done.
+void run_warp(int begin, int end) {
+  Scheduler& s = scheduler();
+  std::vector<int> order(end - begin);
+  for (int i = begin; i < end; ++i)
+    order[i - begin] = i;
+  const auto all = [&](State state) {
+    return std::all_of(order.begin(), order.end(), [&](int i) { return s.threads[i].state == state; });
+  };
+  for (;;) {
+    std::shuffle(order.begin(), order.end(), s.random);
+    for (int i : order)
+      if (s.threads[i].state == State::ready) run(s.threads[i]);
+    if (all(State::at_block_barrier) || all(State::done)) return;
+    if (!all(State::at_warp_barrier)) fail("the lanes of a warp do not meet at the same barrier");
+    for (int i : order)
+      s.threads[i].state = State::ready;
+  }
+}
+
+void run_block(int count) {
+  Scheduler& s = scheduler();
+  for (int i = 0; i < count; ++i)
+    start(s.threads[i]);
+  std::vector<int> warps((count + warp_size - 1) / warp_size);
+  for (size_t w = 0; w < warps.size(); ++w)
+    warps[w] = static_cast<int>(w);
+  for (;;) {
+    std::shuffle(warps.begin(), warps.end(), s.random);
+    for (int w : warps)
+      run_warp(w * warp_size, std::min(count, (w + 1) * warp_size));
+    const auto done = std::count_if(s.threads.begin(), s.threads.begin() + count,
+                                    [](const Thread& thread) { return thread.state == State::done; });
+    if (done == count) return;
+    if (done != 0) fail("some threads end while others wait at __syncthreads");
+    for (int i = 0; i < count; ++i)
+      s.threads[i].state = State::ready;
+  }
+}
+
+}  // namespace
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void*, const std::function<void()>& kernel) {
+  if (const int error = setting("HOST_CUDA_ERROR", 0)) return static_cast<cudaError_t>(error);
+  Scheduler& s = scheduler();
+  const std::lock_guard lock(s.mutex);
+  const unsigned count = config.blockDim.x * config.blockDim.y * config.blockDim.z;
+  int limit = 0;
+  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  if (count == 0 || count > most_threads || config.gridDim.x == 0 || config.gridDim.y != 1 || config.gridDim.z != 1 ||
+      config.dynamicSmemBytes > static_cast<size_t>(limit))
+    return cudaErrorInvalidValue;
+  s.kernel = &kernel;
+  blockDim = config.blockDim;
+  gridDim = dim3(std::min<unsigned>(config.gridDim.x, setting("HOST_CUDA_BLOCKS", 3)));
+  for (unsigned i = 0; i < count; ++i)
+    s.threads[i].index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+  for (unsigned block = 0; block < gridDim.x; ++block) {
+    blockIdx = dim3(block, 0, 0);
+    ASAN_UNPOISON_MEMORY_REGION(shared_memory, shared_capacity);
+    std::memset(shared_memory, 0xff, shared_capacity);
+    ASAN_POISON_MEMORY_REGION(shared_memory + config.dynamicSmemBytes, shared_capacity - config.dynamicSmemBytes);
+    run_block(static_cast<int>(count));
+  }
+  return cudaSuccess;
+}
+
+uint64_t exchange(uint64_t bits, int mask) {
+  Scheduler& s = scheduler();
+  Thread& thread = *s.running;
+  const int number = static_cast<int>(&thread - s.threads.data()), lane = number % warp_size;
+  // two places by turns: a lane can be one exchange ahead of another, not two
+  auto& place = s.places[number / warp_size][thread.turn];
+  thread.turn = 1 - thread.turn;
+  place[lane] = bits;
+  pause(State::at_warp_barrier);
+  return place[lane ^ mask];
+}
+
+}  // namespace host_cuda
+
+void __syncthreads() {
+  host_cuda::pause(host_cuda::State::at_block_barrier);
+}
+
+void __syncwarp() {
+  host_cuda::pause(host_cuda::State::at_warp_barrier);
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 6
+           : attribute == cudaDevAttrComputeCapabilityMinor ? 1
+                                                            : host_cuda::setting("HOST_CUDA_SHARED_LIMIT", 227 * 1024);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
