@@ -94,7 +94,7 @@ struct PlaneLaunch : Launch {
   int tile_height, tile_width;    // in outputs
   int stage_height, stage_width;  // in inputs
 
-  int64_t position_tiles(int64_t batch) const { return batch * tiles_y * tiles_x; }
+  MOBILEMAMBA_HOST_DEVICE int64_t position_tiles(int64_t batch) const { return batch * tiles_y * tiles_x; }
 };
 
 struct PlaneSizes {

@@ -22,7 +22,8 @@ void check_launch(cudaError_t error) {
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
       error == cudaErrorUnsupportedPtxVersion) {
     (void)cudaGetLastError();  // reported here: the next caller should not find it
-    const int major = attribute(cudaDevAttrComputeCapabilityMajor), minor = attribute(cudaDevAttrComputeCapabilityMinor);
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor),
+              minor = attribute(cudaDevAttrComputeCapabilityMinor);
     TORCH_CHECK(false, "mobilemamba: the GPU has compute capability ", major, ".", minor,
                 ", and the library was built for " MOBILEMAMBA_STRING(MOBILEMAMBA_CUDA_ARCHS) "; rebuild it with "
                 "TORCH_CUDA_ARCH_LIST=", major, ".", minor,

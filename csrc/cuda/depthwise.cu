@@ -1,0 +1,103 @@
+// The depthwise convolution on CUDA; see plane.cuh for two of its kernels.
+#include "cuda/plane.cuh"
+
+namespace mobilemamba::cuda {
+namespace {
+
+template <typename T>
+struct DepthwiseOp {
+  using Acc = typename AccumulateOf<T>::type;
+  using Source = PixelPlane<T>;
+  using Forward = DepthwiseForward;
+  using BackwardWeight = DepthwiseBackwardWeight;
+  static constexpr int planes = 1;
+  static constexpr bool has_bias = true;
+
+  __device__ static int64_t plane_height(const DepthwiseSizes& p) { return p.height; }
+  __device__ static int64_t out_height(const DepthwiseSizes& p) { return p.out_height(); }
+  __device__ static int64_t out_width(const DepthwiseSizes& p) { return p.out_width(); }
+  __device__ static int64_t grad_height(const DepthwiseSizes& p) { return p.out_height(); }
+  __device__ static int64_t grad_width(const DepthwiseSizes& p) { return p.out_width(); }
+  __device__ static int64_t stride(const DepthwiseSizes& p) { return p.stride; }
+
+  /// Bias, activation and residual; or the gradient through bias and activation.
+  __device__ static void store(const DepthwiseForward& p, int64_t batch, int64_t channel, int64_t y, int64_t x,
+                               const Acc (&sum)[1]) {
+    const auto at = [&](const Image& image) {
+      return widen(static_cast<const T*>(image.data)[batch * image.batch + y * image.row + x * image.column + channel]);
+    };
+    Acc value = sum[0];
+    if (p.bias) value += static_cast<const Acc*>(p.bias)[channel];
+    if (p.grad_output.data)
+      value = at(p.grad_output) * activate_derivative(p.activation, value);
+    else
+      value = activate(p.activation, value) + (p.residual.data ? at(p.residual) : Acc(0));
+    static_cast<T*>(p.output)[((batch * p.out_height() + y) * p.out_width() + x) * p.channels + channel] =
+        narrow<T>(value);
+  }
+};
+
+/// Each input position gathers from the outputs that it went into. A warp takes one position of 32 channels.
+template <typename T>
+__global__ void __launch_bounds__(plane_max_threads)
+    depthwise_backward_input_kernel(const __grid_constant__ DepthwiseBackwardInput p,
+                                    const __grid_constant__ Launch launch) {
+  using Acc = typename AccumulateOf<T>::type;
+  const int64_t positions = p.batch * p.height * p.width, channel_tiles = (p.channels + warp_size - 1) / warp_size;
+  for (int64_t task = blockIdx.x; task < launch.tasks; task += gridDim.x) {
+    const Channel channel(task % channel_tiles, p.channels);
+    const int64_t position = task / channel_tiles * blockDim.y + threadIdx.y;
+    if (position >= positions || !channel.active) continue;
+    const int64_t x = position % p.width, y = position / p.width % p.height, batch = position / p.width / p.height;
+    const PixelPlane<T> grad(p.grad_output, p.out_height(), p.out_width(), batch, channel.index);
+    const Acc* weight = static_cast<const Acc*>(p.weight) + channel.index;
+    Acc sum = Acc(0);
+    for (int64_t ky = (y + p.kernel / 2) % p.stride; ky < p.kernel; ky += p.stride)
+      for (int64_t kx = (x + p.kernel / 2) % p.stride; kx < p.kernel; kx += p.stride) {
+        Acc g[1];
+        // exact where not negative; and a negative one is beyond the plane, whichever way it is rounded, but for 0
+        const int64_t from_y = y + p.kernel / 2 - ky, from_x = x + p.kernel / 2 - kx;
+        if (from_y < 0 || from_x < 0) continue;
+        grad.load(from_y / p.stride, from_x / p.stride, g);
+        sum += g[0] * weight[(ky * p.kernel + kx) * p.channels];
+      }
+    static_cast<T*>(p.grad_input)[position * p.channels + channel.index] = narrow<T>(sum);
+  }
+}
+
+template <typename T>
+cudaError_t backward_input(const DepthwiseBackwardInput& p, cudaStream_t stream) {
+  constexpr int warps = 8;
+  const Launch launch = {ceil_div(p.batch * p.height * p.width, warps) * ceil_div(p.channels, warp_size), warps, 0};
+  return launch_kernel(depthwise_backward_input_kernel<T>, launch, stream, p, launch);
+}
+
+}  // namespace
+
+cudaError_t depthwise_forward(const DepthwiseForward& p, size_t shared_limit, cudaStream_t stream) {
+  return plane_forward<DepthwiseOp, true>(p, shared_limit, stream);
+}
+
+cudaError_t depthwise_backward_input(const DepthwiseBackwardInput& p, cudaStream_t stream) {
+  switch (p.dtype) {
+    case DType::float32:
+      return backward_input<float>(p, stream);
+    case DType::float64:
+      return backward_input<double>(p, stream);
+    case DType::float16:
+      return backward_input<__half>(p, stream);
+    case DType::bfloat16:
+      return backward_input<__nv_bfloat16>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+int64_t depthwise_backward_weight_slabs(const DepthwiseSizes& p, size_t shared_limit) {
+  return plane_slabs(PlaneSizes(p), shared_limit);
+}
+
+cudaError_t depthwise_backward_weight(const DepthwiseBackwardWeight& p, size_t shared_limit, cudaStream_t stream) {
+  return plane_backward_weight<DepthwiseOp, true>(p, shared_limit, stream);
+}
+
+}  // namespace mobilemamba::cuda

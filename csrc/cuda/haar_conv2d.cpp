@@ -1,0 +1,39 @@
+// The Haar convolution on CUDA.
+#include "ops/haar_conv2d.h"
+
+#include <torch/library.h>
+
+#include "cuda/kernels.h"
+#include "cuda/run.h"
+
+namespace mobilemamba::cuda {
+namespace {
+
+constexpr HaarBackend backend = {
+    .forward =
+        [](const HaarForward& p) { check_launch(haar_forward(p, shared_limit(), c10::cuda::getCurrentCUDAStream())); },
+    .backward_weight_slabs = [](const HaarSizes& p) { return haar_backward_weight_slabs(p, shared_limit()); },
+    .backward_weight =
+        [](const HaarBackwardWeight& p) {
+          check_launch(haar_backward_weight(p, shared_limit(), c10::cuda::getCurrentCUDAStream()));
+        },
+};
+
+at::Tensor forward(const at::Tensor& input, const at::Tensor& weight) {
+  const c10::cuda::CUDAGuard device(input.device());
+  return backend.haar_conv2d(input, weight);
+}
+
+at::Tensor backward_weight(const at::Tensor& grad_output, const at::Tensor& input, int64_t kernel_size) {
+  const c10::cuda::CUDAGuard device(input.device());
+  return backend.haar_conv2d_backward_weight(grad_output, input, kernel_size);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
+  m.impl("haar_conv2d", forward);
+  m.impl("haar_conv2d_backward_weight", backward_weight);
+}
+
+}  // namespace mobilemamba::cuda

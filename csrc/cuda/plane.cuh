@@ -1,0 +1,377 @@
+// Depthwise convolution of planes on CUDA, forward and the gradient of its weight: what the depthwise convolution (one
+// plane, the image) and the Haar convolution (four planes, the sub-bands) share.
+//
+// An operator `Op` says how a plane's numbers come from an image and where results go; the kernels do the rest. For the
+// sizes that models use (`kernel_size` > 0) a block stages a tile of its input in shared memory, with the columns of
+// the border, and a thread computes a strip of outputs of one channel; any other size (`kernel_size` 0) reads its input
+// for each product, slow and right.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace mobilemamba::cuda {
+
+constexpr int plane_max_threads = 8 * warp_size;
+constexpr int plane_blocks = 2;  // that a multiprocessor's registers hold
+
+/// A tile of positions of one batch entry, for 32 channels.
+struct Tile {
+  int64_t batch, y, x;
+
+  __device__ Tile(const PlaneLaunch& launch, int64_t tile)
+      : batch(tile / launch.tiles_x / launch.tiles_y),
+        y(tile / launch.tiles_x % launch.tiles_y * launch.tile_height),
+        x(tile % launch.tiles_x * launch.tile_width) {}
+};
+
+/// The lane's channel; where there is none, one to read from, whose results go nowhere.
+struct Channel {
+  int64_t index;
+  bool active;
+
+  __device__ Channel(int64_t tile, int64_t channels) : index(tile * warp_size + threadIdx.x), active(index < channels) {
+    if (!active) index = channels - 1;
+  }
+};
+
+/// An image as its only plane.
+template <typename T>
+struct PixelPlane {
+  using Acc = typename AccumulateOf<T>::type;
+  static constexpr int planes = 1;
+  const T* data;
+  int64_t row, column, height, width;
+
+  __device__ PixelPlane(const Image& image, int64_t height, int64_t width, int64_t batch, int64_t channel)
+      : data(static_cast<const T*>(image.data) + batch * image.batch + channel),
+        row(image.row),
+        column(image.column),
+        height(height),
+        width(width) {}
+
+  /// Zero beyond the plane.
+  __device__ void load(int64_t y, int64_t x, Acc (&value)[1]) const {
+    const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+    value[0] = inside ? widen(data[y * row + x * column]) : Acc(0);
+  }
+};
+
+/// The sub-bands of an image as its planes.
+template <typename T>
+struct HaarPlanes {
+  using Acc = typename AccumulateOf<T>::type;
+  static constexpr int planes = 4;
+  const PixelPlane<T> pixels;
+
+  __device__ HaarPlanes(const Image& image, int64_t height, int64_t width, int64_t batch, int64_t channel)
+      : pixels(image, height, width, batch, channel) {}
+
+  __device__ void load(int64_t y, int64_t x, Acc (&value)[4]) const {
+    Acc patch[4][1];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      pixels.load(2 * y + i / 2, 2 * x + i % 2, patch[i]);  // beyond the plane, all four are beyond the image
+    const HaarBands<Acc> bands = haar(patch[0][0], patch[1][0], patch[2][0], patch[3][0]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      value[i] = bands.band[i];
+  }
+};
+
+/// A tile's input in shared memory, (planes, stage_height, stage_width, 32): the rows of the plane from `first_row` on.
+template <typename Acc>
+struct Stage {
+  Acc* const lane;
+  const int height, width;
+  int64_t first_row;
+
+  __device__ explicit Stage(const PlaneLaunch& launch)
+      : lane(reinterpret_cast<Acc*>(shared_memory) + threadIdx.x),
+        height(launch.stage_height),
+        width(launch.stage_width) {}
+
+  template <typename Source>
+  __device__ void fill(const Source& source, int64_t top, int64_t left) {
+    first_row = top < 0 ? 0 : top;
+    __syncthreads();  // the tile before has been read
+#pragma unroll 4
+    for (int i = threadIdx.y; i < height * width; i += blockDim.y) {
+      Acc value[Source::planes];
+      source.load(first_row + i / width, left + i % width, value);
+      for (int plane = 0; plane < Source::planes; ++plane)
+        lane[(plane * height * width + i) * warp_size] = value[plane];
+    }
+    __syncthreads();
+  }
+
+  /// The staged numbers of a row of the plane, from a staged column on; the next is `warp_size` further.
+  __device__ const Acc* row(int plane, int64_t y, int column) const {
+    return lane + ((plane * height + (y - first_row)) * width + column) * warp_size;
+  }
+};
+
+// Forward ------------------------------------------------------------------------------------------------------------
+
+/// A strip of outputs of one plane, from (y, x) on; x is `column` in the tile.
+template <int kernel_size, int stride, typename Acc>
+__device__ __forceinline__ void convolve_strip(const Stage<Acc>& stage, int plane, int64_t plane_height, int64_t y,
+                                               int column, const Acc* weight, int64_t channels,
+                                               Acc (&out)[strip_height][strip_width]) {
+#pragma unroll 1  // unrolled, the addresses of all weights would take the registers
+  for (int dy = 0; dy < (strip_height - 1) * stride + kernel_size; ++dy) {
+    const int64_t from = y * stride - kernel_size / 2 + dy;
+    if (from < 0 || from >= plane_height) continue;
+    const Acc* row = stage.row(plane, from, column * stride);
+    constexpr int count = (strip_width - 1) * stride + kernel_size;
+    Acc in[count];
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+      in[i] = row[i * warp_size];
+#pragma unroll
+    for (int r = 0; r < strip_height; ++r) {
+      const int ky = dy - r * stride;
+      if (ky < 0 || ky >= kernel_size) continue;
+#pragma unroll
+      for (int kx = 0; kx < kernel_size; ++kx) {
+        const Acc w = weight[(ky * kernel_size + kx) * channels];
+#pragma unroll
+        for (int c = 0; c < strip_width; ++c)
+          out[r][c] += w * in[c * stride + kx];
+      }
+    }
+  }
+}
+
+template <typename Op, int kernel_size, int stride>
+__global__ void __launch_bounds__(plane_max_threads, plane_blocks)
+    plane_forward_kernel(const __grid_constant__ typename Op::Forward p, const __grid_constant__ PlaneLaunch launch) {
+  using Acc = typename Op::Acc;
+  const int64_t height = Op::out_height(p), width = Op::out_width(p),
+                taps = kernel_size > 0 ? kernel_size * kernel_size : p.kernel * p.kernel;
+  for (int64_t task = blockIdx.x; task < launch.tasks; task += gridDim.x) {
+    const Tile tile(launch, task / launch.channel_tiles);
+    const Channel channel(task % launch.channel_tiles, p.channels);
+    const typename Op::Source source(p.input, p.height, p.width, tile.batch, channel.index);
+    const Acc* weight = static_cast<const Acc*>(p.weight) + channel.index;  // (planes, k, k, C)
+
+    if constexpr (kernel_size > 0) {
+      Stage<Acc> stage(launch);
+      stage.fill(source, tile.y * stride - kernel_size / 2, tile.x * stride - kernel_size / 2);
+      const int strips_x = launch.tile_width / strip_width, strips = launch.tile_height / strip_height * strips_x;
+      for (int strip = threadIdx.y; strip < strips; strip += blockDim.y) {
+        const int64_t y = tile.y + strip / strips_x * strip_height;
+        const int column = strip % strips_x * strip_width;
+        Acc out[Op::planes][strip_height][strip_width] = {};
+#pragma unroll
+        for (int plane = 0; plane < Op::planes; ++plane)
+          convolve_strip<kernel_size, stride>(stage, plane, Op::plane_height(p), y, column,
+                                              weight + plane * taps * p.channels, p.channels, out[plane]);
+#pragma unroll
+        for (int r = 0; r < strip_height; ++r)
+#pragma unroll
+          for (int c = 0; c < strip_width; ++c) {
+            const int64_t x = tile.x + column + c;
+            Acc value[Op::planes];
+#pragma unroll
+            for (int plane = 0; plane < Op::planes; ++plane)
+              value[plane] = out[plane][r][c];
+            if (channel.active && y + r < height && x < width) Op::store(p, tile.batch, channel.index, y + r, x, value);
+          }
+      }
+    } else {
+      for (int i = threadIdx.y; i < launch.tile_height * launch.tile_width; i += blockDim.y) {
+        const int64_t y = tile.y + i / launch.tile_width, x = tile.x + i % launch.tile_width;
+        if (!channel.active || y >= height || x >= width) continue;
+        Acc out[Op::planes] = {};
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          Acc value[Op::planes];
+          source.load(y * Op::stride(p) + tap / p.kernel - p.kernel / 2,
+                      x * Op::stride(p) + tap % p.kernel - p.kernel / 2, value);
+          for (int plane = 0; plane < Op::planes; ++plane)
+            out[plane] += weight[(plane * taps + tap) * p.channels] * value[plane];
+        }
+        Op::store(p, tile.batch, channel.index, y, x, out);
+      }
+    }
+  }
+}
+
+// Gradient of the weight ---------------------------------------------------------------------------------------------
+
+/// One plane's number of a source, without indexing registers by a variable.
+template <typename Source>
+__device__ __forceinline__ typename Source::Acc load_plane(const Source& source, int plane, int64_t y, int64_t x) {
+  typename Source::Acc value[Source::planes];
+  source.load(y, x, value);
+  typename Source::Acc result = value[0];
+#pragma unroll
+  for (int i = 1; i < Source::planes; ++i)
+    result = plane == i ? value[i] : result;
+  return result;
+}
+
+/// Adds a row's products to the sums of one plane.
+template <int kernel_size, int stride, typename Acc, typename Source>
+__device__ __forceinline__ void correlate_row(const Stage<Acc>& stage, int plane, int64_t plane_height,
+                                              const Source& grad, int64_t y, int64_t left, int columns,
+                                              Acc (&sum)[kernel_size * kernel_size], Acc& grad_bias) {
+  for (int column = 0; column < columns; column += strip_width) {
+    Acc g[strip_width];
+#pragma unroll
+    for (int c = 0; c < strip_width; ++c) {
+      g[c] = load_plane(grad, plane, y, left + column + c);
+      grad_bias += g[c];
+    }
+#pragma unroll
+    for (int ky = 0; ky < kernel_size; ++ky) {
+      const int64_t from = y * stride - kernel_size / 2 + ky;
+      if (from < 0 || from >= plane_height) continue;
+      const Acc* row = stage.row(plane, from, column * stride);
+      constexpr int count = (strip_width - 1) * stride + kernel_size;
+      Acc in[count];
+#pragma unroll
+      for (int i = 0; i < count; ++i)
+        in[i] = row[i * warp_size];
+#pragma unroll
+      for (int kx = 0; kx < kernel_size; ++kx)
+#pragma unroll
+        for (int c = 0; c < strip_width; ++c)
+          sum[ky * kernel_size + kx] += g[c] * in[c * stride + kx];
+    }
+  }
+}
+
+/// A block sums over one slab of tiles for 32 channels. Warps share the planes, and the rows of each plane.
+template <typename Op, int kernel_size, int stride>
+__global__ void __launch_bounds__(plane_max_threads, plane_blocks)
+    plane_backward_weight_kernel(const __grid_constant__ typename Op::BackwardWeight p,
+                                 const __grid_constant__ PlaneLaunch launch) {
+  using Acc = typename Op::Acc;
+  const int warp = threadIdx.y, warps = blockDim.y;
+  const int64_t taps = kernel_size > 0 ? kernel_size * kernel_size : p.kernel * p.kernel;
+  const int64_t sums = Op::planes * taps + (Op::has_bias ? 1 : 0), tiles = launch.position_tiles(p.batch);
+  for (int64_t task = blockIdx.x; task < launch.channel_tiles * p.slabs; task += gridDim.x) {
+    const Channel channel(task % launch.channel_tiles, p.channels);
+    const int64_t slab = task / launch.channel_tiles;
+    const int64_t first = tiles * slab / p.slabs, last = tiles * (slab + 1) / p.slabs;
+    const auto out = [&](int64_t i) -> Acc& {
+      return static_cast<Acc*>(p.sums)[(slab * sums + i) * p.channels + channel.index];
+    };
+
+    if constexpr (kernel_size > 0) {
+      const int plane = warp % Op::planes, group = warp / Op::planes, groups = warps / Op::planes;
+      Acc sum[kernel_size * kernel_size] = {}, grad_bias = Acc(0);
+      for (int64_t i = first; i < last; ++i) {
+        const Tile tile(launch, i);
+        const typename Op::Source input(p.input, p.height, p.width, tile.batch, channel.index);
+        const typename Op::Source grad(p.grad_output, Op::grad_height(p), Op::grad_width(p), tile.batch, channel.index);
+        Stage<Acc> stage(launch);
+        stage.fill(input, tile.y * stride - kernel_size / 2, tile.x * stride - kernel_size / 2);
+        for (int64_t y = tile.y + group; y < tile.y + launch.tile_height && y < Op::out_height(p); y += groups)
+          correlate_row<kernel_size, stride>(stage, plane, Op::plane_height(p), grad, y, tile.x, launch.tile_width, sum,
+                                             grad_bias);
+      }
+      // the groups of warps add up in their order
+      Acc* const shared = reinterpret_cast<Acc*>(shared_memory) + threadIdx.x;
+      for (int g = 0; g < groups; ++g) {
+        __syncthreads();
+        if (group != g) continue;
+#pragma unroll
+        for (int tap = 0; tap < kernel_size * kernel_size; ++tap) {
+          Acc& to = shared[(plane * taps + tap) * warp_size];
+          to = (g == 0 ? Acc(0) : to) + sum[tap];
+        }
+        if (Op::has_bias) {
+          Acc& to = shared[taps * warp_size];
+          to = (g == 0 ? Acc(0) : to) + grad_bias;
+        }
+      }
+      __syncthreads();
+      for (int64_t i = warp; i < sums; i += warps)
+        if (channel.active) out(i) = shared[i * warp_size];
+      __syncthreads();
+    } else {
+      for (int64_t tap = warp; tap < taps + (Op::has_bias ? 1 : 0); tap += warps) {
+        Acc sum[Op::planes] = {};
+        for (int64_t i = first; i < last; ++i) {
+          const Tile tile(launch, i);
+          const typename Op::Source input(p.input, p.height, p.width, tile.batch, channel.index);
+          const typename Op::Source grad(p.grad_output, Op::grad_height(p), Op::grad_width(p), tile.batch,
+                                         channel.index);
+          for (int j = 0; j < launch.tile_height * launch.tile_width; ++j) {
+            const int64_t y = tile.y + j / launch.tile_width, x = tile.x + j % launch.tile_width;
+            if (y >= Op::out_height(p) || x >= Op::out_width(p)) continue;
+            Acc g[Op::planes], in[Op::planes];
+            grad.load(y, x, g);
+            input.load(y * Op::stride(p) + tap / p.kernel - p.kernel / 2,
+                       x * Op::stride(p) + tap % p.kernel - p.kernel / 2, in);
+            for (int plane = 0; plane < Op::planes; ++plane)
+              sum[plane] += g[plane] * (tap == taps ? Acc(1) : in[plane]);
+          }
+        }
+        for (int plane = 0; plane < Op::planes; ++plane)
+          if (channel.active) out(plane * taps + tap) = sum[plane];
+      }
+    }
+  }
+}
+
+// Choice of the kernel -----------------------------------------------------------------------------------------------
+
+/// Calls run<T, kernel_size, stride>() for the type and size at hand.
+template <typename T, bool with_stride_2, typename Run>
+cudaError_t for_kernel_size(const PlaneSizes& p, Run run) {
+  if constexpr (sizeof(T) < 8) {
+    if (p.staged()) {
+      if constexpr (with_stride_2)
+        if (p.stride == 2) return run.template operator()<T, 3, 2>();
+      switch (p.kernel) {
+        case 3:
+          return run.template operator()<T, 3, 1>();
+        case 5:
+          return run.template operator()<T, 5, 1>();
+        default:
+          return run.template operator()<T, 7, 1>();
+      }
+    }
+  }
+  return run.template operator()<T, 0, 0>();
+}
+
+template <bool with_stride_2, typename Run>
+cudaError_t for_type_and_size(const PlaneSizes& p, Run run) {
+  switch (p.dtype) {
+    case DType::float32:
+      return for_kernel_size<float, with_stride_2>(p, run);
+    case DType::float64:
+      return for_kernel_size<double, with_stride_2>(p, run);
+    case DType::float16:
+      return for_kernel_size<__half, with_stride_2>(p, run);
+    case DType::bfloat16:
+      return for_kernel_size<__nv_bfloat16, with_stride_2>(p, run);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <template <typename> typename Op, bool with_stride_2, typename P>
+cudaError_t plane_forward(const P& p, size_t shared_limit, cudaStream_t stream) {
+  const PlaneSizes sizes(p);
+  const PlaneLaunch launch = plane_launch(sizes, false, shared_limit);
+  return for_type_and_size<with_stride_2>(sizes, [&]<typename T, int kernel_size, int stride>() {
+    return launch_kernel(plane_forward_kernel<Op<T>, kernel_size, stride>, launch, stream, p, launch);
+  });
+}
+
+template <template <typename> typename Op, bool with_stride_2, typename P>
+cudaError_t plane_backward_weight(const P& p, size_t shared_limit, cudaStream_t stream) {
+  const PlaneSizes sizes(p);
+  PlaneLaunch launch = plane_launch(sizes, true, shared_limit);
+  launch.tasks = launch.channel_tiles * p.slabs;
+  return for_type_and_size<with_stride_2>(sizes, [&]<typename T, int kernel_size, int stride>() {
+    return launch_kernel(plane_backward_weight_kernel<Op<T>, kernel_size, stride>, launch, stream, p, launch);
+  });
+}
+
+}  // namespace mobilemamba::cuda
