@@ -20,7 +20,6 @@ ROOT = Path(__file__).parent.parent.resolve()
 # -g0: Python's own flags may ask for debug information, tens of megabytes of it.
 CXX_FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-g0", "-fvisibility=hidden", "-fopenmp"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-Wall,-Wextra,-fvisibility=hidden"]
-CUDA_DEFINE = "-DMOBILEMAMBA_CUDA"
 
 
 def torch_version() -> str | None:
@@ -149,7 +148,8 @@ def build_ext_class() -> type[build_ext]:
 def describe(library: object, plan: Plan, include_dirs: list[str], library_dirs: list[str]) -> None:
     """Fill in the Extension: sources, flags and libraries for this plan. Torch's headers are system headers."""
     cuda = plan.toolkit is not None
-    define = [CUDA_DEFINE] if cuda else []
+    archs = ",".join(map(arch_name, plan.archs))
+    define = ["-DMOBILEMAMBA_CUDA", f"-DMOBILEMAMBA_CUDA_ARCHS={archs}"] if cuda else []
     headers = [*include_dirs, *(plan.toolkit.include_dirs if plan.toolkit else ())]
     library.sources = sources(cuda)
     library.include_dirs = [str(ROOT / "csrc")]
