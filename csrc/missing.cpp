@@ -26,6 +26,8 @@ TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
   m.impl("bidirectional_scan_backward", missing());
   m.impl("haar_conv2d", missing());
   m.impl("haar_conv2d_backward_weight", missing());
+  m.impl("depthwise_conv2d", missing());
+  m.impl("depthwise_conv2d_backward", missing());
 }
 
 }  // namespace mobilemamba

@@ -15,6 +15,9 @@ MOBILEMAMBA_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) {
 MOBILEMAMBA_HOST_DEVICE int64_t min(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
+MOBILEMAMBA_HOST_DEVICE int64_t max(int64_t a, int64_t b) {
+  return a < b ? b : a;
+}
 
 template <typename T, typename Int>
 struct VecBase {
