@@ -15,7 +15,7 @@ constexpr DepthwiseBackend backend = {
     .backward_input = [](const DepthwiseBackwardInput& p) { run(kernels().depthwise_backward_input, p); },
     // where there are few channels, parts of the batch keep the threads busy
     .backward_weight_slabs = [](const DepthwiseSizes& p) -> int64_t {
-      return std::clamp<int64_t>(1024 / p.channels, 1, p.batch);
+      return std::clamp<int64_t>(2048 / p.channels, 1, p.batch);
     },
     .backward_weight = [](const DepthwiseBackwardWeight& p) { run(kernels().depthwise_backward_weight, p); },
 };

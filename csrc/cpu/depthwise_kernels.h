@@ -10,10 +10,19 @@ namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 constexpr int64_t depthwise_tile = 4;
 /// Rows of the result in one task: few enough that a single image keeps several threads busy.
 constexpr int64_t depthwise_task_rows = 16;
+/// Channels of one task of the weight's gradient: whole cache lines of every element type.
+constexpr int64_t depthwise_task_channels = 64;
 
 /// Columns of the output, rounded up to whole tiles.
 inline int64_t depthwise_columns(const DepthwiseSizes& p) {
   return ceil_div(p.out_width(), depthwise_tile) * depthwise_tile;
+}
+
+/// The next cache line. It holds the same pixel for the next vector of channels, that is for the next task: in an image
+/// whose channels are contiguous, what one task reads or writes is too far apart for the hardware to see a pattern.
+template <typename T>
+MOBILEMAMBA_HOST_DEVICE const T* next_line(const T* at) {
+  return at + 64 / sizeof(T);
 }
 
 /// What a task computes: rows [begin, end) of one vector of channels of one batch entry.
@@ -53,8 +62,10 @@ struct RowWindow {
     for (next = max(next, first); next < last; ++next) {
       const T* from = image + next * strides.row;
       V* to = slots + next % kernel * width + kernel / 2;
-      for (int64_t j = 0; j < columns; ++j)
-        to[j] = load(from + j * strides.column, count);
+      for (int64_t j = 0; j < columns; ++j, from += strides.column) {
+        to[j] = load(from, count);
+        __builtin_prefetch(next_line(from), 0, 2);
+      }
     }
   }
 
@@ -74,8 +85,8 @@ MOBILEMAMBA_HOST_DEVICE void load_weight(const DepthwiseSizes& p, const void* fr
 /// One row of the output before the epilogue. The kernel's first row lies over image row `top`; of its rows those over
 /// [first, last) are in the image. A kernel of 0 stands for any size, with any stride.
 template <typename Acc, int fixed_kernel, int fixed_stride>
-void convolve_row(const RowWindow<Acc>& window, int64_t any_stride, int64_t columns, const Vec<Acc>* weight,
-                  int64_t top, int64_t first, int64_t last, Vec<Acc> bias, Vec<Acc>* out) {
+void convolve_row(RowWindow<Acc> window, int64_t any_stride, int64_t columns, const Vec<Acc>* weight, int64_t top,
+                  int64_t first, int64_t last, Vec<Acc> bias, Vec<Acc>* out) {
   using V = Vec<Acc>;
   constexpr int tile = depthwise_tile;
   const int64_t kernel = fixed_kernel ? fixed_kernel : window.kernel, stride = fixed_kernel ? fixed_stride : any_stride;
@@ -87,9 +98,10 @@ void convolve_row(const RowWindow<Acc>& window, int64_t any_stride, int64_t colu
     for (int64_t i = first; i < last; ++i, row = window.below(row), w += kernel) {
       const V* from = row + j * stride;
       if constexpr (fixed_kernel) {
-        V under[(tile - 1) * fixed_stride + fixed_kernel];  // in registers
+        V under[(tile - 1) * fixed_stride + fixed_kernel];
         for (int x = 0; x < (tile - 1) * fixed_stride + fixed_kernel; ++x)
           under[x] = from[x];
+        keep_loaded();
         for (int kx = 0; kx < fixed_kernel; ++kx)
           for (int x = 0; x < tile; ++x)
             sum[x] = sum[x] + w[kx] * under[x * fixed_stride + kx];
@@ -170,14 +182,17 @@ struct DepthwiseForwardKernel {
     const T *residual = line(p.residual), *grad_output = line(p.grad_output);
     T* out = static_cast<T*>(p.output) + (task.batch * p.out_height() + i) * p.out_width() * p.channels + task.channel;
     const int64_t width = p.out_width(), channels = p.channels;
+    const int64_t residual_column = p.residual.column, grad_column = p.grad_output.column;
+    const Activation activation = p.activation;
     for (int64_t j = 0; j < width; ++j, out += channels) {
       V x = row[j];
       if (grad_output)
-        x = load(grad_output + j * p.grad_output.column, count) * activate_derivative(p.activation, x);
+        x = load(grad_output + j * grad_column, count) * activate_derivative(activation, x);
       else
-        x = activate(p.activation, x);
-      if (residual) x = x + load(residual + j * p.residual.column, count);
+        x = activate(activation, x);
+      if (residual) x = x + load(residual + j * residual_column, count);
       store(out, x, count);
+      __builtin_prefetch(next_line(out), 1, 2);
     }
   }
 };
@@ -224,8 +239,11 @@ struct DepthwiseBackwardInputKernel {
       for (int64_t remainder = 0; remainder < p.stride; ++remainder)
         gather_columns(p, window, weight, i + pad, first, last, remainder, row);
       T* out = static_cast<T*>(p.grad_input) + (task.batch * p.height + i) * p.width * p.channels + task.channel;
-      for (int64_t j = 0; j < p.width; ++j)
-        store(out + j * p.channels, row[j], count);
+      const int64_t width = p.width, channels = p.channels;
+      for (int64_t j = 0; j < width; ++j, out += channels) {
+        store(out, row[j], count);
+        __builtin_prefetch(next_line(out), 1, 2);
+      }
     }
   }
 
@@ -251,17 +269,19 @@ struct DepthwiseBackwardInputKernel {
   }
 };
 
-/// Adds to one row of the weight's gradient what one row of the output contributes.
+/// Adds to one row of the weight's gradient what one row of the output contributes. A kernel of 0 stands for any size,
+/// with any stride.
 template <typename Acc, int fixed_kernel, int fixed_stride>
-void correlate_row(const DepthwiseSizes& p, const Vec<Acc>* grad, const Vec<Acc>* input, Vec<Acc>* sums) {
+void correlate_row(int64_t any_kernel, int64_t any_stride, int64_t width, const Vec<Acc>* grad, const Vec<Acc>* input,
+                   Vec<Acc>* sums) {
   using V = Vec<Acc>;
   constexpr int columns = fixed_kernel ? fixed_kernel : 1;  // of the kernel at a time: they share each load of grad
-  const int64_t kernel = fixed_kernel ? fixed_kernel : p.kernel, stride = fixed_stride ? fixed_stride : p.stride;
+  const int64_t kernel = fixed_kernel ? fixed_kernel : any_kernel, stride = fixed_kernel ? fixed_stride : any_stride;
   for (int64_t kx = 0; kx < kernel; kx += columns) {
     V sum[columns];
     for (int x = 0; x < columns; ++x)
       sum[x] = V(Acc(0));
-    for (int64_t j = 0; j < p.out_width(); ++j)
+    for (int64_t j = 0; j < width; ++j)
       for (int x = 0; x < columns; ++x)
         sum[x] = sum[x] + grad[j] * input[j * stride + kx + x];
     for (int x = 0; x < columns; ++x)
@@ -273,28 +293,44 @@ template <typename T>
 struct DepthwiseBackwardWeightKernel {
   using Acc = typename AccumulateOf<T>::type;
   using V = Vec<Acc>;
+  static constexpr int64_t task_vectors = depthwise_task_channels / V::size;
 
   static int64_t padded_width(const DepthwiseSizes& p) { return p.out_width() * p.stride + p.kernel; }
 
+  static int64_t entries(const DepthwiseSizes& p) { return p.kernel * p.kernel + 1; }
+
   static size_t scratch_bytes(const DepthwiseBackwardWeight& p) {
-    return (p.kernel * (padded_width(p) + p.kernel) + 1 + p.out_width()) * sizeof(V);
+    return (p.kernel * padded_width(p) + p.out_width() + task_vectors * entries(p)) * sizeof(V);
   }
 
-  /// A task sums over a slab of the batch, in order, for one vector of channels.
-  static int64_t tasks(const DepthwiseBackwardWeight& p) { return p.slabs * ceil_div(p.channels, V::size); }
+  /// A task sums over a slab of the batch, in order, for some neighbouring vectors of channels.
+  static int64_t tasks(const DepthwiseBackwardWeight& p) {
+    return p.slabs * ceil_div(p.channels, depthwise_task_channels);
+  }
 
   static void run(const DepthwiseBackwardWeight& p, int64_t begin, int64_t end, std::byte* scratch) {
     RowWindow<Acc> window(reinterpret_cast<V*>(scratch), p.kernel, padded_width(p));
-    V* sums = window.slots + p.kernel * window.width;  // (k, k) of the weight, and of the bias
-    V* grad_row = sums + p.kernel * p.kernel + 1;
-    const int64_t blocks = ceil_div(p.channels, V::size);
+    V* grad_row = window.slots + p.kernel * window.width;
+    V* sums = grad_row + p.out_width();  // (vectors, k * k + 1)
+    const int64_t groups = ceil_div(p.channels, depthwise_task_channels);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t slab = task / blocks, channel = task % blocks * V::size;
-      const int count = static_cast<int>(min(V::size, p.channels - channel));
-      if (count == V::size)
-        run_task(p, slab, channel, V::size, window, sums, grad_row);
-      else
-        run_task(p, slab, channel, count, window, sums, grad_row);
+      const int64_t slab = task / groups, first = task % groups * depthwise_task_channels;
+      const int64_t last = min(first + depthwise_task_channels, p.channels);
+      for (int64_t i = 0; i < task_vectors * entries(p); ++i)
+        sums[i] = V(Acc(0));
+      for (int64_t batch = p.batch * slab / p.slabs; batch < p.batch * (slab + 1) / p.slabs; ++batch)
+        for (int64_t c = first; c < last; c += V::size) {
+          V* vector_sums = sums + (c - first) / V::size * entries(p);
+          if (c + V::size <= last)
+            add_image(p, batch, c, V::size, window, grad_row, vector_sums);
+          else
+            add_image(p, batch, c, static_cast<int>(last - c), window, grad_row, vector_sums);
+        }
+      Acc* out = static_cast<Acc*>(p.sums) + slab * entries(p) * p.channels;
+      for (int64_t c = first; c < last; c += V::size)
+        for (int64_t i = 0; i < entries(p); ++i)
+          store(out + i * p.channels + c, sums[(c - first) / V::size * entries(p) + i],
+                static_cast<int>(min(V::size, last - c)));
     }
   }
 
@@ -311,32 +347,28 @@ struct DepthwiseBackwardWeightKernel {
     return correlate_row<Acc, 0, 0>;
   }
 
-  __attribute__((always_inline)) static void run_task(const DepthwiseBackwardWeight& p, int64_t slab, int64_t channel,
-                                                      int count, RowWindow<Acc>& window, V* sums, V* grad_row) {
+  __attribute__((always_inline)) static void add_image(const DepthwiseBackwardWeight& p, int64_t batch, int64_t channel,
+                                                       int count, RowWindow<Acc>& window, V* grad_row, V* sums) {
     const auto correlate = correlation(p);
-    const int64_t kernel = p.kernel, entries = kernel * kernel + 1;
-    for (int64_t i = 0; i < entries; ++i)
-      sums[i] = V(Acc(0));
-    for (int64_t batch = p.batch * slab / p.slabs; batch < p.batch * (slab + 1) / p.slabs; ++batch) {
-      const T* image = static_cast<const T*>(p.input.data) + batch * p.input.batch + channel;
-      const T* grad = static_cast<const T*>(p.grad_output.data) + batch * p.grad_output.batch + channel;
-      window.next = 0;
-      for (int64_t i = 0; i < p.out_height(); ++i) {
-        V row_sum = V(Acc(0));
-        for (int64_t j = 0; j < p.out_width(); ++j) {
-          grad_row[j] = load(grad + i * p.grad_output.row + j * p.grad_output.column, count);
-          row_sum = row_sum + grad_row[j];
-        }
-        sums[entries - 1] = sums[entries - 1] + row_sum;
-        const int64_t top = i * p.stride - kernel / 2, first = max(top, 0), last = min(top + kernel, p.height);
-        window.move(image, p.input, p.width, first, last, count);
-        for (int64_t y = first; y < last; ++y)
-          correlate(p, grad_row, window.row(y), sums + (y - top) * kernel);
+    const int64_t kernel = p.kernel, width = p.out_width(), column = p.grad_output.column;
+    const T* image = static_cast<const T*>(p.input.data) + batch * p.input.batch + channel;
+    const T* grad = static_cast<const T*>(p.grad_output.data) + batch * p.grad_output.batch + channel;
+    V& bias_sum = sums[kernel * kernel];
+    window.next = 0;
+    for (int64_t i = 0; i < p.out_height(); ++i) {
+      const T* from = grad + i * p.grad_output.row;
+      V row_sum = V(Acc(0));
+      for (int64_t j = 0; j < width; ++j, from += column) {
+        grad_row[j] = load(from, count);
+        row_sum = row_sum + grad_row[j];
+        __builtin_prefetch(next_line(from), 0, 2);
       }
+      bias_sum = bias_sum + row_sum;
+      const int64_t top = i * p.stride - kernel / 2, first = max(top, 0), last = min(top + kernel, p.height);
+      window.move(image, p.input, p.width, first, last, count);
+      for (int64_t y = first; y < last; ++y)
+        correlate(kernel, p.stride, width, grad_row, window.row(y), sums + (y - top) * kernel);
     }
-    Acc* out = static_cast<Acc*>(p.sums) + slab * entries * p.channels + channel;
-    for (int64_t i = 0; i < entries; ++i)
-      store(out + i * p.channels, sums[i], count);
   }
 };
 

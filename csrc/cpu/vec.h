@@ -220,6 +220,11 @@ MOBILEMAMBA_HOST_DEVICE Vec<float> load(const T* from, int count) {
   return widen(load_raw<T, Bits16>(from, count), T{});
 }
 
+/// Keeps what was loaded before in registers: to compilers a load looks as cheap as that, so they repeat it.
+MOBILEMAMBA_HOST_DEVICE void keep_loaded() {
+  asm volatile("" ::: "memory");
+}
+
 /// `x` with zeros in the lanes from `count` on, whatever was in them.
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE Vec<T> first_lanes(Vec<T> x, int count) {
