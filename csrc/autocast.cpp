@@ -20,6 +20,16 @@ Tensor parameter(const Tensor& x) {
   return at::autocast::cached_cast(at::kFloat, x, device);
 }
 
+template <c10::DeviceType device>
+std::optional<Tensor> cast(const std::optional<Tensor>& x) {
+  return x ? std::optional(cast<device>(*x)) : x;
+}
+
+template <c10::DeviceType device>
+std::optional<Tensor> parameter(const std::optional<Tensor>& x) {
+  return x ? std::optional(parameter<device>(*x)) : x;
+}
+
 template <c10::DeviceType device, c10::DispatchKey key>
 Tensor scan(const Tensor& u, const Tensor& delta, const Tensor& A_log, const Tensor& B, const Tensor& C,
             const Tensor& D, const Tensor& dt_weight, const Tensor& dt_bias) {
@@ -35,16 +45,26 @@ Tensor haar(const Tensor& input, const Tensor& weight) {
   return haar_conv2d(cast<device>(input), parameter<device>(weight));
 }
 
+template <c10::DeviceType device, c10::DispatchKey key>
+Tensor depthwise(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& residual, int64_t stride, std::string_view activation) {
+  const c10::impl::ExcludeDispatchKeyGuard below(key);
+  return depthwise_conv2d(cast<device>(input), parameter<device>(weight), parameter<device>(bias),
+                          cast<device>(residual), stride, activation);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mobilemamba, AutocastCPU, m) {
   m.impl("bidirectional_scan", scan<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("haar_conv2d", haar<at::kCPU, c10::DispatchKey::AutocastCPU>);
+  m.impl("depthwise_conv2d", depthwise<at::kCPU, c10::DispatchKey::AutocastCPU>);
 }
 
 TORCH_LIBRARY_IMPL(mobilemamba, AutocastCUDA, m) {
   m.impl("bidirectional_scan", scan<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("haar_conv2d", haar<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+  m.impl("depthwise_conv2d", depthwise<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
 }
 
 }  // namespace mobilemamba::autocast

@@ -83,6 +83,45 @@ struct HaarBackwardWeight : torch::autograd::Function<HaarBackwardWeight> {
   }
 };
 
+struct Depthwise : torch::autograd::Function<Depthwise> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t stride,
+                        std::string_view activation) {
+    ctx->save_for_backward({input, weight, bias.value_or(Tensor())});
+    ctx->saved_data["has_residual"] = residual.has_value();
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["activation"] = std::string(activation);
+    return below_autograd(depthwise_conv2d, input, weight, bias, residual, stride, activation);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2];
+    auto [grad_input, grad_weight, grad_bias] =
+        depthwise_conv2d_backward(grads[0], input, weight, bias.defined() ? std::optional(bias) : std::nullopt,
+                                  ctx->saved_data["stride"].toInt(), ctx->saved_data["activation"].toStringRef());
+    return {grad_input,
+            grad_weight.to(weight.scalar_type()),
+            bias.defined() ? grad_bias.to(bias.scalar_type()) : Tensor(),
+            ctx->saved_data["has_residual"].toBool() ? grads[0] : Tensor(),
+            Tensor(),
+            Tensor()};
+  }
+};
+
+struct DepthwiseBackward : torch::autograd::Function<DepthwiseBackward> {
+  static variable_list forward(AutogradContext*, const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                               const std::optional<Tensor>& bias, int64_t stride, std::string_view activation) {
+    auto [grad_input, grad_weight, grad_bias] =
+        below_autograd(depthwise_conv2d_backward, grad_output, input, weight, bias, stride, activation);
+    return {grad_input, grad_weight, grad_bias};
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "depthwise_conv2d: second derivatives are not available, only the first");
+  }
+};
+
 Tensor scan(const Tensor& u, const Tensor& delta, const Tensor& A_log, const Tensor& B, const Tensor& C,
             const Tensor& D, const Tensor& dt_weight, const Tensor& dt_bias) {
   return Scan::apply(u, delta, A_log, B, C, D, dt_weight, dt_bias);
@@ -103,6 +142,18 @@ Tensor haar_backward_weight(const Tensor& grad_output, const Tensor& input, int6
   return HaarBackwardWeight::apply(grad_output, input, kernel_size);
 }
 
+Tensor depthwise(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& residual, int64_t stride, std::string_view activation) {
+  return Depthwise::apply(input, weight, bias, residual, stride, activation);
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad_output, const Tensor& input,
+                                                      const Tensor& weight, const std::optional<Tensor>& bias,
+                                                      int64_t stride, std::string_view activation) {
+  const variable_list g = DepthwiseBackward::apply(grad_output, input, weight, bias, stride, activation);
+  return {g[0], g[1], g[2]};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mobilemamba, Autograd, m) {
@@ -110,6 +161,8 @@ TORCH_LIBRARY_IMPL(mobilemamba, Autograd, m) {
   m.impl("bidirectional_scan_backward", scan_backward);
   m.impl("haar_conv2d", haar);
   m.impl("haar_conv2d_backward_weight", haar_backward_weight);
+  m.impl("depthwise_conv2d", depthwise);
+  m.impl("depthwise_conv2d_backward", depthwise_backward);
 }
 
 }  // namespace mobilemamba::autograd

@@ -13,6 +13,14 @@ TORCH_LIBRARY(mobilemamba, m) {
       tags);
   m.def("haar_conv2d(Tensor input, Tensor weight) -> Tensor", tags);
   m.def("haar_conv2d_backward_weight(Tensor grad_output, Tensor input, int kernel_size) -> Tensor", tags);
+  m.def(
+      "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias=None, Tensor? residual=None, int stride=1, "
+      "str activation=\"none\") -> Tensor",
+      tags);
+  m.def(
+      "depthwise_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, int stride, "
+      "str activation) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      tags);
   // the instruction set that the CPU kernels were chosen for: generic, avx2 or avx512
   m.def("cpu_kernels() -> str");
 }

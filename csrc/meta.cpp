@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "ops/bidirectional_scan.h"
+#include "ops/depthwise_conv2d.h"
 #include "ops/haar_conv2d.h"
 
 namespace mobilemamba::meta {
@@ -31,6 +32,21 @@ at::Tensor haar_backward_weight(const at::Tensor& grad_output, const at::Tensor&
   return haar_grad_weight(input, kernel_size);
 }
 
+at::Tensor depthwise(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                     const std::optional<at::Tensor>& residual, int64_t stride, std::string_view activation) {
+  const DepthwiseArguments arguments{input, weight, bias, stride, activation};
+  arguments.check(residual);
+  return arguments.output();
+}
+
+DepthwiseGradients depthwise_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                                      const std::optional<at::Tensor>& bias, int64_t stride,
+                                      std::string_view activation) {
+  const DepthwiseArguments arguments{input, weight, bias, stride, activation};
+  arguments.check_backward(grad_output);
+  return arguments.gradients();
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mobilemamba, Meta, m) {
@@ -38,6 +54,8 @@ TORCH_LIBRARY_IMPL(mobilemamba, Meta, m) {
   m.impl("bidirectional_scan_backward", scan_backward);
   m.impl("haar_conv2d", haar);
   m.impl("haar_conv2d_backward_weight", haar_backward_weight);
+  m.impl("depthwise_conv2d", depthwise);
+  m.impl("depthwise_conv2d_backward", depthwise_backward);
 }
 
 }  // namespace mobilemamba::meta

@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+#include <string_view>
 #include <tuple>
 
 #define MOBILEMAMBA_API __attribute__((visibility("default")))
@@ -32,5 +34,19 @@ MOBILEMAMBA_API at::Tensor haar_conv2d(const at::Tensor& input, const at::Tensor
 /// haar_conv2d of grad_output with the weight flipped in both of its last dimensions.
 MOBILEMAMBA_API at::Tensor haar_conv2d_backward_weight(const at::Tensor& grad_output, const at::Tensor& input,
                                                        int64_t kernel_size);
+
+/// activation(convolution of each channel with its own kernel + bias) + residual, with zero padding of k / 2.
+/// input (B, C, H, W); weight (C, 1, k, k), k odd; bias (C); residual of the output's shape; activation "none", "relu"
+/// or "silu". Returns (B, C, ceil(H / stride), ceil(W / stride)), channels-last in memory.
+MOBILEMAMBA_API at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight,
+                                            const std::optional<at::Tensor>& bias = std::nullopt,
+                                            const std::optional<at::Tensor>& residual = std::nullopt,
+                                            int64_t stride = 1, std::string_view activation = "none");
+
+/// The gradients of depthwise_conv2d's input, weight and bias (also where it has none), the last two in float32
+/// (float64 for float64). The gradient of its residual is grad_output.
+MOBILEMAMBA_API std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias, int64_t stride, std::string_view activation);
 
 }  // namespace mobilemamba

@@ -3,7 +3,7 @@
 from . import ops
 from .model import MobileMamba
 from .mrffi import MRFFI
-from .ops import bidirectional_scan, haar_conv2d
+from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d
 from .presets import PRESETS
 from .zoo import b1, b2, b4, create_model, list_models, nano, s6, t2, t4
 
@@ -18,6 +18,7 @@ __all__ = [
     "b4",
     "bidirectional_scan",
     "create_model",
+    "depthwise_conv2d",
     "haar_conv2d",
     "list_models",
     "nano",

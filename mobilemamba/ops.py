@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _native  # noqa: F401  (registers the operators)
 
-__all__ = ["bidirectional_scan", "haar_conv2d"]
+__all__ = ["bidirectional_scan", "depthwise_conv2d", "haar_conv2d"]
 
 
 def bidirectional_scan(
@@ -84,3 +84,38 @@ def haar_conv2d(input: Tensor, weight: Tensor) -> Tensor:
     Source: "MobileMamba" (arXiv 2411.15941); "Wavelet Convolutions for Large Receptive Fields" (arXiv 2407.05848).
     """
     return torch.ops.mobilemamba.haar_conv2d(input, weight)
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    activation: str = "none",
+) -> Tensor:
+    """Depthwise convolution with what usually follows it: ``activation(conv(input) + bias) + residual``.
+
+    Every channel is convolved with its own ``k x k`` kernel, with zero padding of ``k // 2`` on every side.
+
+    Args:
+        input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides. Unit stride in
+            ``channels`` (channels-last, or a slice of its channels) is the fast layout; any other is copied to it
+            first.
+        weight: ``(channels, 1, k, k)`` with ``k`` odd; sizes 3, 5 and 7 are the fast ones.
+        bias: ``(channels,)``. ``weight`` and ``bias`` have the dtype of ``input``, or are float32 beside a float16 or
+            bfloat16 ``input``. Sums are kept in float32 (float64 for float64).
+        residual: added last; of the output's shape, in the dtype of ``input``.
+        stride: of the convolution, at least 1.
+        activation: ``"none"``, ``"relu"`` or ``"silu"``.
+
+    Returns:
+        ``(batch, channels, ceil(height / stride), ceil(width / stride))`` in the dtype of ``input``, channels-last in
+        memory. Differentiable once, in reverse mode, in every tensor argument; deterministic. The backward pass
+        computes the convolution again, so that nothing but the arguments is kept for it.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, stride or activation does not fit; the message names the argument, what
+            came and what was expected.
+    """
+    return torch.ops.mobilemamba.depthwise_conv2d(input, weight, bias, residual, stride, activation)

@@ -45,6 +45,26 @@ def haar_conv2d(input: Tensor, weight: Tensor) -> Tensor:
     return F.conv_transpose2d(bands, filters, stride=2, groups=channels)[:, :, :height, :width]
 
 
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    activation: str = "none",
+) -> Tensor:
+    """Convolution, activation and sum, one after the other."""
+    batch, channels, height, width = input.shape
+    if input.numel() == 0:
+        arguments = [x for x in (input, weight, bias, residual) if x is not None]
+        return input.new_zeros(batch, channels, -(-height // stride), -(-width // stride)) + sum(
+            x.sum() * 0 for x in arguments
+        )
+    y = F.conv2d(input, weight, bias, stride, padding=weight.shape[-1] // 2, groups=channels)
+    y = {"none": lambda x: x, "relu": F.relu, "silu": F.silu}[activation](y)
+    return y if residual is None else y + residual
+
+
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
     """Within it, ``mobilemamba``'s modules use these functions: the plain PyTorch rendition of the network."""

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from test_operators import haar_arguments, scan_arguments
+from test_operators import depthwise_arguments, haar_arguments, scan_arguments
 
 import mobilemamba
 from mobilemamba import ops
@@ -38,6 +38,41 @@ def test_opcheck_haar(dtype):
     torch.library.opcheck(torch.ops.mobilemamba.haar_conv2d_backward_weight, (grad, image, 3), **checks)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("stride", "activation", "count"), [(1, "silu", 4), (2, "none", 2)])
+def test_opcheck_depthwise(dtype, stride, activation, count):
+    arguments = depthwise_arguments(2, 3, 5, 4, 3, stride, dtype=dtype, requires_grad=True)
+    checks = dict(atol=1e-2, rtol=1e-2) if dtype.itemsize == 2 else {}
+    options = {"stride": stride, "activation": activation}
+    torch.library.opcheck(torch.ops.mobilemamba.depthwise_conv2d, arguments[:count], options, **checks)
+    image, weight, bias, grad = arguments
+    backward = [grad, image, weight, bias if count > 2 else None, stride, activation]
+    # of the backward operator, gradients are refused: all other properties hold
+    torch.library.opcheck(
+        torch.ops.mobilemamba.depthwise_conv2d_backward,
+        backward,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in backward]
+    torch.library.opcheck(torch.ops.mobilemamba.depthwise_conv2d_backward, detached)
+
+
+def test_meta_of_depthwise_is_like_the_cpu():
+    operators = torch.ops.mobilemamba.depthwise_conv2d, torch.ops.mobilemamba.depthwise_conv2d_backward
+    for shape in ((2, 3, 7, 6, 3, 1), (2, 3, 7, 6, 3, 2), (1, 1, 1, 1, 1, 1), (0, 3, 4, 4, 5, 2), (2, 3, 0, 4, 3, 1)):
+        for dtype in (torch.float32, torch.bfloat16):
+            image, weight, bias, residual = depthwise_arguments(*shape, dtype=dtype)
+            forward, backward = (image, weight, bias, residual, shape[-1]), (residual, image, weight, bias, shape[-1])
+            for operator, arguments in zip(operators, (forward, backward), strict=True):
+                meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments]
+                for a, b in zip(outputs(operator(*arguments, "silu")), outputs(operator(*meta, "silu")), strict=True):
+                    assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def outputs(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
 def test_meta_has_the_shapes_strides_and_dtypes_of_the_cpu():
     for arguments in (scan_arguments(2, 5, 7, 3, 2), scan_arguments(1, 1, 1), scan_arguments(0, 3, 4)):
         grad = torch.randn_like(arguments[0])
@@ -56,9 +91,18 @@ def test_operators_give_the_same_gradients(mode):
     def haar(image, weight):
         return torch.sin(ops.haar_conv2d(image, weight))
 
+    def depthwise(image, weight, bias, residual):
+        y = ops.depthwise_conv2d(image, weight, bias, residual, activation="silu")
+        return torch.sin(y) + ops.depthwise_conv2d(image, weight)
+
+    def depthwise_strided(image, weight, bias, residual):
+        return torch.sin(ops.depthwise_conv2d(image, weight, bias, residual, 2, "relu"))
+
     for function, arguments in (
         (scan, [scan_arguments(2, 5, n, 3, requires_grad=True) for n in (7, 9, 4)]),
         (haar, [haar_arguments(2, 3, n, 6, 3, requires_grad=True) for n in (7, 8, 5)]),
+        (depthwise, [depthwise_arguments(2, 3, n, 6, 3, requires_grad=True) for n in (7, 8, 5)]),
+        (depthwise_strided, [depthwise_arguments(2, 3, n, 6, 3, 2, requires_grad=True) for n in (7, 8, 5)]),
     ):
         torch.compiler.reset()
         if mode == "script":
@@ -84,6 +128,21 @@ def test_operators_exported():
     program = torch.export.export(Scan(), tuple(scan_arguments(2, 5, 7, 3)), dynamic_shapes=shapes)
     for arguments in (scan_arguments(3, 5, 70, 3), scan_arguments(2, 5, 2, 3)):
         assert torch.equal(program.module()(*arguments), ops.bidirectional_scan(*arguments))
+
+
+class Depthwise(torch.nn.Module):
+    def forward(self, image, weight, bias):
+        return ops.depthwise_conv2d(image, weight, bias, stride=2, activation="relu")
+
+
+def test_depthwise_exported():
+    # torch.export treats a size of 1 as a case of its own: from 3 pixels on, the output has at least 2
+    batch, height, width = torch.export.Dim("b"), *(torch.export.Dim(n, min=3) for n in "hw")
+    shapes = ({0: batch, 2: height, 3: width}, None, None)
+    program = torch.export.export(Depthwise(), tuple(depthwise_arguments(2, 3, 7, 6, 3)[:3]), dynamic_shapes=shapes)
+    for size in ((3, 3, 8, 15), (2, 3, 3, 5)):
+        arguments = depthwise_arguments(*size, 3)[:3]
+        assert torch.equal(program.module()(*arguments), Depthwise()(*arguments))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
-"""Both operators against the slow reference: values, gradients, layouts, dtypes, determinism, and what is refused."""
+"""The operators against the slow reference: values, gradients, layouts, dtypes, determinism, and what is refused."""
 
 import threading
+from functools import partial
 
 import pytest
 import reference
@@ -50,6 +51,25 @@ def haar_arguments(
     return [
         torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
         for shape in ((batch, channels, height, width), (4 * channels, 1, kernel, kernel))
+    ]
+
+
+def depthwise_arguments(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    kernel: int,
+    stride: int = 1,
+    dtype: torch.dtype = torch.float64,
+    requires_grad: bool = False,
+) -> list[Tensor]:
+    """Input, weight, bias and residual; a shorter list is without the last ones."""
+    generator = torch.Generator().manual_seed(0)
+    output = (batch, channels, -(-height // stride), -(-width // stride))
+    return [
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+        for shape in ((batch, channels, height, width), (channels, 1, kernel, kernel), (channels,), output)
     ]
 
 
@@ -123,6 +143,62 @@ def test_haar_in_lower_precision(shape, dtype):
     check_against_reference(ops.haar_conv2d, reference.haar_conv2d, arguments, LOW_PRECISION[dtype])
 
 
+DEPTHWISE_SHAPES = [  # batch, channels, height, width, kernel, stride
+    (2, 5, 7, 6, 3, 1),
+    (1, 17, 14, 14, 7, 2),
+    (3, 33, 7, 9, 5, 1),
+    (2, 16, 40, 11, 3, 2),  # several tasks in a column of the image
+    (1, 20, 35, 20, 7, 1),
+    (1, 6, 18, 17, 5, 2),
+    (2, 3, 1, 1, 7, 1),
+    (1, 2, 3, 4, 1, 2),
+    (1, 2, 5, 4, 9, 1),  # a kernel wider than the image, and without a specialisation
+    (2, 4, 19, 23, 3, 3),  # nor for this stride
+    (1, 3, 21, 9, 1, 4),  # rows that no output sees
+]
+ACTIVATIONS = ["none", "relu", "silu"]
+
+
+def check_depthwise(arguments: list[Tensor], stride: int, activation: str, tolerance: float = 1e-12) -> None:
+    options = {"stride": stride, "activation": activation}
+    operator, expected = (partial(module.depthwise_conv2d, **options) for module in (ops, reference))
+    check_against_reference(operator, expected, arguments, tolerance)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", DEPTHWISE_SHAPES, ids=str)
+def test_depthwise_in_float64(shape, activation):
+    arguments = depthwise_arguments(*shape)
+    for count in (2, 3, 4):
+        check_depthwise(arguments[:count], shape[-1], activation)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", DEPTHWISE_SHAPES[:3], ids=str)
+def test_depthwise_in_lower_precision(shape, activation, dtype):
+    check_depthwise(depthwise_arguments(*shape, dtype=dtype), shape[-1], activation, LOW_PRECISION[dtype])
+
+
+def test_depthwise_residual_without_bias():
+    image, weight, _, residual = depthwise_arguments(2, 5, 7, 6, 3)
+    check_against_reference(
+        lambda x, w, r: ops.depthwise_conv2d(x, w, residual=r, activation="silu"),
+        lambda x, w, r: reference.depthwise_conv2d(x, w, residual=r, activation="silu"),
+        [image, weight, residual],
+    )
+
+
+def test_depthwise_gradient_of_one_argument():
+    """The others need none."""
+    arguments = depthwise_arguments(2, 5, 7, 6, 3)
+    for i in range(4):
+        leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(arguments)]
+        expected = torch.autograd.grad(reference.depthwise_conv2d(*leaves, activation="relu").sin().sum(), leaves[i])
+        actual = torch.autograd.grad(ops.depthwise_conv2d(*leaves, activation="relu").sin().sum(), leaves[i])
+        torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_parameters_beside_16_bit_input(dtype):
     arguments = scan_arguments(2, 20, 9, 3, dtype=dtype)
@@ -132,6 +208,9 @@ def test_float32_parameters_beside_16_bit_input(dtype):
     check_against_reference(ops.bidirectional_scan, reference.bidirectional_scan, arguments, tolerance)
     image, weight = haar_arguments(2, 5, 7, 6, 3, dtype=dtype)
     check_against_reference(ops.haar_conv2d, reference.haar_conv2d, [image, weight.float()], tolerance)
+    image, weight, bias, residual = depthwise_arguments(2, 20, 7, 6, 3, 2, dtype=dtype)
+    for parameters in ([weight.float(), bias.float()], [weight.float(), bias], [weight, bias.float()]):
+        check_depthwise([image, *parameters, residual], 2, "silu", tolerance)
 
 
 sizes = st.integers(1, 40)
@@ -149,6 +228,16 @@ def test_scan_on_random_shapes(batch, channels, length, rank, state, seed):
 def test_haar_on_random_shapes(batch, channels, height, width, kernel):
     arguments = haar_arguments(batch, channels, height, width, kernel)
     check_against_reference(ops.haar_conv2d, reference.haar_conv2d, arguments, 1e-11)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.tuples(st.integers(1, 3), sizes, sizes, st.integers(1, 20), st.sampled_from([1, 3, 5, 7, 9]), st.integers(1, 4)),
+    st.sampled_from(ACTIVATIONS),
+    st.integers(2, 4),
+)
+def test_depthwise_on_random_shapes(shape, activation, count):
+    check_depthwise(depthwise_arguments(*shape)[:count], shape[-1], activation, 1e-11)
 
 
 def test_extreme_step_sizes_and_states():
@@ -171,6 +260,13 @@ def test_nan_and_infinity_pass_through():
         image, weight = haar_arguments(1, 3, 4, 4, 1, dtype=torch.float32)
         image[0, 1, 0, 0] = value
         assert not ops.haar_conv2d(image, weight)[0, 1, :2, :2].isfinite().any()
+        image, weight, bias, residual = depthwise_arguments(1, 20, 9, 8, 3, dtype=torch.float32)
+        image[0, 3, 4, 4] = value
+        weight.abs_()
+        for activation in ACTIVATIONS:
+            bad = ~ops.depthwise_conv2d(image, weight, bias, residual, activation=activation).isfinite()
+            assert bad[0, 3, 3:6, 3:6].all()
+            assert bad.sum() == 9
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -222,6 +318,50 @@ def test_haar_takes_any_strides():
     assert torch.equal(ops.haar_conv2d(image, weight.transpose(2, 3).contiguous().transpose(2, 3)), expected)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_takes_any_strides(stride):
+    arguments = depthwise_arguments(2, 20, 7, 6, 3, stride)
+    operator = partial(ops.depthwise_conv2d, stride=stride, activation="silu")
+    grad = torch.randn_like(arguments[3])
+    expected = operator(*arguments)
+    assert expected.is_contiguous(memory_format=torch.channels_last)
+
+    def channels_last(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    def channel_slice(x: Tensor) -> Tensor:
+        return channels_last(torch.cat([x, x, x], 1))[:, x.shape[1] : 2 * x.shape[1]] if x.dim() == 4 else x
+
+    def transposed(x: Tensor) -> Tensor:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() == 4 else x
+
+    def spread(x: Tensor) -> Tensor:
+        return torch.empty(*x.shape, 2, dtype=x.dtype)[..., 1].copy_(x)
+
+    for layout in (channels_last, channel_slice, transposed, spread):
+        variant = [layout(x) if i != 1 else x for i, x in enumerate(arguments)]
+        variant[1] = spread(arguments[1])
+        assert torch.equal(operator(*variant), expected)
+        gradients = torch.ops.mobilemamba.depthwise_conv2d_backward
+        for a, b in zip(
+            gradients(layout(grad), *variant[:3], stride, "silu"),
+            gradients(grad, *arguments[:3], stride, "silu"),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+    expanded = [x[:1].expand_as(x) if i in (0, 3) else x for i, x in enumerate(arguments)]
+    assert torch.equal(operator(*expanded), operator(*[x.contiguous() for x in expanded]))
+
+
+def test_depthwise_reads_a_channel_slice_where_it_is():
+    image = torch.randn(2, 9, 9, 64).permute(0, 3, 1, 2)[:, 16:48]
+    weight, bias = torch.randn(32, 1, 3, 3), torch.randn(32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        y = ops.depthwise_conv2d(image, weight, bias, residual=image)
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert allocated == y.nbytes + weight.nbytes  # the weight is packed
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 2, 1), (1, 2, 1, 1, 1), (1, 2, 3, 2, 2)], ids=str)
 def test_scan_gradcheck(shape, channels_last):
@@ -241,12 +381,43 @@ def test_haar_gradcheck(shape, channels_last):
     assert torch.autograd.gradgradcheck(ops.haar_conv2d, (image, weight))
 
 
+@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize("shape", [(2, 2, 3, 4, 3, 1), (1, 2, 4, 3, 3, 2), (1, 1, 5, 3, 1, 3)], ids=str)
+def test_depthwise_gradcheck(shape, activation):
+    arguments = depthwise_arguments(*shape, requires_grad=True)
+    operator = partial(ops.depthwise_conv2d, stride=shape[-1], activation=activation)
+    for count in (2, 3, 4):
+        assert torch.autograd.gradcheck(operator, arguments[:count])
+    last = [x.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for x in arguments[:2]]
+    assert torch.autograd.gradcheck(operator, last)
+
+
 def test_scan_refuses_second_derivatives_where_they_are_taken():
     arguments = scan_arguments(1, 2, 3, requires_grad=True)
     y = ops.bidirectional_scan(*arguments)
     (grad,) = torch.autograd.grad(y.sum(), arguments[0], create_graph=True)
     with pytest.raises(RuntimeError, match="bidirectional_scan: second derivatives are not available"):
         grad.sum().backward()
+
+
+def test_depthwise_refuses_second_derivatives_where_they_are_taken():
+    arguments = depthwise_arguments(1, 2, 3, 4, 3, requires_grad=True)
+    y = ops.depthwise_conv2d(*arguments)
+    (grad,) = torch.autograd.grad(y.sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="depthwise_conv2d: second derivatives are not available, only the first"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("empty", range(4))
+def test_depthwise_empty_inputs(empty, stride):
+    shape = [2, 3, 4, 5]
+    shape[empty] = 0
+    arguments = depthwise_arguments(*shape, 3, stride, requires_grad=True)
+    y = ops.depthwise_conv2d(*arguments, stride=stride, activation="silu")
+    assert y.shape == arguments[3].shape
+    grads = torch.autograd.grad(y.sum(), arguments)
+    assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, arguments, strict=True))
 
 
 @pytest.mark.parametrize("empty", ["batch", "length"])
@@ -275,6 +446,20 @@ def test_offsets_beyond_32_bits():
     image, weight = haar_arguments(2, 5, 6, 7, 3, dtype=torch.bfloat16)
     far_image = storage.as_strided((2, 5, 6, 7), (far, 1, 35, 5)).copy_(image)
     assert torch.equal(ops.haar_conv2d(far_image, weight), ops.haar_conv2d(image, weight))
+    for strides in ((far, 1, 35, 5), (5, 1, far, 10), (5, 1, 10, far // 6)):  # batch, rows, columns
+        shape = (2, 5, 2, 7) if strides[2] == far else (2, 5, 6, 7)
+        image, weight, bias, residual = depthwise_arguments(*shape, 3, dtype=torch.bfloat16)
+        expected = ops.depthwise_conv2d(image, weight, bias, residual)
+        gradients = torch.ops.mobilemamba.depthwise_conv2d_backward
+        expected_gradients = gradients(residual, image, weight, bias, 1, "silu")
+        far_image = storage.as_strided(shape, strides).copy_(image)
+        assert torch.equal(ops.depthwise_conv2d(far_image, weight, bias, residual), expected)
+        actual_gradients = gradients(residual, far_image, weight, bias, 1, "silu")
+        assert all(torch.equal(a, b) for a, b in zip(actual_gradients, expected_gradients, strict=True))
+        far_residual = far_image.copy_(residual)
+        assert torch.equal(ops.depthwise_conv2d(image, weight, bias, far_residual), expected)
+        actual_gradients = gradients(far_residual, image, weight, bias, 1, "silu")
+        assert all(torch.equal(a, b) for a, b in zip(actual_gradients, expected_gradients, strict=True))
 
 
 def test_infinities_stay_in_their_channels_and_lanes():
@@ -291,20 +476,25 @@ def test_infinities_stay_in_their_channels_and_lanes():
 # Determinism, threads ------------------------------------------------------------------------------------------------
 
 
-def run_all(arguments: list[Tensor], image: Tensor, weight: Tensor) -> list[Tensor]:
+def run_all(arguments: list[Tensor], image: Tensor, weight: Tensor, depthwise: list[Tensor]) -> list[Tensor]:
     y, z = ops.bidirectional_scan(*arguments), ops.haar_conv2d(image, weight)
-    return [y, z, *torch.autograd.grad(y.sin().sum() + z.sin().sum(), [*arguments, image, weight])]
+    results = [y, z, *torch.autograd.grad(y.sin().sum() + z.sin().sum(), [*arguments, image, weight])]
+    for stride in (1, 2):
+        y = ops.depthwise_conv2d(*depthwise, stride=stride, activation="silu")
+        results += [y, *torch.autograd.grad(y.sin().sum(), depthwise)]
+    return results
 
 
 def test_bit_equal_for_any_number_of_threads():
     arguments = scan_arguments(3, 200, 100, 5, dtype=torch.float32, requires_grad=True)
     image, weight = haar_arguments(3, 40, 9, 8, 5, dtype=torch.float32, requires_grad=True)
+    depthwise = depthwise_arguments(5, 40, 37, 8, 5, dtype=torch.float32, requires_grad=True)[:3]
     threads = torch.get_num_threads()
     try:
         runs = []
         for n in (1, 2, 3, 2):
             torch.set_num_threads(n)
-            runs.append(run_all(arguments, image, weight))
+            runs.append(run_all(arguments, image, weight, depthwise))
     finally:
         torch.set_num_threads(threads)
     for other in runs[1:]:
@@ -341,6 +531,19 @@ def test_autocast_lowers_what_varies_and_keeps_parameters(dtype):
     lowered = [x.to(dtype) if i in (0, 1, 3, 4) else x for i, x in enumerate(arguments)]
     assert torch.equal(y, ops.bidirectional_scan(*lowered))
     grads = torch.autograd.grad(y.float().sum() + z.float().sum(), [*arguments, image, weight])
+    assert all(g.dtype == torch.float32 for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_of_depthwise(dtype):
+    image, weight, bias, residual = depthwise_arguments(1, 3, 4, 4, 3, dtype=torch.float32, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = ops.depthwise_conv2d(image, weight, bias, residual)
+        assert ops.depthwise_conv2d(image, weight).dtype == dtype
+        other = torch.bfloat16 if dtype == torch.float16 else torch.float16
+        assert ops.depthwise_conv2d(*[x.to(other) for x in (image, weight, bias, residual)]).dtype == dtype
+    assert torch.equal(y, ops.depthwise_conv2d(image.to(dtype), weight, bias, residual.to(dtype)))
+    grads = torch.autograd.grad(y.float().sum(), (image, weight, bias, residual))
     assert all(g.dtype == torch.float32 for g in grads)
 
 
@@ -422,3 +625,55 @@ def test_haar_refuses_dtypes_and_devices():
         ops.haar_conv2d(image, weight.to("meta"))
     with pytest.raises(RuntimeError, match="kernel_size is 2, expected a positive odd number"):
         torch.ops.mobilemamba.haar_conv2d_backward_weight(image, image, 2)
+
+
+DEPTHWISE_NAMES = ("input", "weight", "bias", "residual", "stride", "activation")
+REFUSED_DEPTHWISE = [
+    ("input", lambda x: x[0], r"input has shape \[5, 7, 6\], expected 4 dimensions \(batch, channels, height, width\)"),
+    ("input", lambda x: x.int(), "input is Int, expected Float, Double, Half or BFloat16"),
+    ("weight", lambda x: x[:, 0], r"weight has shape \[5, 3, 3\], expected 4 dimensions \(channels, 1, k, k\)"),
+    ("weight", lambda x: x[:4], r"weight has shape \[4, 1, 3, 3\], expected \[5, 1, 3, 3\] = \(channels, 1, k, k\)"),
+    ("weight", lambda x: x.repeat(1, 2, 1, 1), r"weight has shape \[5, 2, 3, 3\], expected \[5, 1, 3, 3\]"),
+    ("weight", lambda x: x[:, :, :1], r"weight has shape \[5, 1, 1, 3\], expected \[5, 1, 3, 3\]"),
+    (
+        "weight",
+        lambda x: x[:, :, :2, :2],
+        r"weight has shape \[5, 1, 2, 2\], expected an odd kernel size k",
+    ),
+    ("weight", lambda x: x[:, :, :0, :0], r"weight has shape \[5, 1, 0, 0\], expected an odd kernel size k"),
+    ("weight", lambda x: x.double(), "weight is Double, expected Float like input"),
+    ("weight", lambda x: x.to("meta"), "weight is on meta, expected cpu like input"),
+    ("bias", lambda x: x[:4], r"bias has shape \[4\], expected \[5\] = \(channels\)"),
+    ("bias", lambda x: x[None], r"bias has shape \[1, 5\], expected 1 dimensions \(channels\)"),
+    ("bias", lambda x: x.half(), "bias is Half, expected Float like input"),
+    (
+        "residual",
+        lambda x: x[:, :, :3],
+        r"residual has shape \[2, 5, 3, 3\], expected \[2, 5, 4, 3\] = "
+        r"\(batch, channels, ceil\(height / stride\), ceil\(width / stride\)\)",
+    ),
+    ("residual", lambda x: x.double(), "residual is Double, expected Float like input"),
+    ("stride", lambda x: 0, "stride is 0, expected at least 1"),
+    ("activation", lambda x: "gelu", 'activation is "gelu", expected "none", "relu" or "silu"'),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"), REFUSED_DEPTHWISE, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_depthwise_refuses(name, change, message):
+    arguments = [*depthwise_arguments(2, 5, 7, 6, 3, 2, dtype=torch.float32), 2, "relu"]
+    changed = [change(x) if n == name else x for n, x in zip(DEPTHWISE_NAMES, arguments, strict=True)]
+    with pytest.raises(RuntimeError, match="^depthwise_conv2d: " + message):
+        ops.depthwise_conv2d(*changed)
+
+
+def test_depthwise_backward_refuses():
+    image, weight, bias, residual = depthwise_arguments(2, 5, 7, 6, 3, 2, dtype=torch.float32)
+    backward = torch.ops.mobilemamba.depthwise_conv2d_backward
+    with pytest.raises(
+        RuntimeError, match=r"depthwise_conv2d_backward: grad_output has shape \[2, 5, 7, 6\], expected"
+    ):
+        backward(image, image, weight, bias, 2, "none")
+    with pytest.raises(RuntimeError, match="depthwise_conv2d_backward: grad_output is Half, expected Float like input"):
+        backward(residual.half(), image, weight, bias, 2, "none")

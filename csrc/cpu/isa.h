@@ -1,6 +1,7 @@
 // Instantiates every CPU kernel for one instruction set. Included by isa_*.cpp after the target pragma.
 #pragma once
 
+#include "cpu/depthwise_kernels.h"
 #include "cpu/haar_kernels.h"
 #include "cpu/kernels.h"
 #include "cpu/scan_kernels.h"
@@ -40,6 +41,9 @@ constinit const Kernels kernels = {
     table_entry<ScanBackwardKernel, ScanBackward>(),
     table_entry<HaarForwardKernel, HaarForward>(),
     table_entry<HaarBackwardWeightKernel, HaarBackwardWeight>(),
+    table_entry<DepthwiseForwardKernel, DepthwiseForward>(),
+    table_entry<DepthwiseBackwardInputKernel, DepthwiseBackwardInput>(),
+    table_entry<DepthwiseBackwardWeightKernel, DepthwiseBackwardWeight>(),
 };
 
 }  // namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/depthwise.h"
 #include "kernels/haar.h"
 #include "kernels/scan.h"
 
@@ -28,6 +29,9 @@ struct Kernels {
   Kernel<ScanBackward> scan_backward;
   Kernel<HaarForward> haar_forward;
   Kernel<HaarBackwardWeight> haar_backward_weight;
+  Kernel<DepthwiseForward> depthwise_forward;
+  Kernel<DepthwiseBackwardInput> depthwise_backward_input;
+  Kernel<DepthwiseBackwardWeight> depthwise_backward_weight;
 };
 
 namespace generic {

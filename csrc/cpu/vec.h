@@ -15,6 +15,9 @@ MOBILEMAMBA_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) {
 MOBILEMAMBA_HOST_DEVICE int64_t min(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
+MOBILEMAMBA_HOST_DEVICE int64_t max(int64_t a, int64_t b) {
+  return a < b ? b : a;
+}
 
 template <typename T, typename Int>
 struct VecBase {
@@ -215,6 +218,11 @@ MOBILEMAMBA_HOST_DEVICE Vec<double> load(const double* from, int count) {
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE Vec<float> load(const T* from, int count) {
   return widen(load_raw<T, Bits16>(from, count), T{});
+}
+
+/// Keeps what was loaded before in registers: to compilers a load looks as cheap as that, so they repeat it.
+MOBILEMAMBA_HOST_DEVICE void keep_loaded() {
+  asm volatile("" ::: "memory");
 }
 
 /// `x` with zeros in the lanes from `count` on, whatever was in them.

@@ -50,7 +50,7 @@ template <typename V>
 MOBILEMAMBA_HOST_DEVICE V activate(Activation activation, V x) {
   switch (activation) {
     case Activation::relu:
-      return max(V(0), x);
+      return max(x, V(0));  // in this order a NaN stays one
     case Activation::silu:
       return x * sigmoid(x);
     default:

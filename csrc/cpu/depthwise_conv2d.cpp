@@ -1,0 +1,40 @@
+// The depthwise convolution on the CPU.
+#include "ops/depthwise_conv2d.h"
+
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "cpu/run.h"
+
+namespace mobilemamba::cpu {
+namespace {
+
+constexpr DepthwiseBackend backend = {
+    .forward = [](const DepthwiseForward& p) { run(kernels().depthwise_forward, p); },
+    .backward_input = [](const DepthwiseBackwardInput& p) { run(kernels().depthwise_backward_input, p); },
+    // where there are few channels, parts of the batch keep the threads busy
+    .backward_weight_slabs = [](const DepthwiseSizes& p) -> int64_t {
+      return std::clamp<int64_t>(2048 / p.channels, 1, p.batch);
+    },
+    .backward_weight = [](const DepthwiseBackwardWeight& p) { run(kernels().depthwise_backward_weight, p); },
+};
+
+at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                   const std::optional<at::Tensor>& residual, int64_t stride, std::string_view activation) {
+  return backend.depthwise_conv2d({input, weight, bias, stride, activation}, residual);
+}
+
+DepthwiseGradients backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, int64_t stride, std::string_view activation) {
+  return backend.depthwise_conv2d_backward(grad_output, {input, weight, bias, stride, activation});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+  m.impl("depthwise_conv2d", forward);
+  m.impl("depthwise_conv2d_backward", backward);
+}
+
+}  // namespace mobilemamba::cpu

@@ -1,0 +1,47 @@
+// The depthwise convolution on CUDA.
+#include "ops/depthwise_conv2d.h"
+
+#include <torch/library.h>
+
+#include "cuda/kernels.h"
+#include "cuda/run.h"
+
+namespace mobilemamba::cuda {
+namespace {
+
+constexpr DepthwiseBackend backend = {
+    .forward =
+        [](const DepthwiseForward& p) {
+          check_launch(depthwise_forward(p, shared_limit(), c10::cuda::getCurrentCUDAStream()));
+        },
+    .backward_input =
+        [](const DepthwiseBackwardInput& p) {
+          check_launch(depthwise_backward_input(p, c10::cuda::getCurrentCUDAStream()));
+        },
+    .backward_weight_slabs = [](const DepthwiseSizes& p) { return depthwise_backward_weight_slabs(p, shared_limit()); },
+    .backward_weight =
+        [](const DepthwiseBackwardWeight& p) {
+          check_launch(depthwise_backward_weight(p, shared_limit(), c10::cuda::getCurrentCUDAStream()));
+        },
+};
+
+at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                   const std::optional<at::Tensor>& residual, int64_t stride, std::string_view activation) {
+  const c10::cuda::CUDAGuard device(input.device());
+  return backend.depthwise_conv2d({input, weight, bias, stride, activation}, residual);
+}
+
+DepthwiseGradients backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, int64_t stride, std::string_view activation) {
+  const c10::cuda::CUDAGuard device(input.device());
+  return backend.depthwise_conv2d_backward(grad_output, {input, weight, bias, stride, activation});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
+  m.impl("depthwise_conv2d", forward);
+  m.impl("depthwise_conv2d_backward", backward);
+}
+
+}  // namespace mobilemamba::cuda

@@ -1,0 +1,180 @@
+// Host side of the depthwise convolution; see the header.
+#include "ops/depthwise_conv2d.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zero.h>
+
+#include "ops/common.h"
+
+namespace mobilemamba {
+
+at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                            const std::optional<at::Tensor>& residual, int64_t stride, std::string_view activation) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mobilemamba::depthwise_conv2d", "")
+                             .typed<decltype(depthwise_conv2d)>();
+  return op.call(input, weight, bias, residual, stride, activation);
+}
+
+DepthwiseGradients depthwise_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                             const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                             int64_t stride, std::string_view activation) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mobilemamba::depthwise_conv2d_backward", "")
+                             .typed<decltype(depthwise_conv2d_backward)>();
+  return op.call(grad_output, input, weight, bias, stride, activation);
+}
+
+namespace {
+
+constexpr const char* output_layout = "(batch, channels, ceil(height / stride), ceil(width / stride))";
+
+Activation activation_of(std::string_view name) {
+  if (name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  TORCH_CHECK(false, "depthwise_conv2d: activation is \"", name, "\", expected \"none\", \"relu\" or \"silu\"");
+}
+
+std::vector<c10::SymInt> output_sizes(const at::Tensor& input, int64_t stride) {
+  const auto strided = [&](int64_t dim) { return (input.sym_size(dim) + (stride - 1)) / stride; };
+  return {input.sym_size(0), input.sym_size(1), strided(2), strided(3)};
+}
+
+}  // namespace
+
+void DepthwiseArguments::check(const std::optional<at::Tensor>& residual) const {
+  const Checks check("depthwise_conv2d", "input", input);
+  check.dimensions("input", input, 4, "(batch, channels, height, width)");
+  check.dimensions("weight", weight, 4, "(channels, 1, k, k)");
+  const c10::SymInt channels = input.sym_size(1), k = weight.sym_size(3);
+  check.shape("weight", weight, {channels, 1, k, k}, "(channels, 1, k, k)");
+  TORCH_SYM_CHECK((k % 2).sym_eq(1), "depthwise_conv2d: weight has shape ", weight.sym_sizes(),
+                  ", expected an odd kernel size k");
+  check.parameter("weight", weight);
+  if (bias) {
+    check.shape("bias", *bias, {channels}, "(channels)");
+    check.parameter("bias", *bias);
+  }
+  TORCH_CHECK(stride >= 1, "depthwise_conv2d: stride is ", stride, ", expected at least 1");
+  if (residual) {
+    check.shape("residual", *residual, output_sizes(input, stride), output_layout);
+    check.like_main("residual", *residual);
+  }
+  activation_of(activation);
+}
+
+void DepthwiseArguments::check_backward(const at::Tensor& grad_output) const {
+  check(std::nullopt);
+  const Checks check("depthwise_conv2d_backward", "input", input);
+  check.shape("grad_output", grad_output, output_sizes(input, stride), output_layout);
+  check.like_main("grad_output", grad_output);
+}
+
+at::Tensor DepthwiseArguments::output() const {
+  return at::empty_symint(output_sizes(input, stride), input.options(), at::MemoryFormat::ChannelsLast);
+}
+
+DepthwiseGradients DepthwiseArguments::gradients() const {
+  const auto sums = input.options().dtype(accumulate_type(input.scalar_type()));
+  return {at::empty_symint(input.sym_sizes(), input.options(), at::MemoryFormat::ChannelsLast),
+          at::empty_symint(weight.sym_sizes(), sums), at::empty_symint({input.sym_size(1)}, sums)};
+}
+
+namespace {
+
+/// The weight as the kernels read it: (k, k, C).
+at::Tensor packed(const at::Tensor& weight, at::ScalarType type) {
+  return weight.to(type).select(1, 0).permute({1, 2, 0}).contiguous();
+}
+
+/// Sizes and tensors in the kernels' layouts.
+struct Inputs {
+  Activation activation;
+  at::Tensor image, weight, bias;  // no bias: undefined
+  DepthwiseSizes sizes;
+
+  explicit Inputs(const DepthwiseArguments& a)
+      : activation(activation_of(a.activation)), image(channels_contiguous(a.input)) {
+    const at::ScalarType type = accumulate_type(a.input.scalar_type());
+    weight = packed(a.weight, type);
+    if (a.bias) bias = a.bias->to(type).contiguous();
+    sizes = {kernel_dtype(image.scalar_type()),
+             image.size(0),
+             image.size(1),
+             image.size(2),
+             image.size(3),
+             a.weight.size(3),
+             a.stride};
+  }
+
+  DepthwiseForward forward(at::Tensor& output) const {
+    return {sizes,
+            activation,
+            image_of(image),
+            weight.const_data_ptr(),
+            bias.defined() ? bias.const_data_ptr() : nullptr,
+            {},
+            {},
+            output.mutable_data_ptr()};
+  }
+};
+
+}  // namespace
+
+at::Tensor DepthwiseBackend::depthwise_conv2d(const DepthwiseArguments& arguments,
+                                              const std::optional<at::Tensor>& residual) const {
+  arguments.check(residual);
+  at::Tensor output = arguments.output();
+  if (output.numel() == 0) return output;
+  const Inputs inputs(arguments);
+  DepthwiseForward p = inputs.forward(output);
+  const at::Tensor added = residual ? channels_contiguous(*residual) : at::Tensor();
+  if (residual) p.residual = image_of(added);
+  forward(p);
+  return output;
+}
+
+DepthwiseGradients DepthwiseBackend::depthwise_conv2d_backward(const at::Tensor& grad_output,
+                                                               const DepthwiseArguments& arguments) const {
+  arguments.check_backward(grad_output);
+  auto [grad_input, grad_weight, grad_bias] = arguments.gradients();
+  if (grad_input.numel() == 0) return {grad_input, grad_weight.zero_(), grad_bias.zero_()};
+  const Inputs inputs(arguments);
+  const DepthwiseSizes& sizes = inputs.sizes;
+
+  at::Tensor grad = channels_contiguous(grad_output);
+  if (inputs.activation != Activation::none) {  // that of the convolution, which is computed once more
+    at::Tensor before_activation = arguments.output();
+    DepthwiseForward p = inputs.forward(before_activation);
+    p.grad_output = image_of(grad);
+    forward(p);
+    grad = before_activation;
+  }
+
+  if (sizes.stride == 1) {
+    const at::Tensor flipped = inputs.weight.flip({0, 1});
+    forward({sizes,
+             Activation::none,
+             image_of(grad),
+             flipped.const_data_ptr(),
+             nullptr,
+             {},
+             {},
+             grad_input.mutable_data_ptr()});
+  } else {
+    backward_input({sizes, image_of(grad), inputs.weight.const_data_ptr(), grad_input.mutable_data_ptr()});
+  }
+
+  const int64_t slabs = backward_weight_slabs(sizes), taps = sizes.kernel * sizes.kernel;
+  const at::Tensor partial = at::empty({slabs, taps + 1, sizes.channels}, grad_weight.options());
+  backward_weight({sizes, slabs, image_of(grad), image_of(inputs.image), partial.mutable_data_ptr()});
+  const at::Tensor sum = slabs == 1 ? partial[0] : partial.sum(0);
+  grad_weight.view({sizes.channels, taps}).copy_(sum.narrow(0, 0, taps).t());
+  grad_bias.copy_(sum[taps]);
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace mobilemamba

@@ -1,0 +1,38 @@
+// Host side of the depthwise convolution that its backends share: checks, outputs, kernel parameters.
+#pragma once
+
+#include "kernels/depthwise.h"
+#include "mobilemamba.h"
+
+namespace mobilemamba {
+
+using DepthwiseGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+/// What forward and backward take alike.
+struct DepthwiseArguments {
+  const at::Tensor &input, &weight;
+  const std::optional<at::Tensor>& bias;
+  int64_t stride;
+  std::string_view activation;
+
+  void check(const std::optional<at::Tensor>& residual) const;
+  void check_backward(const at::Tensor& grad_output) const;
+
+  /// Uninitialised results.
+  at::Tensor output() const;
+  DepthwiseGradients gradients() const;
+};
+
+/// The operators on a backend's kernels.
+struct DepthwiseBackend {
+  void (*forward)(const DepthwiseForward&);
+  void (*backward_input)(const DepthwiseBackwardInput&);
+  int64_t (*backward_weight_slabs)(const DepthwiseSizes&);
+  void (*backward_weight)(const DepthwiseBackwardWeight&);
+
+  at::Tensor depthwise_conv2d(const DepthwiseArguments& arguments, const std::optional<at::Tensor>& residual) const;
+  DepthwiseGradients depthwise_conv2d_backward(const at::Tensor& grad_output,
+                                               const DepthwiseArguments& arguments) const;
+};
+
+}  // namespace mobilemamba
