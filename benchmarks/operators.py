@@ -15,6 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -222,7 +223,7 @@ def main() -> None:
     columns += ["µs, median", "min to max", "GB/s", "of a copy", "plain PyTorch, µs", "against plain"]
     settings = {"model": args.model, **common.setting(args.device)}
     report = common.Report(settings, columns, args.json, args.limit)
-    stream = torch.cuda.stream(torch.cuda.Stream()) if args.device.type == "cuda" else torch.inference_mode(False)
+    stream = torch.cuda.stream(torch.cuda.Stream()) if args.device.type == "cuda" else nullcontext()
     chosen = [case for case in cases(args.model) if args.only in case.name]
     with stream:
         for batch, dtype, case, backward in itertools.product(args.batch, args.dtype, chosen, (False, True)):

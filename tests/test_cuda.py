@@ -210,6 +210,8 @@ def test_ordered_with_the_current_stream(name):
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
+        step(operator, arguments)  # the allocator has memory for this stream now
+        stream.synchronize()
         torch.cuda._sleep(10**9)  # about half a second
         with torch.no_grad():
             for x, value in zip(late, arguments, strict=True):
