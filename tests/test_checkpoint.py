@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -111,6 +113,16 @@ def test_haar_filters_are_checked(tmp_path: Path, t2: dict[str, Tensor]) -> None
         torch.save({**t2, key: changed}, tmp_path / "net.pth")
         with pytest.raises(ValueError, match=f"net.pth: {key}: expected .*{message}"):
             checkpoint.read(tmp_path / "net.pth")
+
+
+def test_read_whatever_the_default_device(tmp_path: Path, t2: dict[str, Tensor]) -> None:
+    """Also where it was set before the import."""
+    torch.save(t2, tmp_path / "net.pth")
+    program = "import sys, torch; torch.set_default_device('meta'); from mobilemamba import checkpoint; "
+    program += "print(checkpoint.read(sys.argv[1]).preset)"
+    command = [sys.executable, "-c", program, str(tmp_path / "net.pth")]
+    read = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (read.stdout, read.returncode) == ("t2\n", 0), read.stderr
 
 
 def test_mismatches_are_listed_and_nothing_is_loaded(nano: MobileMamba) -> None:

@@ -211,7 +211,7 @@ def benchmark(stage: Stage, name: str, *options: object) -> Result:
 STAGES: dict[str, tuple[Callable[[Stage], Result], float]] = {
     "build": (build, 6.0),  # without it there is nothing else
     "tests": (tests, 3.0),
-    "sanitizer": (sanitizer, 1.0),
+    "sanitizer": (sanitizer, 1.5),
     "kernels": (kernels, 1.5),
     "models": (models, 1.0),
 }
