@@ -155,6 +155,7 @@ DEPTHWISE_SHAPES = [  # batch, channels, height, width, kernel, stride
     (1, 2, 5, 4, 9, 1),  # a kernel wider than the image, and without a specialisation
     (2, 4, 19, 23, 3, 3),  # nor for this stride
     (1, 3, 21, 9, 1, 4),  # rows that no output sees
+    (2, 3, 5, 4, 3, 10**9),
 ]
 ACTIVATIONS = ["none", "relu", "silu"]
 
