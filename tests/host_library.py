@@ -17,8 +17,24 @@ import torch
 
 HERE = Path(__file__).parent.resolve()
 CSRC = HERE.parent / "csrc"
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *SANITIZE]
+SANITIZE = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=vptr",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fopenmp",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    *SANITIZE,
+]
 CAN_BUILD = platform.system() == "Linux" and platform.machine() == "x86_64" and shutil.which("g++") is not None
 
 

@@ -26,7 +26,7 @@ def library() -> Path:
 
 def run_tests(library: Path, *arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
     """The operator tests in a process of its own, on ``library``."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "host_library", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "host_library", "-p", "no:cacheprovider"]
     environment = host_library.environment(library, **settings)
     environment["PYTHONPATH"] = str(ROOT / "tests")
     return subprocess.run(
@@ -158,7 +158,7 @@ def test_a_planted_bug_is_found(library, name, tmp_path):
     (csrc / file).write_text(source.replace(old, new))
     rebuilt = REBUILT.get(file, [Path(file).stem])
     mutant = host_library.build(csrc, tmp_path / "build", [csrc / "cuda" / f"{stem}.cu" for stem in rebuilt])
-    done = run_tests(mutant, OPERATORS, "-k", tests)
+    done = run_tests(mutant, OPERATORS, "-k", tests, blocks=1)
     assert done.returncode != 0, f"{name}: not found\n{done.stdout[-2000:]}"
     assert sign in done.stdout + done.stderr, done.stdout[-4000:] + done.stderr[-4000:]
     assert re.search(r"test_\w+_in_", done.stdout + done.stderr)

@@ -85,9 +85,7 @@ def test_long_sequences_spread_over_many_blocks_at_batch_1(launches):
 )
 def test_plane(launches, haar, backward, float64, batch, channels, height, width, kernel, stride, limit):
     stride = 1 if haar else stride
-    launch = call(
-        launches.plane, PLANE, haar, backward, float64, batch, channels, height, width, kernel, stride, limit
-    )
+    launch = call(launches.plane, PLANE, haar, backward, float64, batch, channels, height, width, kernel, stride, limit)
     if haar:
         height, width = math.ceil(height / 2), math.ceil(width / 2)
     out_height, out_width = math.ceil(height / stride), math.ceil(width / stride)

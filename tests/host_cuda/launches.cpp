@@ -1,4 +1,5 @@
-// The launch configurations, callable from Python; see tests/test_launch.py. Torch-free, and no part of the host library.
+// The launch configurations, callable from Python; see tests/test_launch.py. Torch-free, and no part of the host
+// library.
 #include "cuda/launch.h"
 
 using namespace mobilemamba;
