@@ -1,7 +1,7 @@
 """Builds the CUDA side with the host compiler and runs it in the CPU kernels' place; see host_cuda/include.
 
-As a pytest plugin (``-p host_library``) it loads the library named by HOST_CUDA_LIBRARY over the usual one, so that every
-test of CPU tensors becomes a test of the CUDA kernels, and fills uninitialised memory with NaN.
+As a pytest plugin (``-p host_library``) it loads the library named by HOST_CUDA_LIBRARY over the usual one, so that
+every test of CPU tensors becomes a test of the CUDA kernels, and fills uninitialised memory with NaN.
 """
 
 import os
