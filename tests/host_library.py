@@ -52,7 +52,8 @@ def build(csrc: Path = CSRC, folder: Path = FOLDER, only: list[Path] | None = No
     sources = [HERE / "host_cuda" / "runtime.cpp", *sorted((csrc / "ops").glob("*.cpp"))]
     sources += sorted(path for path in (csrc / "cuda").iterdir() if path.suffix in (".cpp", ".cu"))
     objects = {source: f"{source.parent.name}-{source.name}.o" for source in sources}
-    flags = [*FLAGS, "-I", str(HERE / "host_cuda" / "include"), "-I", str(csrc), "-DMOBILEMAMBA_CUDA_ARCHS=sm_80,sm_90+PTX"]
+    flags = [*FLAGS, "-DMOBILEMAMBA_CUDA_ARCHS=sm_80,sm_90+PTX"]
+    flags += ["-I", str(HERE / "host_cuda" / "include"), "-I", str(csrc)]
     flags += [flag for path in include_paths("cpu") for flag in ("-isystem", path)]
     link = ["-shared", *SANITIZE, *(f"-L{path}" for path in library_paths("cpu")), "-ltorch", "-ltorch_cpu", "-lc10"]
     compiled = {source: object for source, object in objects.items() if only is None or source in only}
