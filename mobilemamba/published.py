@@ -65,7 +65,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 #: Signs of the orthonormal Haar filters LL, LH, HL, HH, which are 0.5 in size (published files hold 0.49999997).
-HAAR_SIGNS = torch.tensor([[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]])
+HAAR_SIGNS = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]
 
 
 def is_published(state_dict: dict[str, Tensor]) -> bool:
@@ -110,7 +110,7 @@ def _check_filter(key: str, tensor: Tensor) -> None:
     shape = tuple(tensor.shape)
     if tensor.dim() != 4 or shape[0] % 4 or shape[1:] != (1, 2, 2):
         raise ValueError(f"{key}: expected Haar filters of shape (4 * channels, 1, 2, 2), got {shape}")
-    expected = HAAR_SIGNS[:, None].repeat(shape[0] // 4, 1, 1, 1) / 2
+    expected = torch.tensor(HAAR_SIGNS, device=tensor.device)[:, None].repeat(shape[0] // 4, 1, 1, 1) / 2
     error = (tensor.double() - expected).abs().amax().item() if tensor.numel() else 0.0
     if not error <= 1e-6:
         raise ValueError(f"{key}: expected the Haar filters of +-0.5, got values that differ by {error:.2g}")

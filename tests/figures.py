@@ -102,11 +102,11 @@ def make_input(shape: tuple[int, ...]) -> Tensor:
     stream = np.random.RandomState(zlib.crc32(f"input{'x'.join(map(str, shape))}".encode()))
     values = stream.standard_normal(shape)
     if len(shape) != 4:
-        return torch.from_numpy(values)
+        return torch.from_numpy(values).to(torch.get_default_device())
     rows, columns = (np.arange(side) // 16 for side in shape[2:])
     tiles = stream.standard_normal((*shape[:2], *(-(-side // 16) for side in shape[2:])))
     values = tiles[:, :, rows[:, None], columns] + 0.5 * values
-    return torch.from_numpy(values.astype(np.float32)).double()
+    return torch.from_numpy(values.astype(np.float32)).double().to(torch.get_default_device())
 
 
 def full_cases(folder: Path = FULL) -> list[Case]:

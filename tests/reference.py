@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,12 @@ def bidirectional_scan(
     return rows[0] + rows[1]
 
 
-def haar_filters(channels: int, like: Tensor) -> Tensor:
-    """The four 2x2 analysis filters for each channel, ``(4 * channels, 1, 2, 2)``."""
+@cache
+def haar_filters(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The four 2x2 analysis filters for each channel, ``(4 * channels, 1, 2, 2)``; made once, as a module's buffer."""
     bands = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]
-    return (torch.tensor(bands, dtype=like.dtype, device=like.device) / 2)[:, None].repeat(channels, 1, 1, 1)
+    with torch.inference_mode(False):
+        return (torch.tensor(bands, dtype=dtype, device=device) / 2)[:, None].repeat(channels, 1, 1, 1)
 
 
 def haar_conv2d(input: Tensor, weight: Tensor) -> Tensor:
@@ -38,7 +41,7 @@ def haar_conv2d(input: Tensor, weight: Tensor) -> Tensor:
     _batch, channels, height, width = input.shape
     if input.numel() == 0:
         return input + weight.sum() * 0
-    filters = haar_filters(channels, input)
+    filters = haar_filters(channels, input.dtype, input.device)
     padded = F.pad(input, (0, width % 2, 0, height % 2))
     bands = F.conv2d(padded, filters, stride=2, groups=channels)
     bands = F.conv2d(bands, weight, padding=weight.shape[-1] // 2, groups=4 * channels)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import reference
 import torch
+from devices import DEVICE, cpu_only, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,7 +30,7 @@ def scan_arguments(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        x = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+        x = scale * randn(*shape, generator=generator)
         return x.to(dtype).requires_grad_(requires_grad)
 
     return [
@@ -49,7 +50,7 @@ def haar_arguments(
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+        randn(*shape, generator=generator).to(dtype).requires_grad_(requires_grad)
         for shape in ((batch, channels, height, width), (4 * channels, 1, kernel, kernel))
     ]
 
@@ -68,7 +69,7 @@ def depthwise_arguments(
     generator = torch.Generator().manual_seed(0)
     output = (batch, channels, -(-height // stride), -(-width // stride))
     return [
-        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+        randn(*shape, generator=generator).to(dtype).requires_grad_(requires_grad)
         for shape in ((batch, channels, height, width), (channels, 1, kernel, kernel), (channels,), output)
     ]
 
@@ -87,7 +88,7 @@ def check_against_reference(operator, expected, arguments: list[Tensor], toleran
     assert y.shape == y_exact.shape
     assert y.dtype == arguments[0].dtype
     assert relative_error(y, y_exact) < tolerance
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    grad = randn(*y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     grads = torch.autograd.grad(y, leaves, grad)
     grads_exact = torch.autograd.grad(y_exact, exact, grad.double(), allow_unused=True, materialize_grads=True)
     for leaf, g, g_exact in zip(leaves, grads, grads_exact, strict=True):
@@ -356,6 +357,7 @@ def test_depthwise_takes_any_strides(stride):
     assert torch.equal(operator(*expanded), operator(*[x.contiguous() for x in expanded]))
 
 
+@cpu_only
 def test_depthwise_reads_a_channel_slice_where_it_is():
     image = torch.randn(2, 9, 9, 64).permute(0, 3, 1, 2)[:, 16:48]
     weight, bias = torch.randn(32, 1, 3, 3), torch.randn(32)
@@ -488,6 +490,7 @@ def run_all(arguments: list[Tensor], image: Tensor, weight: Tensor, depthwise: l
     return results
 
 
+@cpu_only
 def test_bit_equal_for_any_number_of_threads():
     arguments = scan_arguments(3, 200, 100, 5, dtype=torch.float32, requires_grad=True)
     image, weight = haar_arguments(3, 40, 9, 8, 5, dtype=torch.float32, requires_grad=True)
@@ -524,10 +527,10 @@ def test_called_from_several_threads():
 def test_autocast_lowers_what_varies_and_keeps_parameters(dtype):
     arguments = scan_arguments(1, 8, 6, dtype=torch.float32, requires_grad=True)
     image, weight = haar_arguments(1, 3, 4, 4, 3, dtype=torch.float32, requires_grad=True)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE.type, dtype):
         y, z = ops.bidirectional_scan(*arguments), ops.haar_conv2d(image, weight)
     assert y.dtype == z.dtype == dtype
-    with torch.autocast("cpu", dtype):  # a model in the other 16-bit type
+    with torch.autocast(DEVICE.type, dtype):  # a model in the other 16-bit type
         other = torch.bfloat16 if dtype == torch.float16 else torch.float16
         assert ops.bidirectional_scan(*[x.to(other) for x in arguments]).dtype == dtype
         assert ops.haar_conv2d(image.to(other), weight.to(other)).dtype == dtype
@@ -540,7 +543,7 @@ def test_autocast_lowers_what_varies_and_keeps_parameters(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_of_depthwise(dtype):
     image, weight, bias, residual = depthwise_arguments(1, 3, 4, 4, 3, dtype=torch.float32, requires_grad=True)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE.type, dtype):
         y = ops.depthwise_conv2d(image, weight, bias, residual)
         assert ops.depthwise_conv2d(image, weight).dtype == dtype
         other = torch.bfloat16 if dtype == torch.float16 else torch.float16
@@ -575,8 +578,8 @@ REFUSED_SCANS = [
     ("D", lambda x: x.double(), "D is Double, expected Float like u"),
     ("dt_weight", lambda x: x[..., :2], r"dt_weight has shape \[2, 5, 2\], expected \[2, 5, 3\] = \(2, channels, R\)"),
     ("dt_bias", lambda x: x[:, :3], r"dt_bias has shape \[2, 3\], expected \[2, 5\]"),
-    ("delta", lambda x: x.to("meta"), "delta is on meta, expected cpu like u"),
-    ("dt_bias", lambda x: x.to("meta"), "dt_bias is on meta, expected cpu like u"),
+    ("delta", lambda x: x.to("meta"), f"delta is on meta, expected {DEVICE} like u"),
+    ("dt_bias", lambda x: x.to("meta"), f"dt_bias is on meta, expected {DEVICE} like u"),
 ]
 
 
@@ -624,7 +627,7 @@ def test_haar_refuses_dtypes_and_devices():
         ops.haar_conv2d(image, weight.double())
     with pytest.raises(RuntimeError, match="haar_conv2d: input is Int, expected Float, Double, Half or BFloat16"):
         ops.haar_conv2d(image.int(), weight)
-    with pytest.raises(RuntimeError, match="haar_conv2d: weight is on meta, expected cpu like input"):
+    with pytest.raises(RuntimeError, match=f"haar_conv2d: weight is on meta, expected {DEVICE} like input"):
         ops.haar_conv2d(image, weight.to("meta"))
     with pytest.raises(RuntimeError, match="kernel_size is 2, expected a positive odd number"):
         torch.ops.mobilemamba.haar_conv2d_backward_weight(image, image, 2)
@@ -645,7 +648,7 @@ REFUSED_DEPTHWISE = [
     ),
     ("weight", lambda x: x[:, :, :0, :0], r"weight has shape \[5, 1, 0, 0\], expected an odd kernel size k"),
     ("weight", lambda x: x.double(), "weight is Double, expected Float like input"),
-    ("weight", lambda x: x.to("meta"), "weight is on meta, expected cpu like input"),
+    ("weight", lambda x: x.to("meta"), f"weight is on meta, expected {DEVICE} like input"),
     ("bias", lambda x: x[:4], r"bias has shape \[4\], expected \[5\] = \(channels\)"),
     ("bias", lambda x: x[None], r"bias has shape \[1, 5\], expected 1 dimensions \(channels\)"),
     ("bias", lambda x: x.half(), "bias is Half, expected Float like input"),

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from devices import DEVICE
 from figures import FULL, Case, full_cases, make_input, small_cases
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def test_leading_figures_are_those_of_the_full_ones() -> None:
 def error(actual: Tensor, expected: np.ndarray) -> float:
     """Relative error of the leading values, in the norm."""
     reference = torch.from_numpy(np.asarray(expected)).double().flatten()
-    difference = actual.detach().double().flatten()[: len(reference)] - reference
+    difference = actual.detach().cpu().double().flatten()[: len(reference)] - reference
     return (difference.norm() / reference.norm().clamp(min=ZERO)).item()
 
 
@@ -99,7 +100,7 @@ def test_float32(case: Case, model: MobileMamba, folded: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_autocast(case: Case, model: MobileMamba, dtype: torch.dtype) -> None:
     network, shape = copy.deepcopy(model).float(), case.inputs()[0]
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE.type, dtype=dtype):
         logits = network(make_input(shape).float())
     assert worst(logits, case.figures[f"logits/{'x'.join(map(str, shape))}"]) < 3e-2
 
@@ -107,7 +108,7 @@ def test_autocast(case: Case, model: MobileMamba, dtype: torch.dtype) -> None:
 def worst(actual: Tensor, expected: np.ndarray) -> float:
     """Largest error of the leading values, in their standard deviations."""
     reference = torch.from_numpy(expected).flatten()
-    difference = actual.double().flatten()[: len(reference)] - reference
+    difference = actual.cpu().double().flatten()[: len(reference)] - reference
     return (difference.abs().max() / reference.std()).item()
 
 

@@ -1,0 +1,331 @@
+"""Everything that a machine with a GPU has to show, in one command, without a network and within ten minutes.
+
+    python tools/gpu_check.py                  # build, tests, sanitizer, kernels, models
+    python tools/gpu_check.py tests kernels    # some of them
+
+Each stage's result goes into benchmarks/results/DEVICE.json as soon as it is there (beside what other stages left there
+before), and from there into DEVICE.md; its whole output is DEVICE-STAGE.log. No failure stops the stages that follow.
+Exit status: 0 where no stage failed, 1 where one did, 2 where there is no GPU.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTCOMES = ("passed", "failed", "error", "skipped")  # of a test
+Result = dict[str, Any]
+
+PROBE = """
+import json, torch
+facts = {"torch": str(torch.__version__), "cuda": torch.version.cuda, "gpu": None}
+if torch.cuda.is_available():
+    device = torch.cuda.get_device_properties(0)
+    facts |= {"gpu": device.name, "capability": f"{device.major}.{device.minor}", "memory": device.total_memory}
+print(json.dumps(facts))
+"""
+
+
+@dataclass
+class Stage:
+    """What a stage may use: seconds, a log, facts about the GPU."""
+
+    limit: float
+    log: Path
+    gpu: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self.end = time.monotonic() + self.limit
+        self.log.write_text("")
+
+    def left(self) -> float:
+        return max(1.0, self.end - time.monotonic())
+
+    def run(self, *command: object, limit: float | None = None, **environment: str) -> tuple[int | None, str]:
+        """Exit status (None: stopped when the time was up) and output, which the log gets too."""
+        limit = min(self.left(), limit or self.left())
+        with self.log.open("a+") as log:
+            print("$", *command, file=log, flush=True)
+            start = log.tell()
+            process = subprocess.Popen(
+                [str(part) for part in command],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                status: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
+                    process.wait()
+            log.seek(start)
+            return status, log.read()
+
+
+def ended(status: int | None) -> str:
+    return "the time was up" if status is None else f"exit status {status}"
+
+
+def tail(output: str, lines: int = 25) -> list[str]:
+    return output.splitlines()[-lines:]
+
+
+# Stages --------------------------------------------------------------------------------------------------------------
+
+
+def build(stage: Stage) -> Result:
+    """The library, for this GPU's arch alone."""
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "-v")
+    settings = {"TORCH_CUDA_ARCH_LIST": stage.gpu["capability"], "FORCE_CUDA": "1", "MAX_JOBS": str(os.cpu_count())}
+    status, output = stage.run(sys.executable, "-m", "pip", "install", *options, "-e", ".", **settings)
+    if status != 0:
+        return {"status": "failed", "summary": f"pip install: {ended(status)}", "output": tail(output)}
+    warnings = re.findall(r"^.*(?:csrc/.*warning|ptxas.*warning|nvcc warning).*$", output, re.M)
+    status, output = stage.run(sys.executable, "-m", "mobilemamba", "info")
+    built = re.search(r"^.*CUDA.*sm_.*$", output, re.M)
+    if status != 0 or built is None:
+        return {"status": "failed", "summary": f"mobilemamba info: {ended(status)}", "output": tail(output)}
+    summary = f"{built[0].strip()}; {len(warnings)} warnings"
+    return {"status": "passed", "summary": summary, "warnings": warnings[:20]}
+
+
+def tests(stage: Stage) -> Result:
+    """What only a GPU can show, then the tests of the operators and models, on the device."""
+    missing = [name for name in ("pytest", "hypothesis", "numpy") if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"status": "failed", "summary": f"not installed: {', '.join(missing)}; expected mobilemamba[test]"}
+    files = ["tests/test_operators.py", "tests/test_parity.py", "tests/test_model.py", "tests/test_graphs.py"]
+    total = dict.fromkeys(OUTCOMES, 0)
+    failures: list[str] = []
+    endings: list[str] = []
+    output: list[str] = []
+    for arguments, share in ((["tests/test_cuda.py"], 0.4), (["--device", "cuda", *files], 1.0)):
+        options = ("-v", "--tb=short", "-p", "no:cacheprovider")
+        status, printed = stage.run(sys.executable, "-m", "pytest", *options, *arguments, limit=share * stage.left())
+        counts, failed, unfinished = read_pytest(printed)
+        total = {outcome: total[outcome] + count for outcome, count in counts.items()}
+        failures += failed
+        if status != 0:
+            output += tail(printed, 50)
+        if status not in (0, 1):
+            endings.append(f"{arguments[-1]}: {ended(status)}" + (f" in {unfinished}" if unfinished else ""))
+    good = total["passed"] and not failures and not endings
+    summary = ", ".join([*(f"{count} {outcome}" for outcome, count in total.items() if count), *endings])
+    result = {"status": "passed" if good else "failed", "summary": summary, **total, "failures": failures}
+    return result if good else {**result, "output": output}
+
+
+def read_pytest(output: str) -> tuple[dict[str, int], list[str], str]:
+    """Counts, names of what failed, and the test that a run which broke off was in; from pytest's lines under -v."""
+    outcomes = dict(re.findall(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.M))
+    counts = {what: sum(outcome == what.upper() for outcome in outcomes.values()) for what in OUTCOMES}
+    failed = [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
+    broken = re.findall(r"^ERROR (tests/[^:\s]+)(?: - .*)?$", output, re.M)  # files that were not even collected
+    counts["error"] += len(broken)
+    failed += broken
+    started = re.findall(r"^(tests/\S+?::.+?) ?$", output, re.M)
+    unfinished = [name for name in started if name not in outcomes]
+    return counts, failed, unfinished[-1] if unfinished else ""
+
+
+def sanitizer(stage: Stage) -> Result:
+    """Small calls of every operator under compute-sanitizer; each tensor has memory of its own."""
+    program = find_sanitizer()
+    if program is None:
+        return {"status": "absent", "summary": "no compute-sanitizer beside nvcc or on PATH"}
+    found: dict[str, str] = {}
+    good, output = True, ""
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        if tool != "memcheck" and stage.left() < 15:
+            found[tool] = "left out, no time"
+            continue
+        calls = (sys.executable, ROOT / "tools" / "operator_calls.py")
+        options = ("--tool", tool, "--error-exitcode", "9")
+        status, output = stage.run(program, *options, *calls, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if "Device not supported" in output:
+            return {"status": "absent", "summary": "compute-sanitizer: device not supported", "output": tail(output)}
+        summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
+        found[tool] = summary[1] if summary else ended(status)
+        if status != 0:
+            good = False
+            break
+    summary = "; ".join(f"{tool}: {text}" for tool, text in found.items())
+    result = {"status": "passed" if good else "failed", "summary": summary, **found}
+    return result if good else {**result, "output": tail(output, 60)}
+
+
+def find_sanitizer() -> str | None:
+    sys.path.insert(0, str(ROOT / "build_backend"))
+    from mobilemamba_toolkit import find_nvcc
+
+    nvcc = find_nvcc(os.environ)
+    folders = [nvcc.parent, nvcc.resolve().parent, nvcc.resolve().parents[1] / "compute-sanitizer"] if nvcc else []
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")])
+    return shutil.which("compute-sanitizer", path=path)
+
+
+def kernels(stage: Stage) -> Result:
+    """Every operator at s6's sizes against a copy of its bytes and against plain PyTorch."""
+    return benchmark(stage, "operators.py", "--batch", 256, 1, "--dtype", "float32", "bfloat16", "float16")
+
+
+def models(stage: Stage) -> Result:
+    """s6 against its plain PyTorch rendition, and a training step."""
+    options = ("--batch", 1, 256, "--train", 256, "--dtype", "bfloat16", "float32", "float16")
+    return benchmark(stage, "models.py", *options, "--rounds", 9)
+
+
+def benchmark(stage: Stage, name: str, *options: object) -> Result:
+    with tempfile.TemporaryDirectory() as folder:
+        measured = Path(folder) / "measured.json"
+        command = (sys.executable, ROOT / "benchmarks" / name, "--device", "cuda", "--model", "s6", *options)
+        status, output = stage.run(*command, "--json", measured, "--limit", max(1.0, stage.left() - 15))
+        figures = json.loads(measured.read_text()) if measured.is_file() else {"rows": []}
+    figures.pop("results", None)  # single measurements: the rows have their medians and spreads
+    rows = len(figures["rows"])
+    summary = f"{rows} rows, {figures.get('failed', 0)} failed, {figures.get('left_out', 0)} cases left out"
+    if status == 0 and rows:
+        return {"status": "passed", "summary": summary, **figures}
+    return {"status": "failed", "summary": f"{summary}; {ended(status)}", "output": tail(output), **figures}
+
+
+#: The stages in their order, with their shares of the time; what one leaves is shared by those that follow.
+STAGES: dict[str, tuple[Callable[[Stage], Result], float]] = {
+    "build": (build, 6.0),  # without it there is nothing else
+    "tests": (tests, 3.0),
+    "sanitizer": (sanitizer, 1.0),
+    "kernels": (kernels, 1.5),
+    "models": (models, 1.0),
+}
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def device_name(gpu: str) -> str:
+    """h200 of "NVIDIA H200", a100 of "NVIDIA A100-SXM4-80GB", geforce-rtx-4090 where there is no such word."""
+    words = re.findall(r"[a-z0-9]+", gpu.lower().replace("nvidia", ""))
+    models = [word for word in words if re.fullmatch(r"[a-z]{1,2}\d+[a-z]*", word)]
+    return models[0] if models else "-".join(words)
+
+
+def merge(path: Path, gpu: str, stage: str, result: Result) -> None:
+    """Put a stage's result into the JSON file, in place of an earlier one, and write the table beside it."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):  # none yet, or one that broke off
+        content = {}
+    before = content.get("stages", {}) if content.get("gpu") == gpu else {}
+    stages = {name: {**before, stage: result}[name] for name in STAGES if name in before or name == stage}
+    content = {"gpu": gpu, "stages": stages}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(content))
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    lines = [
+        f"# {content['gpu']}",
+        "",
+        "By `python tools/gpu_check.py`; this table is made from the JSON beside it.",
+        "",
+    ]
+    columns = ("stage", "result", "seconds", "summary", "commit", "date", "torch", "CUDA", "driver")
+    stages = content["stages"]
+    rows = [
+        [name, *(str(result.get(key.lower() if key != "result" else "status", "")) for key in columns[1:])]
+        for name, result in stages.items()
+    ]
+    lines += table(columns, rows)
+    for name, result in stages.items():
+        if result.get("rows"):
+            notes = [f"{key} {result[key]}" for key in ("model", "pixels", "tf32") if key in result]
+            lines += ["", f"## {name}", "", *([", ".join(notes), ""] if notes else [])]
+            lines += table(result["columns"], result["rows"])
+        if result["status"] == "failed":
+            failures = result.get("failures", [])
+            shown = [f"- `{failure}`" for failure in failures[:50]]
+            shown += [f"- and {len(failures) - 50} more"] if len(failures) > 50 else []
+            lines += ["", f"## {name}: what failed", "", *([*shown, ""] if shown else [])]
+            lines += ["```text", *result.get("output", [result["summary"]]), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def table(columns: Any, rows: list[list[str]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]
+
+
+def printed_by(*command: str) -> str:
+    """What a command prints, or nothing where it fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all, in order)")
+    parser.add_argument("--limit", type=float, default=560, help="seconds for all stages together (default: 560)")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder to write to")
+    parser.add_argument("--commit", help="what the sources are (default: what git says)")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.stages if name not in STAGES]
+    if unknown:
+        parser.error(f"unknown stage {unknown[0]!r}, expected some of {', '.join(STAGES)}")
+    end = time.monotonic() + args.limit
+    facts = json.loads(printed_by(sys.executable, "-c", PROBE) or '{"gpu": null, "torch": "that cannot be imported"}')
+    if facts["gpu"] is None:
+        print(f"gpu_check: no CUDA GPU (torch {facts['torch']}); expected one, and a torch with CUDA", file=sys.stderr)
+        return 2
+
+    versions = {
+        "commit": args.commit or printed_by("git", "describe", "--always", "--dirty") or "unknown",
+        "torch": facts["torch"],
+        "cuda": facts["cuda"],
+        "driver": printed_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "python": sys.version.split()[0],
+        "cores": os.cpu_count(),
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results.resolve() / f"{device_name(facts['gpu'])}.json"
+    chosen = [name for name in STAGES if name in args.stages or not args.stages]
+    failed = False
+    for i, name in enumerate(chosen):
+        work, share = STAGES[name]
+        limit = max(1.0, end - time.monotonic()) * share / sum(STAGES[other][1] for other in chosen[i:])
+        start = time.monotonic()
+        try:
+            result = work(Stage(limit, path.with_name(f"{path.stem}-{name}.log"), facts))
+        except Exception as error:  # the other stages are worth their results
+            result = {"status": "failed", "summary": f"{type(error).__name__}: {error}"}
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        head = {"status": result.pop("status"), "summary": result.pop("summary")}
+        result = {**head, "seconds": round(time.monotonic() - start, 1), "date": date, **versions, **result}
+        merge(path, facts["gpu"], name, result)
+        print(f"{name}: {result['status']} in {result['seconds']} s: {result['summary']}", flush=True)
+        failed |= result["status"] == "failed"
+    print(f"{path}\n{path.with_suffix('.md')}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
