@@ -155,7 +155,7 @@ def describe(library: object, plan: Plan, include_dirs: list[str], library_dirs:
     library.include_dirs = [str(ROOT / "csrc")]
     library.extra_compile_args = {
         "cxx": [*CXX_FLAGS, *define, *(flag for path in headers for flag in ("-isystem", path))],
-        "nvcc": [*NVCC_FLAGS, *define, *gencode(plan.archs)],  # no torch headers: .cu files are free of torch
+        "nvcc": [*NVCC_FLAGS, *gencode(plan.archs)],  # no torch headers: .cu files are free of torch
     }
     library.library_dirs = [*library_dirs, *(plan.toolkit.library_dirs if plan.toolkit else ())]
     library.libraries = ["torch", "torch_cpu", "c10", *(["torch_cuda", "c10_cuda"] if cuda else [])]

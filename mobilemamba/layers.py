@@ -1,9 +1,23 @@
 """The small layers that the network is built from: convolution with BatchNorm, FFN, patch merging, drop path."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FFN", "ConvNorm", "DropPath", "PatchMerging", "ResidualDepthwise", "SqueezeExcite", "fold_batchnorm"]
+from .ops import depthwise_conv2d
+
+__all__ = [
+    "FFN",
+    "ChannelAffine",
+    "ConvNorm",
+    "DepthwiseConv2d",
+    "DropPath",
+    "PatchMerging",
+    "PointwiseConv2d",
+    "ResidualDepthwise",
+    "SqueezeExcite",
+    "fold_batchnorm",
+]
 
 
 def fold_batchnorm(module: nn.Module) -> nn.Module:
@@ -17,29 +31,89 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     return fold() if fold is not None else module
 
 
+class PointwiseConv2d(nn.Module):
+    """A folded 1x1 convolution with activation and residual: a matrix product over the channels."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        super().__init__()
+        self.weight, self.bias, self.activation = nn.Parameter(weight), nn.Parameter(bias), activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+        if self.activation == "relu":
+            y = y.relu_()
+        return y if residual is None else y.add_(residual)
+
+
+class DepthwiseConv2d(nn.Module):
+    """A folded depthwise convolution with activation and residual: one operator."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int, activation: str) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.stride, self.activation = stride, activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.bias, residual, self.stride, self.activation)
+
+
+class ChannelAffine(nn.Module):
+    """A folded depthwise 1x1 convolution: one weight and bias per channel."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
+
+
 class ConvNorm(nn.Module):
-    """Bias-free "same" convolution followed by BatchNorm. ``(B, C_in, H, W) -> (B, C_out, H', W')``.
+    """Bias-free "same" convolution, BatchNorm, activation. ``(B, C_in, H, W) -> (B, C_out, H', W')``.
 
     Args:
         norm_init: initial weight of the BatchNorm; 0 for the one that ends a residual branch.
+        activation: "none" or "relu".
     """
 
     def __init__(
-        self, in_chans: int, out_chans: int, kernel: int = 1, stride: int = 1, groups: int = 1, norm_init: float = 1.0
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        norm_init: float = 1.0,
+        activation: str = "none",
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_chans, out_chans, kernel, stride, kernel // 2, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(out_chans)
+        self.activation = activation
         nn.init.constant_(self.norm.weight, norm_init)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.norm(self.conv(x))
+        if self.activation == "relu":
+            y = y.relu()
+        return y if residual is None else y + residual
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution that computes the same with the running statistics."""
+        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
+        return self.conv.weight * scale[:, None, None, None], self.norm.bias - self.norm.running_mean * scale
 
     @torch.no_grad()
-    def fold(self) -> nn.Conv2d:
-        """The same function of an input as one convolution with bias (inference statistics)."""
-        conv, norm = self.conv, self.norm
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    def fold(self) -> nn.Module:
+        """The same function of an input as one layer (inference statistics)."""
+        conv = self.conv
+        weight, bias = self.folded()
+        if conv.groups == conv.in_channels == conv.out_channels:
+            if conv.kernel_size[0] == 1:
+                return ChannelAffine(weight.flatten(), bias)
+            return DepthwiseConv2d(weight, bias, conv.stride[0], self.activation)
+        if conv.kernel_size[0] == 1:
+            return PointwiseConv2d(weight[:, :, 0, 0].contiguous(), bias, self.activation)
         folded = nn.Conv2d(
             conv.in_channels,
             conv.out_channels,
@@ -47,12 +121,12 @@ class ConvNorm(nn.Module):
             conv.stride,
             conv.padding,
             groups=conv.groups,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
+            device=weight.device,
+            dtype=weight.dtype,
         )
-        folded.weight.copy_(conv.weight * scale[:, None, None, None])
-        folded.bias.copy_(norm.bias - norm.running_mean * scale)
-        return folded
+        folded.weight.copy_(weight)
+        folded.bias.copy_(bias)
+        return folded.to(memory_format=torch.channels_last)
 
 
 class ResidualDepthwise(ConvNorm):
@@ -64,11 +138,10 @@ class ResidualDepthwise(ConvNorm):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.norm(self.conv(x))
 
-    @torch.no_grad()
-    def fold(self) -> nn.Conv2d:
-        folded = super().fold()
-        folded.weight[:, 0, 1, 1] += 1  # the residual is one more weight on the centre tap
-        return folded
+    def folded(self) -> tuple[Tensor, Tensor]:
+        weight, bias = super().folded()
+        weight[:, 0, 1, 1] += 1  # the residual is one more weight on the centre tap
+        return weight, bias
 
 
 class FFN(nn.Module):
@@ -76,11 +149,11 @@ class FFN(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.expand = ConvNorm(dim, 2 * dim)
+        self.expand = ConvNorm(dim, 2 * dim, activation="relu")
         self.project = ConvNorm(2 * dim, dim, norm_init=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.project(self.expand(x).relu())
+        return self.project(self.expand(x), x)
 
 
 class SqueezeExcite(nn.Module):
@@ -102,14 +175,13 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
         hidden = 4 * dim
-        self.expand = ConvNorm(dim, hidden)
-        self.depthwise = ConvNorm(hidden, hidden, kernel=3, stride=2, groups=hidden)
+        self.expand = ConvNorm(dim, hidden, activation="relu")
+        self.depthwise = ConvNorm(hidden, hidden, kernel=3, stride=2, groups=hidden, activation="relu")
         self.squeeze_excite = SqueezeExcite(hidden)
         self.project = ConvNorm(hidden, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.depthwise(self.expand(x).relu()).relu()
-        return self.project(self.squeeze_excite(x))
+        return self.project(self.squeeze_excite(self.depthwise(self.expand(x))))
 
 
 class DropPath(nn.Module):

@@ -33,7 +33,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.ffn0(self.depthwise0(x))
-        y = y + self.mixer(y)
+        y = self.mixer(y, y)
         return x + self.drop_path(self.ffn1(self.depthwise1(y)))
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import ConvNorm
-from .ops import bidirectional_scan, haar_conv2d
+from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d
 
 __all__ = ["MRFFI", "SS2D", "HaarConv2d", "MultiKernelDepthwise", "WaveletMamba", "split_channels"]
 
@@ -54,9 +54,9 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         u, z = self.in_proj(x).split(self.inner, dim=1)
-        u = F.silu(self.conv(u))
-        projected = F.conv2d(u, self.x_proj.flatten(0, 1)[:, :, None, None])
-        projected = projected.view(batch, 2, self.rank + 2 * self.d_state, height * width)
+        u = depthwise_conv2d(u, self.conv.weight, self.conv.bias, activation="silu")
+        projected = F.linear(u.permute(0, 2, 3, 1), self.x_proj.flatten(0, 1))
+        projected = projected.reshape(batch, height * width, 2, self.rank + 2 * self.d_state).permute(0, 2, 3, 1)
         delta, B, C = projected.split([self.rank, self.d_state, self.d_state], dim=2)
         y = bidirectional_scan(u.flatten(2), delta, self.A_log, B, C, self.D, self.dt_weight, self.dt_bias)
         y = self.norm(y.transpose(1, 2)) * F.silu(z.flatten(2).transpose(1, 2))
@@ -108,8 +108,8 @@ class WaveletMamba(nn.Module):
     def fold(self) -> nn.Module:
         if self.base_scale is None:
             return self
-        out_proj = self.ss2d.out_proj  # folded already: a convolution with bias
-        out_proj.weight *= self.base_scale[:, None, None, None]
+        out_proj = self.ss2d.out_proj  # folded already: a matrix product with bias
+        out_proj.weight *= self.base_scale[:, None]
         out_proj.bias *= self.base_scale
         self.base_scale = None
         return self
@@ -145,9 +145,16 @@ class MultiKernelDepthwise(nn.Module):
             parts[i] = group(parts[i])
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
+    def fold(self) -> nn.Module:
+        for group in self.groups:
+            if len(group) == 3:  # the ReLU goes into the convolution's operator
+                group[0].activation = "relu"
+                del group[1]
+        return self
+
 
 class MRFFI(nn.Module):
-    """Multi-receptive-field feature interaction, without its residual. ``(B, C, H, W) -> (B, C, H, W)``.
+    """Multi-receptive-field feature interaction. ``(B, C, H, W) -> (B, C, H, W)``; adds ``residual`` where given.
 
     ``BN(1x1(ReLU(concat(global(x_G), local(x_P), x_I))))`` with the channels divided by :func:`split_channels`.
 
@@ -179,7 +186,7 @@ class MRFFI(nn.Module):
         self.local_part = MultiKernelDepthwise(self.split[1], local_kernels)
         self.proj = ConvNorm(dim, dim, norm_init=0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x_global, x_local, x_identity = x.split(self.split, dim=1)
         mixed = torch.cat([self.global_part(x_global), self.local_part(x_local), x_identity], dim=1)
-        return self.proj(mixed.relu())
+        return self.proj(mixed.relu_(), residual)

@@ -1,7 +1,7 @@
 """Builds the CUDA side with the host compiler and runs it in the CPU kernels' place; see host_cuda/include.
 
-As a pytest plugin (``-p host_library``) it loads the library named by HOST_CUDA_LIBRARY over the usual one, so that every
-test of CPU tensors becomes a test of the CUDA kernels, and fills uninitialised memory with NaN.
+As a pytest plugin (``-p host_library``) it loads the library named by HOST_CUDA_LIBRARY over the usual one, so that
+every test of CPU tensors becomes a test of the CUDA kernels, and fills uninitialised memory with NaN.
 """
 
 import os
@@ -17,38 +17,60 @@ import torch
 
 HERE = Path(__file__).parent.resolve()
 CSRC = HERE.parent / "csrc"
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *SANITIZE]
+SANITIZE = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=vptr",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fopenmp",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    *SANITIZE,
+]
 CAN_BUILD = platform.system() == "Linux" and platform.machine() == "x86_64" and shutil.which("g++") is not None
 
 
-def build(csrc: Path = CSRC, folder: Path | None = None) -> Path:
-    """The library built from ``csrc`` in ``folder``; what is there already and up to date is not built again."""
+FOLDER = HERE.parent / "build" / f"host_cuda-torch-{torch.__version__}-{sys.implementation.cache_tag}"
+
+
+def build(csrc: Path = CSRC, folder: Path = FOLDER, only: list[Path] | None = None) -> Path:
+    """The library built from ``csrc`` in ``folder``; what is there already and up to date is not built again.
+
+    With ``only``, just these sources are built, and the other objects are those of the unchanged library.
+    """
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    folder = folder or HERE.parent / "build" / f"host_cuda-torch-{torch.__version__}-{sys.implementation.cache_tag}"
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / "libhost_cuda.so"
-    sources = [HERE / "host_cuda" / "runtime.cpp", HERE / "host_cuda" / "launches.cpp"]
-    sources += sorted([*(csrc / "cuda").glob("*.c*"), *(csrc / "ops").glob("*.cpp")])
-    sources = [source for source in sources if source.suffix in (".cpp", ".cu")]
+    sources = [HERE / "host_cuda" / "runtime.cpp", *sorted((csrc / "ops").glob("*.cpp"))]
+    sources += sorted(path for path in (csrc / "cuda").iterdir() if path.suffix in (".cpp", ".cu"))
     objects = {source: f"{source.parent.name}-{source.name}.o" for source in sources}
-    flags = [*FLAGS, "-I", str(HERE / "host_cuda" / "include"), "-I", str(csrc), "-DMOBILEMAMBA_CUDA_ARCHS=sm_90"]
+    flags = [*FLAGS, "-DMOBILEMAMBA_CUDA_ARCHS=sm_80,sm_90+PTX"]
+    flags += ["-I", str(HERE / "host_cuda" / "include"), "-I", str(csrc)]
     flags += [flag for path in include_paths("cpu") for flag in ("-isystem", path)]
     link = ["-shared", *SANITIZE, *(f"-L{path}" for path in library_paths("cpu")), "-ltorch", "-ltorch_cpu", "-lc10"]
+    compiled = {source: object for source, object in objects.items() if only is None or source in only}
+    linked = [object if source in compiled else str(FOLDER / object) for source, object in objects.items()]
     rules = [
-        f"rule compile\n command = g++ {' '.join(flags)} -MMD -MF $out.d -x c++ -c $in -o $out\n depfile = $out.d\n deps = gcc",
+        f"rule compile\n command = g++ {' '.join(flags)} -MMD -MF $out.d -x c++ -c $in -o $out",
+        " depfile = $out.d\n deps = gcc",
         f"rule link\n command = g++ $in {' '.join(link)} -o $out",
-        *(f"build {target}: compile {source}" for source, target in objects.items()),
-        f"build {library.name}: link {' '.join(objects.values())}",
+        *(f"build {object}: compile {source}" for source, object in compiled.items()),
+        f"build libhost_cuda.so: link {' '.join(linked)}",
     ]
     (folder / "build.ninja").write_text("\n".join(rules) + "\n")
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     done = subprocess.run(["ninja"], cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-    if done.returncode != 0:
+    if done.returncode != 0 or "warning:" in done.stdout:
         raise RuntimeError(f"the host build of the CUDA sources failed:\n{done.stdout}{done.stderr}")
-    assert "warning" not in done.stdout, done.stdout
-    return library
+    return folder / "libhost_cuda.so"
 
 
 def environment(library: Path, **settings: object) -> dict[str, str]:

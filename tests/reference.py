@@ -71,11 +71,19 @@ def depthwise_conv2d(
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
     """Within it, ``mobilemamba``'s modules use these functions: the plain PyTorch rendition of the network."""
-    from mobilemamba import mrffi
+    from mobilemamba import layers, mrffi
 
-    native = mrffi.bidirectional_scan, mrffi.haar_conv2d
-    mrffi.bidirectional_scan, mrffi.haar_conv2d = bidirectional_scan, haar_conv2d
+    ours = (bidirectional_scan, haar_conv2d, depthwise_conv2d)
+    native = [
+        (module, f.__name__, getattr(module, f.__name__))
+        for module in (layers, mrffi)
+        for f in ours
+        if hasattr(module, f.__name__)
+    ]
+    for module, name, _ in native:
+        setattr(module, name, globals()[name])
     try:
         yield
     finally:
-        mrffi.bidirectional_scan, mrffi.haar_conv2d = native
+        for module, name, function in native:
+            setattr(module, name, function)

@@ -107,6 +107,7 @@ SCAN_SHAPES = [  # batch, channels, length, rank, state
     (1, 64, 64, 17, 1),
     (3, 1, 128, 1, 16),
 ]
+LONGER_SCANS = [(1, 33, 300, 17, 1), (2, 3, 520, 2, 2)]
 
 
 @pytest.mark.parametrize("shape", SCAN_SHAPES, ids=str)
@@ -115,7 +116,7 @@ def test_scan_in_float64(shape):
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-@pytest.mark.parametrize("shape", SCAN_SHAPES[:3], ids=str)
+@pytest.mark.parametrize("shape", [*SCAN_SHAPES, *LONGER_SCANS], ids=str)
 def test_scan_in_lower_precision(shape, dtype):
     arguments = scan_arguments(*shape, dtype=dtype)
     check_against_reference(ops.bidirectional_scan, reference.bidirectional_scan, arguments, LOW_PRECISION[dtype])
@@ -130,6 +131,7 @@ HAAR_SHAPES = [  # batch, channels, height, width, kernel
     (1, 2, 5, 4, 9),  # a kernel wider than the plane, and without a specialisation
     (2, 16, 2, 31, 3),
 ]
+LARGER_HAARS = [(1, 3, 50, 40, 7), (2, 40, 22, 35, 5), (1, 5, 24, 70, 3)]
 
 
 @pytest.mark.parametrize("shape", HAAR_SHAPES, ids=str)
@@ -138,7 +140,7 @@ def test_haar_in_float64(shape):
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-@pytest.mark.parametrize("shape", HAAR_SHAPES[:2], ids=str)
+@pytest.mark.parametrize("shape", [*HAAR_SHAPES, *LARGER_HAARS], ids=str)
 def test_haar_in_lower_precision(shape, dtype):
     arguments = haar_arguments(*shape, dtype=dtype)
     check_against_reference(ops.haar_conv2d, reference.haar_conv2d, arguments, LOW_PRECISION[dtype])
@@ -156,6 +158,7 @@ DEPTHWISE_SHAPES = [  # batch, channels, height, width, kernel, stride
     (1, 2, 5, 4, 9, 1),  # a kernel wider than the image, and without a specialisation
     (2, 4, 19, 23, 3, 3),  # nor for this stride
     (1, 3, 21, 9, 1, 4),  # rows that no output sees
+    (2, 3, 5, 4, 3, 10**9),
 ]
 ACTIVATIONS = ["none", "relu", "silu"]
 
@@ -176,7 +179,7 @@ def test_depthwise_in_float64(shape, activation):
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", DEPTHWISE_SHAPES[:3], ids=str)
+@pytest.mark.parametrize("shape", DEPTHWISE_SHAPES, ids=str)
 def test_depthwise_in_lower_precision(shape, activation, dtype):
     check_depthwise(depthwise_arguments(*shape, dtype=dtype), shape[-1], activation, LOW_PRECISION[dtype])
 

@@ -48,20 +48,20 @@ template <typename Acc>
 struct RowWindow {
   using V = Vec<Acc>;
   V* slots;
-  int64_t kernel, width, next;
+  int64_t kernel, width;
 
-  RowWindow(V* slots, int64_t kernel, int64_t width) : slots(slots), kernel(kernel), width(width), next(0) {
+  RowWindow(V* slots, int64_t kernel, int64_t width) : slots(slots), kernel(kernel), width(width) {
     for (int64_t i = 0; i < kernel * width; ++i)
       slots[i] = V(Acc(0));
   }
 
-  /// Brings in those rows of [first, last) that are not here yet.
+  /// Brings in rows [first, last).
   template <typename T>
-  MOBILEMAMBA_HOST_DEVICE void move(const T* image, const Image& strides, int64_t columns, int64_t first, int64_t last,
-                                    int count) {
-    for (next = max(next, first); next < last; ++next) {
-      const T* from = image + next * strides.row;
-      V* to = slots + next % kernel * width + kernel / 2;
+  MOBILEMAMBA_HOST_DEVICE void load_rows(const T* image, const Image& strides, int64_t columns, int64_t first,
+                                         int64_t last, int count) {
+    for (int64_t i = first; i < last; ++i) {
+      const T* from = image + i * strides.row;
+      V* to = slots + i % kernel * width + kernel / 2;
       for (int64_t j = 0; j < columns; ++j, from += strides.column) {
         to[j] = load(from, count);
         __builtin_prefetch(next_line(from), 0, 2);
@@ -90,6 +90,7 @@ void convolve_row(RowWindow<Acc> window, int64_t any_stride, int64_t columns, co
   using V = Vec<Acc>;
   constexpr int tile = depthwise_tile;
   const int64_t kernel = fixed_kernel ? fixed_kernel : window.kernel, stride = fixed_kernel ? fixed_stride : any_stride;
+  window.kernel = kernel;  // known to the compiler, where it is fixed
   for (int64_t j = 0; j < columns; j += tile) {
     V sum[tile];
     for (int x = 0; x < tile; ++x)
@@ -163,35 +164,41 @@ struct DepthwiseForwardKernel {
     const T* image = static_cast<const T*>(p.input.data) + task.batch * p.input.batch + task.channel;
     load_weight<Acc>(p, p.weight, task.channel, count, weight);
     const V bias = p.bias ? load(static_cast<const Acc*>(p.bias) + task.channel, count) : V(Acc(0));
-    window.next = 0;
+    int64_t loaded = 0;
     for (int64_t i = task.begin; i < task.end; ++i) {
       const int64_t top = i * p.stride - p.kernel / 2;
       const int64_t first = max(top, 0), last = min(top + p.kernel, p.height);
-      window.move(image, p.input, p.width, first, last, count);
+      window.load_rows(image, p.input, p.width, max(loaded, first), last, count);
+      loaded = last;
       convolve(window, p.stride, columns, weight, top, first, last, bias, row);
       write_row(p, task, i, count, row);
     }
   }
 
+  /// The epilogue, one step after the other: the row is near, and a loop of one purpose is quick.
   __attribute__((always_inline)) static void write_row(const DepthwiseForward& p, const DepthwiseTask& task, int64_t i,
-                                                       int count, const V* row) {
-    const auto line = [&](const Image& image) {
-      const T* data = static_cast<const T*>(image.data);
-      return data ? data + task.batch * image.batch + i * image.row + task.channel : nullptr;
-    };
-    const T *residual = line(p.residual), *grad_output = line(p.grad_output);
-    T* out = static_cast<T*>(p.output) + (task.batch * p.out_height() + i) * p.out_width() * p.channels + task.channel;
+                                                       int count, V* row) {
     const int64_t width = p.out_width(), channels = p.channels;
-    const int64_t residual_column = p.residual.column, grad_column = p.grad_output.column;
     const Activation activation = p.activation;
+    const auto line = [&](const Image& image) {
+      return static_cast<const T*>(image.data) + task.batch * image.batch + i * image.row + task.channel;
+    };
+    if (p.grad_output.data) {
+      const T* from = line(p.grad_output);
+      for (int64_t j = 0; j < width; ++j)
+        row[j] = load(from + j * p.grad_output.column, count) * activate_derivative(activation, row[j]);
+    } else if (activation != Activation::none) {
+      for (int64_t j = 0; j < width; ++j)
+        row[j] = activate(activation, row[j]);
+    }
+    if (p.residual.data) {
+      const T* from = line(p.residual);
+      for (int64_t j = 0; j < width; ++j)
+        row[j] = row[j] + load(from + j * p.residual.column, count);
+    }
+    T* out = static_cast<T*>(p.output) + (task.batch * p.out_height() + i) * width * channels + task.channel;
     for (int64_t j = 0; j < width; ++j, out += channels) {
-      V x = row[j];
-      if (grad_output)
-        x = load(grad_output + j * grad_column, count) * activate_derivative(activation, x);
-      else
-        x = activate(activation, x);
-      if (residual) x = x + load(residual + j * residual_column, count);
-      store(out, x, count);
+      store(out, row[j], count);
       __builtin_prefetch(next_line(out), 1, 2);
     }
   }
@@ -230,12 +237,13 @@ struct DepthwiseBackwardInputKernel {
                                                       int count, RowWindow<Acc>& window, V* weight, V* row) {
     const T* grad = static_cast<const T*>(p.grad_output.data) + task.batch * p.grad_output.batch + task.channel;
     load_weight<Acc>(p, p.weight, task.channel, count, weight);
-    window.next = 0;
+    int64_t loaded = 0;
     for (int64_t i = task.begin; i < task.end; ++i) {
       const int64_t pad = p.kernel / 2;
       const int64_t first = ceil_div(max(i - pad, 0), p.stride);
       const int64_t last = min((i + pad) / p.stride + 1, p.out_height());
-      window.move(grad, p.grad_output, p.out_width(), first, last, count);
+      window.load_rows(grad, p.grad_output, p.out_width(), max(loaded, first), last, count);
+      loaded = last;
       for (int64_t remainder = 0; remainder < p.stride; ++remainder)
         gather_columns(p, window, weight, i + pad, first, last, remainder, row);
       T* out = static_cast<T*>(p.grad_input) + (task.batch * p.height + i) * p.width * p.channels + task.channel;
@@ -354,7 +362,7 @@ struct DepthwiseBackwardWeightKernel {
     const T* image = static_cast<const T*>(p.input.data) + batch * p.input.batch + channel;
     const T* grad = static_cast<const T*>(p.grad_output.data) + batch * p.grad_output.batch + channel;
     V& bias_sum = sums[kernel * kernel];
-    window.next = 0;
+    int64_t loaded = 0;
     for (int64_t i = 0; i < p.out_height(); ++i) {
       const T* from = grad + i * p.grad_output.row;
       V row_sum = V(Acc(0));
@@ -365,7 +373,8 @@ struct DepthwiseBackwardWeightKernel {
       }
       bias_sum = bias_sum + row_sum;
       const int64_t top = i * p.stride - kernel / 2, first = max(top, 0), last = min(top + kernel, p.height);
-      window.move(image, p.input, p.width, first, last, count);
+      window.load_rows(image, p.input, p.width, max(loaded, first), last, count);
+      loaded = last;
       for (int64_t y = first; y < last; ++y)
         correlate(kernel, p.stride, width, grad_row, window.row(y), sums + (y - top) * kernel);
     }

@@ -6,6 +6,8 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zero.h>
 
+#include <algorithm>
+
 #include "ops/common.h"
 
 namespace mobilemamba {
@@ -101,13 +103,10 @@ struct Inputs {
     const at::ScalarType type = accumulate_type(a.input.scalar_type());
     weight = packed(a.weight, type);
     if (a.bias) bias = a.bias->to(type).contiguous();
-    sizes = {kernel_dtype(image.scalar_type()),
-             image.size(0),
-             image.size(1),
-             image.size(2),
-             image.size(3),
-             a.weight.size(3),
-             a.stride};
+    const int64_t height = image.size(2), width = image.size(3);
+    // the kernels' memory grows with the stride, the output does not change once it is longer than the image
+    const int64_t stride = std::min(a.stride, std::max(height, width));
+    sizes = {kernel_dtype(image.scalar_type()), image.size(0), image.size(1), height, width, a.weight.size(3), stride};
   }
 
   DepthwiseForward forward(at::Tensor& output) const {

@@ -1,0 +1,99 @@
+"""Registers, spills and shared memory of every CUDA kernel, from the compiler's report; needs nvcc, no GPU.
+
+python tools/kernel_resources.py           writes the table, benchmarks/results/kernels.sm_90.md
+python tools/kernel_resources.py --check   compares it with what is there, and refuses spills in hot kernels
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1].resolve() / "build_backend"))
+
+import mobilemamba_toolkit as toolkit
+
+ROOT = Path(__file__).parents[1].resolve()
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?:, used (?P<barriers>\d+) barriers)?(?P<rest>[^\n]*)",
+    re.S,
+)
+
+
+def report(nvcc: Path, source: Path, arch: str) -> list[dict[str, str]]:
+    """What ptxas says of the kernels of one source."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(nvcc), "-std=c++20", "-O3", "-I", str(ROOT / "csrc"), f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
+        command += [str(source), "-o", str(Path(folder) / "kernels.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    kernels = [match.groupdict() for match in ENTRY.finditer(done.stdout + done.stderr)]
+    names = "\n".join(kernel["name"] for kernel in kernels)
+    demangled = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout.splitlines()
+    for kernel, name in zip(kernels, demangled, strict=True):
+        plain = re.sub(r"mobilemamba::|cuda::|\(anonymous namespace\)::|^void ", "", name)
+        kernel["name"] = re.sub(r"\([^()]*\)$", "", plain)  # the parameters
+        kernel["shared"] = (re.search(r"(\d+) bytes smem", kernel["rest"]) or ["", "0"])[1]
+    return sorted(kernels, key=lambda kernel: kernel["name"])
+
+
+def is_hot(name: str) -> bool:
+    """Whether models spend their time there: not in float64, nor in a scan with more than one state."""
+    return "double" not in name and "false" not in name
+
+
+def table(kernels: dict[str, list[dict[str, str]]], version: str, arch: str) -> str:
+    lines = [
+        f"# Resources of the CUDA kernels on sm_{arch}",
+        "",
+        f"nvcc {version}, `python tools/kernel_resources.py`. Dynamic shared memory is chosen at launch, see",
+        "csrc/cuda/launch.h. A scan's second parameter: whether the state size is 1. Those of a plane: kernel size",
+        "(0: any) and stride.",
+        "",
+        "| source | kernel | registers | stack | spill stores | spill loads | static shared | barriers |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for source, found in kernels.items():
+        for k in found:
+            numbers = (k["registers"], k["stack"], k["stores"], k["loads"], k["shared"], k["barriers"] or "0")
+            lines.append(f"| {source} | `{k['name']}` | {' | '.join(numbers)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="90", help="compute capability without the dot (default 90)")
+    parser.add_argument("--check", action="store_true", help="compare with the table that is there")
+    arguments = parser.parse_args()
+    nvcc = toolkit.find_nvcc(os.environ)
+    if nvcc is None:
+        raise SystemExit("no nvcc on PATH or in CUDA_HOME; the table is the compiler's report")
+    version = toolkit.ask_nvcc(nvcc).version
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with ThreadPoolExecutor() as pool:
+        reports = pool.map(lambda source: report(nvcc, source, arguments.arch), sources)
+    kernels = {source.name: found for source, found in zip(sources, reports, strict=True)}
+    text = table(kernels, version, arguments.arch)
+    path = ROOT / "benchmarks" / "results" / f"kernels.sm_{arguments.arch}.md"
+    spilling = [k["name"] for found in kernels.values() for k in found if is_hot(k["name"]) and int(k["stores"])]
+    if not arguments.check:
+        path.write_text(text)
+        print(text, end="")
+    elif f"nvcc {version}," not in path.read_text():
+        print(f"{path.name} is of another nvcc than {version}: not compared")
+    elif path.read_text() != text:
+        print(f"{path.name} is not what the compiler says now; see `git diff` after running this without --check")
+        return 1
+    print(f"{sum(map(len, kernels.values()))} kernels, {len(spilling)} hot ones spill", *spilling)
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
