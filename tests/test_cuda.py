@@ -174,6 +174,8 @@ def test_outputs_are_laid_out_as_on_the_cpu(layout):
 
 def test_refuses_tensors_of_two_devices():
     u, delta, *rest = scan_arguments(1, 3, 4)
+    with pytest.raises(RuntimeError, match="bidirectional_scan: delta is on cuda:0, expected cpu like u"):
+        ops.bidirectional_scan(u, delta.to(CUDA), *rest)
     with pytest.raises(RuntimeError, match="bidirectional_scan: delta is on cpu, expected cuda:0 like u"):
         ops.bidirectional_scan(u.to(CUDA), delta, *[x.to(CUDA) for x in rest])
     image, weight = haar_arguments(1, 3, 4, 4, 3)

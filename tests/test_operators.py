@@ -254,6 +254,25 @@ def test_extreme_step_sizes_and_states():
     assert relative_error(y, reference.bidirectional_scan(*[x.double() for x in arguments])) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_small_step_sizes_keep_their_digits_in_16_bits(dtype):
+    """The step size is never rounded to 16 bits, so neither must be what is computed of it."""
+    arguments = scan_arguments(1, 32, 20, dtype=dtype)
+    parameters = [torch.zeros(2, 32, 1), torch.zeros(2, 32), torch.zeros(2, 32, 2), torch.full((2, 32), -11.0)]
+    arguments[2], arguments[5], arguments[6], arguments[7] = parameters
+    check_against_reference(ops.bidirectional_scan, reference.bidirectional_scan, arguments, LOW_PRECISION[dtype] / 4)
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_infinity_at_the_right_border_stays_in_its_taps(kernel):
+    image, weight, _, residual = depthwise_arguments(1, 3, 5, 5, kernel, dtype=torch.float32)
+    image[..., -1] = torch.inf
+    backward = torch.ops.mobilemamba.depthwise_conv2d_backward
+    _, grad_weight, _ = backward(residual.abs() + 1, image, weight, None, 1, "none")
+    assert not grad_weight.isnan().any()
+    assert grad_weight[..., 0].isfinite().all()  # never lies over the last column
+
+
 def test_nan_and_infinity_pass_through():
     for value in (float("nan"), float("inf")):
         arguments = scan_arguments(1, 16, 5, dtype=torch.float32)

@@ -82,7 +82,7 @@ def main() -> int:
     kernels = {source.name: found for source, found in zip(sources, reports, strict=True)}
     text = table(kernels, version, arguments.arch)
     path = ROOT / "benchmarks" / "results" / f"kernels.sm_{arguments.arch}.md"
-    spilling = [k["name"] for found in kernels.values() for k in found if is_hot(k["name"]) and int(k["stores"])]
+    spilling = [k["name"] for found in kernels.values() for k in found if is_hot(k["name"]) and int(k["stack"])]
     if not arguments.check:
         path.write_text(text)
         print(text, end="")

@@ -19,14 +19,14 @@ constexpr ScanBackend backend = {
 
 at::Tensor forward(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log, const at::Tensor& B,
                    const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
-  const c10::cuda::CUDAGuard device(u.device());
+  const DeviceOf device(u);
   return backend.bidirectional_scan({u, delta, A_log, B, C, D, dt_weight, dt_bias});
 }
 
 ScanGradients backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log,
                        const at::Tensor& B, const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight,
                        const at::Tensor& dt_bias) {
-  const c10::cuda::CUDAGuard device(u.device());
+  const DeviceOf device(u);
   return backend.bidirectional_scan_backward(grad_y, {u, delta, A_log, B, C, D, dt_weight, dt_bias});
 }
 

@@ -52,13 +52,11 @@ __global__ void __launch_bounds__(plane_max_threads)
     const PixelPlane<T> grad(p.grad_output, p.out_height(), p.out_width(), batch, channel.index);
     const Acc* weight = static_cast<const Acc*>(p.weight) + channel.index;
     Acc sum = Acc(0);
-    for (int64_t ky = (y + p.kernel / 2) % p.stride; ky < p.kernel; ky += p.stride)
-      for (int64_t kx = (x + p.kernel / 2) % p.stride; kx < p.kernel; kx += p.stride) {
+    const int64_t pad = p.kernel / 2;
+    for (int64_t ky = (y + pad) % p.stride, from_y = (y + pad) / p.stride; ky < p.kernel; ky += p.stride, --from_y)
+      for (int64_t kx = (x + pad) % p.stride, from_x = (x + pad) / p.stride; kx < p.kernel; kx += p.stride, --from_x) {
         Acc g[1];
-        // exact where not negative; and a negative one is beyond the plane, whichever way it is rounded, but for 0
-        const int64_t from_y = y + p.kernel / 2 - ky, from_x = x + p.kernel / 2 - kx;
-        if (from_y < 0 || from_x < 0) continue;
-        grad.load(from_y / p.stride, from_x / p.stride, g);
+        grad.load(from_y, from_x, g);
         sum += g[0] * weight[(ky * p.kernel + kx) * p.channels];
       }
     static_cast<T*>(p.grad_input)[position * p.channels + channel.index] = narrow<T>(sum);

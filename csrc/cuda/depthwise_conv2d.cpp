@@ -27,13 +27,13 @@ constexpr DepthwiseBackend backend = {
 
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                    const std::optional<at::Tensor>& residual, int64_t stride, std::string_view activation) {
-  const c10::cuda::CUDAGuard device(input.device());
+  const DeviceOf device(input);
   return backend.depthwise_conv2d({input, weight, bias, stride, activation}, residual);
 }
 
 DepthwiseGradients backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, int64_t stride, std::string_view activation) {
-  const c10::cuda::CUDAGuard device(input.device());
+  const DeviceOf device(input);
   return backend.depthwise_conv2d_backward(grad_output, {input, weight, bias, stride, activation});
 }
 

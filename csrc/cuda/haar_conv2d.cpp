@@ -20,12 +20,12 @@ constexpr HaarBackend backend = {
 };
 
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight) {
-  const c10::cuda::CUDAGuard device(input.device());
+  const DeviceOf device(input);
   return backend.haar_conv2d(input, weight);
 }
 
 at::Tensor backward_weight(const at::Tensor& grad_output, const at::Tensor& input, int64_t kernel_size) {
-  const c10::cuda::CUDAGuard device(input.device());
+  const DeviceOf device(input);
   return backend.haar_conv2d_backward_weight(grad_output, input, kernel_size);
 }
 

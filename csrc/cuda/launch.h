@@ -58,7 +58,8 @@ struct ScanLaunch : Launch {
 inline ScanLaunch scan_launch(const ScanForward& p, ScanShape shape, int numbers) {
   ScanLaunch launch;
   const int64_t chunks = ceil_div(p.length, shape.chunk_length);
-  launch.warps = static_cast<int>(ceil_div(chunks, ceil_div(chunks, shape.max_warps)));  // about equal segments
+  // segments of about the same length; several of them have two warps or more each, which the first pass needs
+  launch.warps = static_cast<int>(ceil_div(chunks, ceil_div(chunks, shape.max_warps)));
   launch.segments = ceil_div(chunks, launch.warps);
   launch.tiles = ceil_div(p.channels, warp_size);
   launch.tasks = p.batch * launch.segments * launch.tiles;
@@ -159,10 +160,11 @@ inline PlaneLaunch plane_launch(const PlaneSizes& p, bool backward, size_t share
   return launch;
 }
 
-/// Parts of the batch's tiles that the gradient of the weight is summed over separately: enough blocks for a large GPU.
+/// Parts of the batch's tiles that the gradient of the weight is summed over separately: enough blocks for a large GPU,
+/// and several tiles for each, since the sums of a part are written and read again.
 inline int64_t plane_slabs(const PlaneSizes& p, size_t shared_limit) {
   const PlaneLaunch launch = plane_launch(p, true, shared_limit);
-  return clamp(1024 / launch.channel_tiles, 1, launch.position_tiles(p.batch));
+  return clamp(1024 / launch.channel_tiles, 1, ceil_div(launch.position_tiles(p.batch), 4));
 }
 
 /// Launches `kernel` with a block for each task, up to the largest grid.

@@ -238,7 +238,7 @@ __device__ __forceinline__ void correlate_row(const Stage<Acc>& stage, int plane
       for (int kx = 0; kx < kernel_size; ++kx)
 #pragma unroll
         for (int c = 0; c < strip_width; ++c)
-          sum[ky * kernel_size + kx] += g[c] * in[c * stride + kx];
+          if (column + c < columns) sum[ky * kernel_size + kx] += g[c] * in[c * stride + kx];
     }
   }
 }
@@ -269,8 +269,10 @@ __global__ void __launch_bounds__(plane_max_threads, plane_blocks)
         const typename Op::Source grad(p.grad_output, Op::grad_height(p), Op::grad_width(p), tile.batch, channel.index);
         Stage<Acc> stage(launch);
         stage.fill(input, tile.y * stride - kernel_size / 2, tile.x * stride - kernel_size / 2);
+        const int64_t left = Op::out_width(p) - tile.x;
+        const int columns = left < launch.tile_width ? static_cast<int>(left) : launch.tile_width;
         for (int64_t y = tile.y + group; y < tile.y + launch.tile_height && y < Op::out_height(p); y += groups)
-          correlate_row<kernel_size, stride>(stage, plane, Op::plane_height(p), grad, y, tile.x, launch.tile_width, sum,
+          correlate_row<kernel_size, stride>(stage, plane, Op::plane_height(p), grad, y, tile.x, columns, sum,
                                              grad_bias);
       }
       // the groups of warps add up in their order
@@ -291,7 +293,6 @@ __global__ void __launch_bounds__(plane_max_threads, plane_blocks)
       __syncthreads();
       for (int64_t i = warp; i < sums; i += warps)
         if (channel.active) out(i) = shared[i * warp_size];
-      __syncthreads();
     } else {
       for (int64_t tap = warp; tap < taps + (Op::has_bias ? 1 : 0); tap += warps) {
         Acc sum[Op::planes] = {};

@@ -15,16 +15,8 @@ namespace mobilemamba::cuda {
 /// A sequence of several segments takes three launches: `collect`, the carries, `finish`.
 enum class Pass { whole, collect, finish };
 
-// In 16 bits the error of the fast functions is far below the elements' own.
-
-/// sigmoid(x) of the x that has this softplus.
-template <typename T, typename Acc>
-__device__ __forceinline__ Acc step_size_derivative_of(Acc dt) {
-  if constexpr (sizeof(T) == 2)
-    return 1.0f - __expf(-dt);
-  else
-    return -expm1(-dt);
-}
+// In 16 bits the errors of the fast functions are below the elements' own. Where they would not be, for small step
+// sizes, come a few terms of a series.
 
 template <typename T, typename Acc>
 __device__ __forceinline__ Acc decay_of(Acc dt_A) {
@@ -36,10 +28,21 @@ __device__ __forceinline__ Acc decay_of(Acc dt_A) {
 
 template <typename T, typename Acc>
 __device__ __forceinline__ Acc step_size_of(Acc x) {
-  if constexpr (sizeof(T) == 2)
-    return fmaxf(x, 0.0f) + __logf(1.0f + __expf(-fabsf(x)));
-  else
+  if constexpr (sizeof(T) == 2) {
+    const float e = __expf(-fabsf(x));
+    return fmaxf(x, 0.0f) + (e < 0.01f ? e * (1.0f - e * (0.5f - e * (1.0f / 3.0f))) : __logf(1.0f + e));
+  } else {
     return softplus(x);
+  }
+}
+
+/// sigmoid(x) of the x that has this softplus.
+template <typename T, typename Acc>
+__device__ __forceinline__ Acc step_size_derivative_of(Acc dt) {
+  if constexpr (sizeof(T) == 2)
+    return dt < 0.01f ? dt * (1.0f - dt * (0.5f - dt * (1.0f / 6.0f))) : 1.0f - __expf(-dt);
+  else
+    return -expm1(-dt);
 }
 
 /// One direction's scratch entry of a segment, with `values` numbers for each state and channel.
@@ -155,28 +158,42 @@ struct Chunk {
   __device__ static constexpr int visited(int direction, int i) { return direction == 0 ? i : chunk_length - 1 - i; }
 };
 
-/// The segments' turn: replaces what each hands on by what comes in to it. A thread has one direction, state and
-/// channel of one batch entry.
+/// States, and backward gradients, that run through the segments.
+__host__ __device__ inline int64_t carries(const ScanForward& p, int values) {
+  return (values - 1) * p.batch * 2 * p.state * p.channels;
+}
+
+/// The segments' turn: replaces what each hands on by what comes in to it. A thread has one carry.
 template <typename Acc>
 __global__ void __launch_bounds__(256)
     scan_carry_kernel(const __grid_constant__ ScanForward p, const __grid_constant__ ScanLaunch launch, int values) {
-  const int64_t count = p.batch * 2 * p.state * p.channels;
+  constexpr int ahead = 8;  // segments that are read together, since each read takes long
   const int64_t thread = threadIdx.y * warp_size + threadIdx.x, threads = blockDim.y * warp_size;
-  for (int64_t i = blockIdx.x * threads + thread; i < count; i += gridDim.x * threads) {
+  for (int64_t i = blockIdx.x * threads + thread; i < carries(p, values); i += gridDim.x * threads) {
     const int64_t channel = i % p.channels, n = i / p.channels % p.state, direction = i / p.channels / p.state % 2;
-    const int64_t batch = i / p.channels / p.state / 2;
-    const auto walk = [&](int value, bool ascending) {
-      Acc carry = Acc(0);
-      for (int64_t s = 0; s < launch.segments; ++s) {
-        const int64_t segment = ascending ? s : launch.segments - 1 - s;
-        Acc* at = handed_on<Acc>(p, launch, values, batch, segment, direction, n) + channel;
-        const Acc handed = at[value * p.channels];
-        at[value * p.channels] = carry;
-        carry = at[0] * carry + handed;
-      }
+    const int64_t batch = i / p.channels / p.state / 2 % p.batch;
+    const int value = static_cast<int>(i / p.channels / p.state / 2 / p.batch) + 1;
+    const bool ascending = (direction == 0) == (value == 1);  // the gradient runs against its direction
+    const auto entry = [&](int64_t s) {
+      const int64_t segment = ascending ? s : launch.segments - 1 - s;
+      return handed_on<Acc>(p, launch, values, batch, segment, direction, n) + channel;
     };
-    walk(1, direction == 0);
-    if (values == 3) walk(2, direction == 1);  // the gradient runs against its direction
+    Acc carry = Acc(0);
+    for (int64_t first = 0; first < launch.segments; first += ahead) {
+      Acc decay[ahead], handed[ahead];
+#pragma unroll
+      for (int j = 0; j < ahead; ++j)
+        if (first + j < launch.segments) {
+          decay[j] = entry(first + j)[0];
+          handed[j] = entry(first + j)[value * p.channels];
+        }
+#pragma unroll
+      for (int j = 0; j < ahead; ++j)
+        if (first + j < launch.segments) {
+          entry(first + j)[value * p.channels] = carry;
+          carry = decay[j] * carry + handed[j];
+        }
+    }
   }
 }
 
@@ -186,8 +203,9 @@ cudaError_t launch_scan(Kernel kernel, const P& p, const ScanLaunch& launch, int
   if (launch.segments == 1) return launch_kernel(kernel, launch, stream, p, launch, Pass::whole);
   cudaError_t error = launch_kernel(kernel, launch, stream, p, launch, Pass::collect);
   if (error != cudaSuccess) return error;
-  const Launch carries = {ceil_div(p.batch * 2 * p.state * p.channels, 256), 8, 0};
-  error = launch_kernel(scan_carry_kernel<Acc>, carries, stream, static_cast<const ScanForward&>(p), launch, values);
+  const Launch carry_launch = {ceil_div(carries(p, values), 256), 8, 0};
+  error =
+      launch_kernel(scan_carry_kernel<Acc>, carry_launch, stream, static_cast<const ScanForward&>(p), launch, values);
   if (error != cudaSuccess) return error;
   return launch_kernel(kernel, launch, stream, p, launch, Pass::finish);
 }

@@ -97,7 +97,7 @@ __device__ __forceinline__ void run_direction(const ScanBackward& p, const ScanL
     at(warp, 2) = grad_state;
     __syncthreads();
     if (pass == Pass::collect) {
-      if (warp < 2 && chunk.active) {  // a warp for the states, one for their gradients; see launch.h
+      if (warp < 2 && chunk.active) {  // a warp for the states, one for their gradients
         const bool ascending = (direction == 0) == (warp == 0);
         Acc carry = Acc(0), block_decay = Acc(1);
         for (int i = 0; i < warps; ++i) {

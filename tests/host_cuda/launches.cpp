@@ -21,7 +21,7 @@ ScanForward scan_sizes(int64_t float64, int64_t batch, int64_t channels, int64_t
 
 extern "C" {
 
-/// out: tasks, warps, shared bytes, segments, tiles, positions of a chunk, scratch bytes
+/// out: tasks, warps, shared bytes, segments, tiles, positions of a chunk, scratch bytes, warps at most
 __attribute__((visibility("default"))) void scan(int64_t backward, int64_t float64, int64_t batch, int64_t channels,
                                                  int64_t length, int64_t state, int64_t* out) {
   const ScanForward p = scan_sizes(float64, batch, channels, length, state);
@@ -35,6 +35,7 @@ __attribute__((visibility("default"))) void scan(int64_t backward, int64_t float
       launch.tiles,
       shape.chunk_length,
       static_cast<int64_t>(scan_scratch_bytes(p, launch, backward ? 3 : 2)),
+      shape.max_warps,
   };
   std::memcpy(out, results, sizeof results);
 }

@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <mutex>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -32,7 +34,7 @@ int setting(const char* name, int otherwise) {
   return value ? std::atoi(value) : otherwise;
 }
 
-enum class State { ready, at_warp_barrier, at_block_barrier, done };
+enum class State { ready, at_shuffle, at_warp_barrier, at_block_barrier, done };
 
 struct Thread {
   State state;
@@ -46,6 +48,7 @@ struct Scheduler {
   std::mutex mutex;  // one launch at a time
   std::mt19937 random{static_cast<unsigned>(setting("HOST_CUDA_SEED", 0))};
   std::vector<Thread> threads;
+  std::map<const void*, size_t> granted;  // shared memory that a kernel may ask for
   Thread* running;
   void* stack_pointer;
   const std::function<void()>* kernel;
@@ -138,7 +141,8 @@ void run_warp(int begin, int end) {
     for (int i : order)
       if (s.threads[i].state == State::ready) run(s.threads[i]);
     if (all(State::at_block_barrier) || all(State::done)) return;
-    if (!all(State::at_warp_barrier)) fail("the lanes of a warp do not meet at the same barrier");
+    if (!all(State::at_warp_barrier) && !all(State::at_shuffle))
+      fail("the lanes of a warp do not meet at the same barrier");
     for (int i : order)
       s.threads[i].state = State::ready;
   }
@@ -166,14 +170,16 @@ void run_block(int count) {
 
 }  // namespace
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void*, const std::function<void()>& kernel) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel) {
   if (const int error = setting("HOST_CUDA_ERROR", 0)) return static_cast<cudaError_t>(error);
   Scheduler& s = scheduler();
   const std::lock_guard lock(s.mutex);
   const unsigned count = config.blockDim.x * config.blockDim.y * config.blockDim.z;
   int limit = 0;
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-  if (count == 0 || count > most_threads || config.gridDim.x == 0 || config.gridDim.y != 1 || config.gridDim.z != 1 ||
+  const size_t granted = s.granted.count(function) ? s.granted[function] : 48 * 1024;
+  if (config.stream != current_stream || config.dynamicSmemBytes > granted || count == 0 || count > most_threads ||
+      config.gridDim.x == 0 || config.gridDim.y != 1 || config.gridDim.z != 1 ||
       config.dynamicSmemBytes > static_cast<size_t>(limit))
     return cudaErrorInvalidValue;
   s.kernel = &kernel;
@@ -181,7 +187,10 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void*, const std::fun
   gridDim = dim3(std::min<unsigned>(config.gridDim.x, setting("HOST_CUDA_BLOCKS", 3)));
   for (unsigned i = 0; i < count; ++i)
     s.threads[i].index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
-  for (unsigned block = 0; block < gridDim.x; ++block) {
+  std::vector<unsigned> blocks(gridDim.x);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  std::shuffle(blocks.begin(), blocks.end(), s.random);
+  for (unsigned block : blocks) {
     blockIdx = dim3(block, 0, 0);
     ASAN_UNPOISON_MEMORY_REGION(shared_memory, shared_capacity);
     std::memset(shared_memory, 0xff, shared_capacity);
@@ -191,7 +200,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void*, const std::fun
   return cudaSuccess;
 }
 
-uint64_t exchange(uint64_t bits, int mask) {
+uint64_t exchange(unsigned lanes, uint64_t bits, int mask) {
+  if (lanes != 0xffffffff) fail("a shuffle that not all lanes take part in");
   Scheduler& s = scheduler();
   Thread& thread = *s.running;
   const int number = static_cast<int>(&thread - s.threads.data()), lane = number % warp_size;
@@ -199,7 +209,7 @@ uint64_t exchange(uint64_t bits, int mask) {
   auto& place = s.places[number / warp_size][thread.turn];
   thread.turn = 1 - thread.turn;
   place[lane] = bits;
-  pause(State::at_warp_barrier);
+  pause(State::at_shuffle);
   return place[lane ^ mask];
 }
 
@@ -229,6 +239,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return cudaSuccess;
 }
 
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
+  host_cuda::Scheduler& s = host_cuda::scheduler();
+  const std::lock_guard lock(s.mutex);
+  s.granted[function] = static_cast<size_t>(value);
   return cudaSuccess;
 }

@@ -59,15 +59,17 @@ void __syncwarp();
 namespace host_cuda {
 /// Runs the kernel for every thread of the grid.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel);
+/// The only stream that launches may go to.
+inline const cudaStream_t current_stream = reinterpret_cast<cudaStream_t>(64);
 /// Gives `bits` to the warp and returns those of the lane whose number differs by `mask`.
-uint64_t exchange(uint64_t bits, int mask);
+uint64_t exchange(unsigned lanes, uint64_t bits, int mask);
 }  // namespace host_cuda
 
 template <typename T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
+T __shfl_xor_sync(unsigned lanes, T value, int mask) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  bits = host_cuda::exchange(bits, mask);
+  bits = host_cuda::exchange(lanes, bits, mask);
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }

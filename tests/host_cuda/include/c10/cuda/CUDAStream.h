@@ -8,6 +8,6 @@
 
 namespace c10::cuda {
 inline cudaStream_t getCurrentCUDAStream() {
-  return nullptr;
+  return host_cuda::current_stream;
 }
 }  // namespace c10::cuda
