@@ -23,7 +23,7 @@ namespace {
 /// A lane adds the products of an output's two inputs; a panel's 32 outputs are two vectors.
 struct PairKernel {
   static constexpr int64_t panel = PointwiseForward::panel;
-  static constexpr int vectors = 2, most_rows = 12;
+  static constexpr int vectors = 2, most_rows = 8;
   typedef int32_t Pairs __attribute__((vector_size(64)));
 #ifdef __clang__
   typedef __bf16 Lanes __attribute__((vector_size(64)));
@@ -55,31 +55,31 @@ struct PairKernel {
   static void tile(const PointwiseForward& p, int64_t row, int64_t n, int count) {
     const BFloat16* input = static_cast<const BFloat16*>(p.input) + row * p.input_row;
     const BFloat16* weight = static_cast<const BFloat16*>(p.weight) + n * 2 * p.pairs();
-    Vec<float> sum[rows][vectors];
-    for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < vectors; ++v)
-        sum[r][v] = Vec<float>(0.0f);
-    const auto add_pair = [&](int64_t k, size_t bytes) __attribute__((always_inline)) {
+    Vec<float>::Raw sum[rows][vectors] = {};
+    const int64_t whole = p.in_channels / 2 * 2;
+    for (int64_t k = 0; k < p.in_channels; k += 2) {
       Lanes w[vectors];
       __builtin_memcpy(w, weight + k * panel, sizeof w);
+#pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
         int32_t pair = 0;
-        __builtin_memcpy(&pair, input + r * p.input_row + k, bytes);
+        if (k < whole)
+          __builtin_memcpy(&pair, input + r * p.input_row + k, 4);
+        else
+          __builtin_memcpy(&pair, input + r * p.input_row + k, 2);
         const Lanes x = (Lanes)(Pairs{} + pair);
+#pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v)
-          sum[r][v].raw = dot(sum[r][v].raw, x, w[v]);
+          sum[r][v] = dot(sum[r][v], x, w[v]);
       }
-    };
-    const int64_t whole = p.in_channels / 2 * 2;
-    for (int64_t k = 0; k < whole; k += 2)
-      add_pair(k, 4);
-    if (whole < p.in_channels) add_pair(whole, 2);
-    for (int v = 0; v < vectors; ++v) {
-      const int left = static_cast<int>(min(16, count - v * 16));
-      if (left <= 0) break;
-      for (int r = 0; r < rows; ++r)
-        finish_pointwise<BFloat16>(p, sum[r][v], row + r, n + v * 16, left);
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v)
+        if (v * 16 < count)
+          finish_pointwise<BFloat16>(p, Vec<float>(sum[r][v]), row + r, n + v * 16,
+                                     static_cast<int>(min(16, count - v * 16)));
   }
 };
 
