@@ -21,6 +21,11 @@ TORCH_LIBRARY(mobilemamba, m) {
       "depthwise_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, int stride, "
       "str activation) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
       tags);
+  m.def(
+      "pointwise_conv2d(Tensor input, Tensor weight, Tensor bias, Tensor? residual=None, str activation=\"none\") -> "
+      "Tensor",
+      tags);
+  m.def("pack_pointwise_weight(Tensor weight) -> Tensor", tags);
   // the instruction set that the CPU kernels were chosen for: generic, avx2 or avx512
   m.def("cpu_kernels() -> str");
 }

@@ -4,6 +4,7 @@
 #include "ops/bidirectional_scan.h"
 #include "ops/depthwise_conv2d.h"
 #include "ops/haar_conv2d.h"
+#include "ops/pointwise_conv2d.h"
 
 namespace mobilemamba::meta {
 namespace {
@@ -47,6 +48,13 @@ DepthwiseGradients depthwise_backward(const at::Tensor& grad_output, const at::T
   return arguments.gradients();
 }
 
+at::Tensor pointwise(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                     const std::optional<at::Tensor>& residual, std::string_view activation) {
+  const PointwiseArguments arguments{input, weight, bias, residual, activation};
+  arguments.check();
+  return arguments.output();
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mobilemamba, Meta, m) {
@@ -54,6 +62,7 @@ TORCH_LIBRARY_IMPL(mobilemamba, Meta, m) {
   m.impl("bidirectional_scan_backward", scan_backward);
   m.impl("haar_conv2d", haar);
   m.impl("haar_conv2d_backward_weight", haar_backward_weight);
+  m.impl("pointwise_conv2d", pointwise);
   m.impl("depthwise_conv2d", depthwise);
   m.impl("depthwise_conv2d_backward", depthwise_backward);
 }

@@ -49,4 +49,13 @@ MOBILEMAMBA_API std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
     const std::optional<at::Tensor>& bias, int64_t stride, std::string_view activation);
 
+/// 1x1 convolution with the weight in panels, (ceil(out / 32), ceil(in / 2), 32, 2), as pack_pointwise_weight gives it.
+/// input (B, in, H, W); bias (out); residual (B, out, H, W). activation: "none" or "relu".
+/// Returns activation(convolution + bias) + residual, channels-last in memory.
+MOBILEMAMBA_API at::Tensor pointwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                                            const std::optional<at::Tensor>& residual, std::string_view activation);
+
+/// The packed form of a weight (out, in).
+MOBILEMAMBA_API at::Tensor pack_pointwise_weight(const at::Tensor& weight);
+
 }  // namespace mobilemamba

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import depthwise_conv2d
+from .ops import depthwise_conv2d, pack_pointwise_weight, pointwise_conv2d
 
 __all__ = [
     "FFN",
@@ -32,13 +32,24 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
 
 
 class PointwiseConv2d(nn.Module):
-    """A folded 1x1 convolution with activation and residual: a matrix product over the channels."""
+    """A folded 1x1 convolution with activation and residual: a matrix product over the channels.
+
+    ``pack`` puts the weight into the order in which the CPU kernel reads it. It is the only copy of the weight.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
         super().__init__()
         self.weight, self.bias, self.activation = nn.Parameter(weight), nn.Parameter(bias), activation
+        self.packed = False
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        if not self.packed:
+            self.weight, self.packed = nn.Parameter(pack_pointwise_weight(self.weight)), True
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.packed:
+            return pointwise_conv2d(x, self.weight, self.bias, residual, self.activation)
         y = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
         if self.activation == "relu":
             y = y.relu_()
@@ -165,8 +176,10 @@ class SqueezeExcite(nn.Module):
         self.expand = nn.Conv2d(dim // 4, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu())
-        return x * gate.sigmoid()
+        pooled = x.mean((2, 3))
+        hidden = F.linear(pooled, self.reduce.weight.flatten(1), self.reduce.bias).relu()
+        gate = F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias).sigmoid()
+        return x * gate[:, :, None, None]
 
 
 class PatchMerging(nn.Module):

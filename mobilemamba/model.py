@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import FFN, ConvNorm, DropPath, PatchMerging, ResidualDepthwise, fold_batchnorm
+from .layers import FFN, ConvNorm, DropPath, PatchMerging, PointwiseConv2d, ResidualDepthwise, fold_batchnorm
 from .mrffi import MRFFI
 
 __all__ = ["MobileMamba"]
@@ -274,4 +274,7 @@ class MobileMamba(nn.Module):
         """
         fused = fold_batchnorm(copy.deepcopy(self).eval())
         fused.distillation = False
+        for module in fused.modules():
+            if isinstance(module, PointwiseConv2d) and module.weight.device.type == "cpu":
+                module.pack()
         return fused.requires_grad_(False)

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from . import _native  # noqa: F401  (registers the operators)
 
-__all__ = ["bidirectional_scan", "depthwise_conv2d", "haar_conv2d"]
+__all__ = [
+    "bidirectional_scan",
+    "depthwise_conv2d",
+    "haar_conv2d",
+    "pack_pointwise_weight",
+    "pointwise_conv2d",
+]
 
 
 def bidirectional_scan(
@@ -119,3 +125,36 @@ def depthwise_conv2d(
             came and what was expected.
     """
     return torch.ops.mobilemamba.depthwise_conv2d(input, weight, bias, residual, stride, activation)
+
+
+def pack_pointwise_weight(weight: Tensor) -> Tensor:
+    """The weight ``(out_channels, in_channels)`` of a 1x1 convolution as :func:`pointwise_conv2d` takes it.
+
+    Returns:
+        ``(ceil(out_channels / 32), ceil(in_channels / 2), 32, 2)``, zero where there is no channel.
+    """
+    return torch.ops.mobilemamba.pack_pointwise_weight(weight)
+
+
+def pointwise_conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """1x1 convolution with what usually follows it: ``activation(conv(input) + bias) + residual``.
+
+    Args:
+        input: ``(batch, in_channels, height, width)``; float16, bfloat16, float32 or float64, any strides.
+            Channels-last, or a slice of its channels, is the fast layout; any other is copied to it first.
+        weight: packed by :func:`pack_pointwise_weight`, in the dtype of ``input``.
+        bias: ``(out_channels,)``, in the dtype of ``input``, or float32 beside a float16 or bfloat16 ``input``.
+        residual: added last; of the output's shape, in the dtype of ``input``.
+        activation: ``"none"`` or ``"relu"``.
+
+    Returns:
+        ``(batch, out_channels, height, width)`` in the dtype of ``input``, channels-last in memory. Sums are kept in
+        float32 (float64 for float64). Differentiable in every tensor argument; deterministic.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or activation does not fit; the message names the argument, what came and
+            what was expected.
+    """
+    return torch.ops.mobilemamba.pointwise_conv2d(input, weight, bias, residual, activation)

@@ -4,6 +4,7 @@
 #include "cpu/depthwise_kernels.h"
 #include "cpu/haar_kernels.h"
 #include "cpu/kernels.h"
+#include "cpu/pointwise_kernels.h"
 #include "cpu/scan_kernels.h"
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
@@ -44,6 +45,8 @@ constinit const Kernels kernels = {
     table_entry<DepthwiseForwardKernel, DepthwiseForward>(),
     table_entry<DepthwiseBackwardInputKernel, DepthwiseBackwardInput>(),
     table_entry<DepthwiseBackwardWeightKernel, DepthwiseBackwardWeight>(),
+    {pointwise_tasks, pointwise_scratch_bytes, run_pointwise},
+    {pointwise_tasks, pointwise_scratch_bytes, run_pointwise},
 };
 
 }  // namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA

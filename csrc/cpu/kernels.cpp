@@ -10,7 +10,7 @@
 namespace mobilemamba::cpu {
 namespace {
 
-const Kernels& choose() {
+Kernels choose() {
 #ifdef __x86_64__
   const char* setting = std::getenv("ATEN_CPU_CAPABILITY");  // the variable that torch's own kernels obey
   const std::string_view limit = setting ? setting : "";
@@ -18,7 +18,12 @@ const Kernels& choose() {
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && limit != "avx2") return avx512::kernels;
+  if (avx512 && limit != "avx2") {
+    Kernels chosen = avx512::kernels;
+    if (__builtin_cpu_supports("avx512bf16") && limit != "avx512")
+      chosen.pointwise_bfloat16 = avx512bf16::pointwise_bfloat16;
+    return chosen;
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
 #endif
   return generic::kernels;
@@ -27,7 +32,7 @@ const Kernels& choose() {
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
+  static const Kernels chosen = choose();
   return chosen;
 }
 

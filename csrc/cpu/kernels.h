@@ -9,6 +9,7 @@
 
 #include "kernels/depthwise.h"
 #include "kernels/haar.h"
+#include "kernels/pointwise.h"
 #include "kernels/scan.h"
 
 namespace mobilemamba::cpu {
@@ -32,6 +33,8 @@ struct Kernels {
   Kernel<DepthwiseForward> depthwise_forward;
   Kernel<DepthwiseBackwardInput> depthwise_backward_input;
   Kernel<DepthwiseBackwardWeight> depthwise_backward_weight;
+  Kernel<PointwiseForward> pointwise;
+  Kernel<PointwiseForward> pointwise_bfloat16;
 };
 
 namespace generic {
@@ -43,6 +46,9 @@ extern const Kernels kernels;
 }
 namespace avx512 {
 extern const Kernels kernels;
+}
+namespace avx512bf16 {
+extern const Kernel<PointwiseForward> pointwise_bfloat16;
 }
 #endif
 

@@ -1,0 +1,213 @@
+"""The pointwise convolution on packed weights: against a matrix product in float64, layouts, gradients, refusals."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from devices import randn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_operators import LOW_PRECISION, check_against_reference, relative_error
+from torch import Tensor
+
+import mobilemamba
+from mobilemamba import ops
+from mobilemamba.layers import PointwiseConv2d
+
+SHAPES = [  # batch, in_channels, out_channels, height, width
+    (2, 6, 5, 3, 4),
+    (1, 75, 45, 7, 7),  # odd, and partial panels
+    (3, 33, 70, 5, 1),
+    (1, 1, 1, 1, 1),
+    (1, 64, 96, 10, 10),  # rows of more than one task
+    (2, 17, 33, 1, 9),
+]
+
+
+def arguments_of(
+    batch: int, inputs: int, outputs: int, height: int, width: int, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Input, weight (not packed), bias and residual."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, inputs, height, width), (outputs, inputs), (outputs,), (batch, outputs, height, width)]
+    x, weight, bias, residual = (randn(*shape, generator=generator) for shape in shapes)
+    return [y.to(dtype) for y in (x, weight / inputs**0.5, bias, residual)]
+
+
+def packing(activation: str = "none"):
+    """The operator as a function of the weight before packing."""
+    return lambda x, w, b, r=None: ops.pointwise_conv2d(x, ops.pack_pointwise_weight(w), b, r, activation)
+
+
+def plain(activation: str = "none"):
+    def function(x: Tensor, w: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
+        y = torch.einsum("bihw,oi->bohw", x, w) + b[:, None, None]
+        y = y.relu() if activation == "relu" else y
+        return y if r is None else y + r
+
+    return function
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_float64(shape, activation):
+    for count in (3, 4):
+        check_against_reference(packing(activation), plain(activation), arguments_of(*shape)[:count])
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_lower_precision(shape, dtype):
+    arguments = arguments_of(*shape, dtype=dtype)
+    check_against_reference(packing(), plain(), arguments, 2 * LOW_PRECISION[dtype])
+    if dtype != torch.float32:
+        arguments[2] = arguments[2].float()
+        check_against_reference(packing(), plain(), arguments, 2 * LOW_PRECISION[dtype])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 3), st.integers(1, 200), st.integers(1, 140), st.integers(1, 12), st.integers(1, 12))
+def test_on_random_shapes(batch, inputs, outputs, height, width):
+    arguments = arguments_of(batch, inputs, outputs, height, width, dtype=torch.float32)
+    y, expected = packing("relu")(*arguments), plain("relu")(*[x.double() for x in arguments])
+    assert relative_error(y, expected) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_takes_any_strides(dtype):
+    x, weight, bias, residual = arguments_of(2, 20, 40, 7, 6, dtype=dtype)
+    operator = packing("relu")
+    expected = operator(x, weight, bias, residual)
+    assert expected.is_contiguous(memory_format=torch.channels_last)
+    last = torch.channels_last
+    wide = torch.cat([x, x, x], 1).contiguous(memory_format=last)
+    for variant in (
+        x.contiguous(memory_format=last),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        wide[:, 20:40],
+        torch.stack([x, x], 3).contiguous(memory_format=torch.channels_last_3d)[:, :, :, 1],
+    ):
+        assert torch.equal(operator(variant, weight, bias, residual), expected)
+        assert torch.equal(operator(x, weight, bias, residual.contiguous(memory_format=last)), expected)
+    empty = operator(x[:0], weight, bias, residual[:0])
+    assert empty.shape == (0, 40, 7, 6)
+
+
+def test_no_number_beyond_the_channels_is_used():
+    """Rows end where they end, also for an odd number of channels."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        wide = torch.full((1, 4, 4, 12), torch.nan, dtype=dtype).permute(0, 3, 1, 2)
+        x, weight, bias, _ = arguments_of(1, 7, 5, 4, 4, dtype=dtype)
+        wide[:, 2:9] = x
+        assert torch.equal(packing()(wide[:, 2:9], weight, bias), packing()(x, weight, bias))
+
+
+def test_gradcheck():
+    for activation in ("none", "relu"):
+        arguments = [x.requires_grad_() for x in arguments_of(2, 3, 5, 2, 3)]
+        assert torch.autograd.gradcheck(packing(activation), arguments)
+        assert torch.autograd.gradgradcheck(packing(activation), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bit_equal_for_any_number_of_threads(dtype):
+    arguments = arguments_of(2, 60, 100, 14, 14, dtype=dtype)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(packing()(*arguments))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    x, weight, bias, residual = arguments_of(1, 6, 5, 3, 3, dtype=torch.float32)
+    packed = ops.pack_pointwise_weight(weight)
+    with torch.autocast(x.device.type, dtype):
+        y = ops.pointwise_conv2d(x, packed, bias, residual)
+    assert torch.equal(y, ops.pointwise_conv2d(x.to(dtype), packed.to(dtype), bias, residual.to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    x, weight, bias, residual = (y.requires_grad_() for y in arguments_of(2, 3, 5, 4, 3, dtype=dtype))
+    packed = ops.pack_pointwise_weight(weight.detach()).requires_grad_()
+    checks = {} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
+    for activation in ("none", "relu"):
+        arguments = (x, packed, bias, residual, activation)
+        torch.library.opcheck(torch.ops.mobilemamba.pointwise_conv2d, arguments, **checks)
+
+
+def test_packing_is_exact():
+    _, weight, _, _ = arguments_of(1, 33, 70, 1, 1)
+    packed = ops.pack_pointwise_weight(weight)
+    assert packed.shape == (3, 17, 32, 2)
+    panels = packed.permute(0, 2, 1, 3).reshape(96, 34)
+    assert torch.equal(panels[:70, :33], weight)
+    assert not panels[70:].any()
+    assert not panels[:, 33:].any()
+
+
+REFUSED = [
+    ("input", lambda x: x[0], r"input has shape \[3, 2, 2\], expected 4 dimensions"),
+    (
+        "weight",
+        lambda x: x[:, :1],
+        r"weight has shape \[2, 1, 32, 2\], expected \[2, 2, 32, 2\] = \(ceil\(out_channels",
+    ),
+    ("weight", lambda x: x.double(), "weight is Double, expected Float like input"),
+    ("bias", lambda x: x[:5], r"weight has shape \[2, 2, 32, 2\], expected \[1, 2, 32, 2\]"),
+    ("bias", lambda x: x.long(), "bias is Long, expected Float like input"),
+    ("residual", lambda x: x[:, :3], r"residual has shape \[1, 3, 2, 2\], expected \[1, 40, 2, 2\]"),
+    ("residual", lambda x: x.half(), "residual is Half, expected Float like input"),
+    ("activation", lambda x: "silu", 'activation is "silu", expected "none" or "relu"'),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), REFUSED)
+def test_refuses(name, change, message):
+    x, weight, bias, residual = arguments_of(1, 3, 40, 2, 2, dtype=torch.float32)
+    arguments = {"input": x, "weight": ops.pack_pointwise_weight(weight), "bias": bias, "residual": residual}
+    arguments["activation"] = "none"
+    arguments[name] = change(arguments[name])
+    with pytest.raises(RuntimeError, match="^pointwise_conv2d: " + message):
+        ops.pointwise_conv2d(**arguments)
+
+
+# Packed weights in models --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fused() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return mobilemamba.nano(in_chans=3).fuse()
+
+
+@torch.no_grad()
+def test_packed_models_are_copied_pickled_saved_and_scripted(fused):
+    assert any(m.packed for m in fused.modules() if isinstance(m, PointwiseConv2d))
+    x = torch.randn(2, 3, 40, 33)
+    expected = fused(x)
+    other = mobilemamba.nano(in_chans=3).fuse()
+    other.load_state_dict(fused.state_dict())
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(fused), file)
+    file.seek(0)
+    copies = [copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), other, torch.jit.load(file)]
+    assert all(torch.equal(model(x), expected) for model in copies)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_packed_models_change_their_type(fused, dtype):
+    x = torch.randn(2, 3, 40, 33)
+    model = copy.deepcopy(fused).to(dtype)
+    y, expected = model(x.to(dtype)), fused(x)
+    assert y.dtype == dtype
+    assert ((y - expected).double().abs().max() / expected.std()).item() < (1e-4 if dtype == torch.float64 else 3e-2)
