@@ -244,6 +244,27 @@ def test_depthwise_on_random_shapes(shape, activation, count):
     check_depthwise(depthwise_arguments(*shape)[:count], shape[-1], activation, 1e-11)
 
 
+def test_scan_of_the_longest_sequences():
+    """65,536 positions; the gradients in float32 against those in float64."""
+    arguments = scan_arguments(1, 2, 65536, 1, dtype=torch.float64)
+    single = [x.float().requires_grad_() for x in arguments]
+    y = ops.bidirectional_scan(*single)
+    with torch.no_grad():
+        assert relative_error(y, reference.bidirectional_scan(*arguments)) < 1e-5
+    double = [x.requires_grad_() for x in arguments]
+    grads = torch.autograd.grad(y.sin().sum(), single)
+    exact = torch.autograd.grad(ops.bidirectional_scan(*double).sin().sum(), double)
+    assert all(relative_error(g, e) < 1e-4 for g, e in zip(grads, exact, strict=True))
+
+
+def test_batches_beyond_65535():
+    arguments = scan_arguments(66000, 1, 1, 1, dtype=torch.float32)
+    y = ops.bidirectional_scan(*arguments)
+    assert torch.equal(y[-9:], ops.bidirectional_scan(*[x[-9:] if len(x) == 66000 else x for x in arguments]))
+    image, weight = haar_arguments(66000, 1, 1, 2, 3, dtype=torch.float32)
+    assert torch.equal(ops.haar_conv2d(image, weight)[-9:], ops.haar_conv2d(image[-9:], weight))
+
+
 def test_extreme_step_sizes_and_states():
     """Softplus far out on both sides, decays that underflow, infinities nowhere."""
     arguments = scan_arguments(1, 32, 20, dtype=torch.float32)
