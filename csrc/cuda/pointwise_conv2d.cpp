@@ -10,7 +10,7 @@ namespace {
 
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                    const std::optional<at::Tensor>& residual, std::string_view activation) {
-  const c10::cuda::CUDAGuard device(input.device());
+  const DeviceOf device(input);
   return PointwiseArguments{input, weight, bias, residual, activation}.with_matmul();
 }
 
