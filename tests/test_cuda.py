@@ -7,6 +7,9 @@ from functools import partial
 import pytest
 import torch
 from test_operators import check_against_reference, depthwise_arguments, haar_arguments, scan_arguments
+from test_pointwise import SHAPES as POINTWISE_SHAPES
+from test_pointwise import arguments_of as pointwise_arguments
+from test_pointwise import packing
 from torch import Tensor, nn
 
 import mobilemamba
@@ -94,6 +97,13 @@ def test_depthwise(shape, kernel, stride, dtype):
     arguments = depthwise_arguments(*shape, kernel, stride, dtype=dtype)
     check_against_cpu(partial(ops.depthwise_conv2d, stride=stride, activation="silu"), arguments)
     check_against_cpu(partial(ops.depthwise_conv2d, stride=stride, activation="relu"), arguments[:2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("shape", POINTWISE_SHAPES, ids=str)
+def test_pointwise(shape, activation, dtype):
+    check_against_cpu(packing(activation), pointwise_arguments(*shape, dtype=dtype))
 
 
 def cases(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:

@@ -56,6 +56,12 @@ def test_operators(library, seed, blocks, shared_limit, which):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
 
 
+def test_pointwise(library):
+    tests = str(ROOT / "tests" / "test_pointwise.py")
+    done = run_tests(library, tests, "-k", "in_float64 or in_lower_precision or gradcheck or refuses")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+
+
 def run_program(library: Path, program: str, **settings: object) -> subprocess.CompletedProcess[str]:
     environment = host_library.environment(library, **settings)
     environment["PYTHONPATH"] = str(ROOT / "tests")

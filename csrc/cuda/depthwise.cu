@@ -63,13 +63,6 @@ __global__ void __launch_bounds__(plane_max_threads)
   }
 }
 
-template <typename T>
-cudaError_t backward_input(const DepthwiseBackwardInput& p, cudaStream_t stream) {
-  constexpr int warps = 8;
-  const Launch launch = {ceil_div(p.batch * p.height * p.width, warps) * ceil_div(p.channels, warp_size), warps, 0};
-  return launch_kernel(depthwise_backward_input_kernel<T>, launch, stream, p, launch);
-}
-
 }  // namespace
 
 cudaError_t depthwise_forward(const DepthwiseForward& p, size_t shared_limit, cudaStream_t stream) {
@@ -77,17 +70,11 @@ cudaError_t depthwise_forward(const DepthwiseForward& p, size_t shared_limit, cu
 }
 
 cudaError_t depthwise_backward_input(const DepthwiseBackwardInput& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case DType::float32:
-      return backward_input<float>(p, stream);
-    case DType::float64:
-      return backward_input<double>(p, stream);
-    case DType::float16:
-      return backward_input<__half>(p, stream);
-    case DType::bfloat16:
-      return backward_input<__nv_bfloat16>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  constexpr int warps = 8;
+  const Launch launch = {ceil_div(p.batch * p.height * p.width, warps) * ceil_div(p.channels, warp_size), warps, 0};
+  return for_type(p.dtype, [&]<typename T>() {
+    return launch_kernel(depthwise_backward_input_kernel<T>, launch, stream, p, launch);
+  });
 }
 
 int64_t depthwise_backward_weight_slabs(const DepthwiseSizes& p, size_t shared_limit) {

@@ -36,6 +36,22 @@ __device__ __forceinline__ T narrow(typename AccumulateOf<T>::type x) {
     return __float2bfloat16_rn(x);
 }
 
+/// Calls run<T>() for the element type at hand.
+template <typename Run>
+cudaError_t for_type(DType type, Run run) {
+  switch (type) {
+    case DType::float32:
+      return run.template operator()<float>();
+    case DType::float64:
+      return run.template operator()<double>();
+    case DType::float16:
+      return run.template operator()<__half>();
+    case DType::bfloat16:
+      return run.template operator()<__nv_bfloat16>();
+  }
+  return cudaErrorInvalidValue;
+}
+
 /// Sums value[i] over the warp, for all i together: lane l gets the sum of value[l / (32 / count)]. Each step halves
 /// the values, for a lane keeps one half and gives away the other; so 8 sums take 9 shuffles instead of 40.
 template <int count, int distance = 16, typename V, int capacity>

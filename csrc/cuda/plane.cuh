@@ -343,17 +343,7 @@ cudaError_t for_kernel_size(const PlaneSizes& p, Run run) {
 
 template <bool with_stride_2, typename Run>
 cudaError_t for_type_and_size(const PlaneSizes& p, Run run) {
-  switch (p.dtype) {
-    case DType::float32:
-      return for_kernel_size<float, with_stride_2>(p, run);
-    case DType::float64:
-      return for_kernel_size<double, with_stride_2>(p, run);
-    case DType::float16:
-      return for_kernel_size<__half, with_stride_2>(p, run);
-    case DType::bfloat16:
-      return for_kernel_size<__nv_bfloat16, with_stride_2>(p, run);
-  }
-  return cudaErrorInvalidValue;
+  return for_type(p.dtype, [&]<typename T>() { return for_kernel_size<T, with_stride_2>(p, run); });
 }
 
 template <template <typename> typename Op, bool with_stride_2, typename P>

@@ -212,13 +212,6 @@ __global__ void __launch_bounds__(warp_size* shape<T>.max_warps)
   }
 }
 
-template <typename T>
-cudaError_t launch(const ScanBackward& p, cudaStream_t stream) {
-  using Acc = typename AccumulateOf<T>::type;
-  const auto kernel = p.state == 1 ? scan_backward_kernel<T, true> : scan_backward_kernel<T, false>;
-  return launch_scan<Acc>(kernel, p, scan_backward_launch(p), 3, stream);
-}
-
 }  // namespace
 
 void scan_divide_backward(ScanBackward& p) {
@@ -231,17 +224,10 @@ size_t scan_backward_scratch_bytes(const ScanBackward& p) {
 }
 
 cudaError_t scan_backward(const ScanBackward& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case DType::float32:
-      return launch<float>(p, stream);
-    case DType::float64:
-      return launch<double>(p, stream);
-    case DType::float16:
-      return launch<__half>(p, stream);
-    case DType::bfloat16:
-      return launch<__nv_bfloat16>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return for_type(p.dtype, [&]<typename T>() {
+    const auto kernel = p.state == 1 ? scan_backward_kernel<T, true> : scan_backward_kernel<T, false>;
+    return launch_scan<typename AccumulateOf<T>::type>(kernel, p, scan_backward_launch(p), 3, stream);
+  });
 }
 
 }  // namespace mobilemamba::cuda

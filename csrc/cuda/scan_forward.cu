@@ -85,13 +85,6 @@ __global__ void __launch_bounds__(warp_size* shape<T>.max_warps)
   }
 }
 
-template <typename T>
-cudaError_t launch(const ScanForward& p, cudaStream_t stream) {
-  using Acc = typename AccumulateOf<T>::type;
-  const auto kernel = p.state == 1 ? scan_forward_kernel<T, true> : scan_forward_kernel<T, false>;
-  return launch_scan<Acc>(kernel, p, scan_forward_launch(p), 2, stream);
-}
-
 }  // namespace
 
 size_t scan_forward_scratch_bytes(const ScanForward& p) {
@@ -99,17 +92,10 @@ size_t scan_forward_scratch_bytes(const ScanForward& p) {
 }
 
 cudaError_t scan_forward(const ScanForward& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case DType::float32:
-      return launch<float>(p, stream);
-    case DType::float64:
-      return launch<double>(p, stream);
-    case DType::float16:
-      return launch<__half>(p, stream);
-    case DType::bfloat16:
-      return launch<__nv_bfloat16>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return for_type(p.dtype, [&]<typename T>() {
+    const auto kernel = p.state == 1 ? scan_forward_kernel<T, true> : scan_forward_kernel<T, false>;
+    return launch_scan<typename AccumulateOf<T>::type>(kernel, p, scan_forward_launch(p), 2, stream);
+  });
 }
 
 }  // namespace mobilemamba::cuda
