@@ -10,11 +10,11 @@ namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 /// Rows of a task: their inputs stay in the second cache, while the panels of the weight pass by.
 constexpr int64_t pointwise_task_rows = 96;
 
-/// Two numbers, over and over.
+/// Two numbers, over and over. As integers: 0 + x is an instruction where x is a floating-point number.
 MOBILEMAMBA_HOST_DEVICE Vec<float> repeat_pair(const float* from, bool second) {
-  typedef double Pairs __attribute__((vector_size(MOBILEMAMBA_CPU_VECTOR_BYTES)));
+  typedef int64_t Pairs __attribute__((vector_size(MOBILEMAMBA_CPU_VECTOR_BYTES)));
   const float pair[2] = {from[0], second ? from[1] : 0.0f};
-  double both;
+  int64_t both;
   __builtin_memcpy(&both, second ? from : pair, sizeof both);
   return Vec<float>((Vec<float>::Raw)(Pairs{} + both));
 }
@@ -42,6 +42,13 @@ MOBILEMAMBA_HOST_DEVICE void finish_pointwise(const PointwiseForward& p, Vec<flo
   if (p.activation == Activation::relu) sum = max(sum, Vec<float>(0.0f));
   if (p.residual) sum = sum + load(static_cast<const T*>(p.residual) + row * p.residual_row + n, count);
   store(static_cast<T*>(p.output) + row * p.output_row + n, sum, count);
+}
+
+/// The lines that finish_pointwise will read and write: rows are far apart, so the hardware sees no pattern in them.
+template <typename T>
+MOBILEMAMBA_HOST_DEVICE void prefetch_pointwise(const PointwiseForward& p, int64_t row, int64_t n) {
+  __builtin_prefetch(static_cast<T*>(p.output) + row * p.output_row + n, 1);
+  if (p.residual) __builtin_prefetch(static_cast<const T*>(p.residual) + row * p.residual_row + n);
 }
 
 template <typename T>
@@ -75,30 +82,34 @@ struct PointwiseKernel {
         input_row = 2 * p.pairs();
       }
       const T* weight = static_cast<const T*>(p.weight) + n * 2 * p.pairs();
-      for (int64_t row = first; row < last; row += most_rows)
+      for (int64_t row = first; row < last; row += most_rows) {
+        // each pass over the panel fetches a part of the next one
+        const int64_t pass = (row - first) / most_rows, lines = 2 * panel * sizeof(T) / 64;
+        const T* ahead = weight + (pass < lines ? 2 * p.pairs() * panel + pass * (64 / sizeof(T)) : 0);
         for (int64_t j = 0; j < min(panel, p.out_channels - n); j += step) {
           const float* from = input + (row - first) * input_row;
           const int count = static_cast<int>(min(step, p.out_channels - n - j));
           switch (min(most_rows, last - row)) {
             case 6:
-              tile<6>(p, from, input_row, weight + j * 2, row, n + j, count);
+              tile<6>(p, from, input_row, weight + j * 2, ahead, row, n + j, count);
               break;
             case 5:
-              tile<5>(p, from, input_row, weight + j * 2, row, n + j, count);
+              tile<5>(p, from, input_row, weight + j * 2, ahead, row, n + j, count);
               break;
             case 4:
-              tile<4>(p, from, input_row, weight + j * 2, row, n + j, count);
+              tile<4>(p, from, input_row, weight + j * 2, ahead, row, n + j, count);
               break;
             case 3:
-              tile<3>(p, from, input_row, weight + j * 2, row, n + j, count);
+              tile<3>(p, from, input_row, weight + j * 2, ahead, row, n + j, count);
               break;
             case 2:
-              tile<2>(p, from, input_row, weight + j * 2, row, n + j, count);
+              tile<2>(p, from, input_row, weight + j * 2, ahead, row, n + j, count);
               break;
             default:
-              tile<1>(p, from, input_row, weight + j * 2, row, n + j, count);
+              tile<1>(p, from, input_row, weight + j * 2, ahead, row, n + j, count);
           }
         }
+      }
     }
   }
 
@@ -115,14 +126,18 @@ struct PointwiseKernel {
   }
 
   template <int rows>
-  static void tile(const PointwiseForward& p, const float* input, int64_t input_row, const T* weight, int64_t row,
-                   int64_t n, int count) {
+  static void tile(const PointwiseForward& p, const float* input, int64_t input_row, const T* weight, const T* ahead,
+                   int64_t row, int64_t n, int count) {
     V sum[rows][vectors];
     for (int r = 0; r < rows; ++r)
       for (int v = 0; v < vectors; ++v)
         sum[r][v] = V(0.0f);
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < vectors / 2; ++v)
+        prefetch_pointwise<T>(p, row + r, n + v * V::size);
     const auto add_pair = [&](int64_t k, bool second) __attribute__((always_inline)) {
       V w[vectors];
+      __builtin_prefetch(ahead + k * panel);
       for (int v = 0; v < vectors; ++v)
         w[v] = load(weight + k * panel + v * V::size, V::size);
       for (int r = 0; r < rows; ++r) {
@@ -139,8 +154,13 @@ struct PointwiseKernel {
     for (int v = 0; v < vectors / 2; ++v) {
       const int from = v * V::size, left = static_cast<int>(min(V::size, count - from));
       if (left <= 0) break;
-      for (int r = 0; r < rows; ++r)
-        finish_pointwise<T>(p, add_neighbours(sum[r][2 * v], sum[r][2 * v + 1]), row + r, n + from, left);
+      for (int r = 0; r < rows; ++r) {
+        const V outputs = add_neighbours(sum[r][2 * v], sum[r][2 * v + 1]);
+        if (left == V::size)  // at compile time: whole vectors cost nothing
+          finish_pointwise<T>(p, outputs, row + r, n + from, V::size);
+        else
+          finish_pointwise<T>(p, outputs, row + r, n + from, left);
+      }
     }
   }
 };
