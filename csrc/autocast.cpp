@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "mobilemamba.h"
+#include "ops/mrffi.h"
 
 namespace mobilemamba::autocast {
 namespace {
@@ -61,9 +62,19 @@ Tensor packed_conv(const Tensor& input, const Tensor& weight, const Tensor& bias
                        kernel_size, stride, activation);
 }
 
+template <c10::DeviceType device, c10::DispatchKey key>
+Tensor mixer(const Tensor& input, const std::optional<Tensor>& residual, at::TensorList weights, double eps) {
+  const c10::impl::ExcludeDispatchKeyGuard below(key);
+  std::vector<Tensor> cast_weights;
+  for (size_t i = 0; i < weights.size(); ++i)
+    cast_weights.push_back(MrffiWeights::is_matrix(i) ? cast<device>(weights[i]) : parameter<device>(weights[i]));
+  return mrffi(cast<device>(input), cast<device>(residual), cast_weights, eps);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mobilemamba, AutocastCPU, m) {
+  m.impl("mrffi", mixer<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("bidirectional_scan", scan<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("haar_conv2d", haar<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("depthwise_conv2d", depthwise<at::kCPU, c10::DispatchKey::AutocastCPU>);
@@ -71,6 +82,7 @@ TORCH_LIBRARY_IMPL(mobilemamba, AutocastCPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(mobilemamba, AutocastCUDA, m) {
+  m.impl("mrffi", mixer<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("bidirectional_scan", scan<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("haar_conv2d", haar<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("depthwise_conv2d", depthwise<at::kCUDA, c10::DispatchKey::AutocastCUDA>);

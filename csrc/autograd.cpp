@@ -161,6 +161,52 @@ struct PackedConv : torch::autograd::Function<PackedConv> {
   }
 };
 
+struct Mrffi : torch::autograd::Function<Mrffi> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const std::optional<Tensor>& residual,
+                        at::TensorList weights, double eps) {
+    variable_list saved = {input};
+    saved.insert(saved.end(), weights.begin(), weights.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["has_residual"] = residual.has_value();
+    ctx->saved_data["eps"] = eps;
+    return below_autograd(mrffi, input, residual, weights, eps);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::TensorList weights = at::TensorList(saved).slice(1);
+    auto [grad_input, grad_weights] = mrffi_backward(grads[0], saved[0], weights, ctx->saved_data["eps"].toDouble());
+    variable_list result = {grad_input, ctx->saved_data["has_residual"].toBool() ? grads[0] : Tensor()};
+    result.insert(result.end(), grad_weights.begin(), grad_weights.end());
+    result.emplace_back();
+    return result;
+  }
+};
+
+struct MrffiBackward : torch::autograd::Function<MrffiBackward> {
+  static variable_list forward(AutogradContext*, const Tensor& grad_output, const Tensor& input, at::TensorList weights,
+                               double eps) {
+    auto [grad_input, grad_weights] = below_autograd(mrffi_backward, grad_output, input, weights, eps);
+    variable_list result = {grad_input};
+    result.insert(result.end(), grad_weights.begin(), grad_weights.end());
+    return result;
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "mrffi: second derivatives are not available, only the first");
+  }
+};
+
+Tensor mixer(const Tensor& input, const std::optional<Tensor>& residual, at::TensorList weights, double eps) {
+  return Mrffi::apply(input, residual, weights, eps);
+}
+
+std::tuple<Tensor, std::vector<Tensor>> mixer_backward(const Tensor& grad_output, const Tensor& input,
+                                                       at::TensorList weights, double eps) {
+  const variable_list g = MrffiBackward::apply(grad_output, input, weights, eps);
+  return {g[0], {g.begin() + 1, g.end()}};
+}
+
 Tensor scan(const Tensor& u, const Tensor& delta, const Tensor& A_log, const Tensor& B, const Tensor& C,
             const Tensor& D, const Tensor& dt_weight, const Tensor& dt_bias) {
   return Scan::apply(u, delta, A_log, B, C, D, dt_weight, dt_bias);
@@ -201,6 +247,8 @@ Tensor packed_conv(const Tensor& input, const Tensor& weight, const Tensor& bias
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mobilemamba, Autograd, m) {
+  m.impl("mrffi", mixer);
+  m.impl("mrffi_backward", mixer_backward);
   m.impl("bidirectional_scan", scan);
   m.impl("bidirectional_scan_backward", scan_backward);
   m.impl("haar_conv2d", haar);

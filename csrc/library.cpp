@@ -26,6 +26,12 @@ TORCH_LIBRARY(mobilemamba, m) {
       "int stride=1, str activation=\"none\") -> Tensor",
       tags);
   m.def("pack_conv2d_weight(Tensor weight) -> Tensor", tags);
+  // weights: MrffiWeights' members in order (ops/mrffi.h, mobilemamba/ops.py)
+  m.def("mrffi(Tensor input, Tensor? residual, Tensor[] weights, float eps=1e-5) -> Tensor", tags);
+  m.def(
+      "mrffi_backward(Tensor grad_output, Tensor input, Tensor[] weights, float eps) -> (Tensor grad_input, "
+      "Tensor[] grad_weights)",
+      tags);
   // the instruction set that the CPU kernels were chosen for: generic, avx2 or avx512
   m.def("cpu_kernels() -> str");
 }

@@ -4,6 +4,7 @@
 #include "ops/bidirectional_scan.h"
 #include "ops/depthwise_conv2d.h"
 #include "ops/haar_conv2d.h"
+#include "ops/mrffi.h"
 #include "ops/packed_conv2d.h"
 
 namespace mobilemamba::meta {
@@ -56,9 +57,25 @@ at::Tensor packed_conv(const at::Tensor& input, const at::Tensor& weight, const 
   return arguments.output();
 }
 
+at::Tensor mixer(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
+                 double eps) {
+  const MrffiArguments arguments{input, weights, eps};
+  arguments.check(residual);
+  return arguments.output();
+}
+
+MrffiGradients mixer_backward(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights,
+                              double eps) {
+  const MrffiArguments arguments{input, weights, eps};
+  arguments.check_backward(grad_output);
+  return arguments.gradients();
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mobilemamba, Meta, m) {
+  m.impl("mrffi", mixer);
+  m.impl("mrffi_backward", mixer_backward);
   m.impl("bidirectional_scan", scan);
   m.impl("bidirectional_scan_backward", scan_backward);
   m.impl("haar_conv2d", haar);

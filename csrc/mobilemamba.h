@@ -61,4 +61,14 @@ MOBILEMAMBA_API at::Tensor packed_conv2d(const at::Tensor& input, const at::Tens
 /// The packed form of a weight (out, in, k, k).
 MOBILEMAMBA_API at::Tensor pack_conv2d_weight(const at::Tensor& weight);
 
+/// MobileMamba's mixer with BatchNorm folded, and `residual` added where given; see mobilemamba/ops.py for the formula
+/// and the order of the weights. input (B, C, H, W). Returns (B, C, H, W), channels-last in memory.
+MOBILEMAMBA_API at::Tensor mrffi(const at::Tensor& input, const std::optional<at::Tensor>& residual,
+                                 at::TensorList weights, double eps = 1e-5);
+
+/// The gradients of mrffi's input and weights. The gradient of its residual is grad_output.
+MOBILEMAMBA_API std::tuple<at::Tensor, std::vector<at::Tensor>> mrffi_backward(const at::Tensor& grad_output,
+                                                                               const at::Tensor& input,
+                                                                               at::TensorList weights, double eps);
+
 }  // namespace mobilemamba

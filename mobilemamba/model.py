@@ -18,7 +18,7 @@ from .layers import (
     ResidualDepthwise,
     fold_batchnorm,
 )
-from .mrffi import MRFFI
+from .mrffi import MRFFI, FoldedMRFFI
 
 __all__ = ["MobileMamba"]
 
@@ -284,6 +284,6 @@ class MobileMamba(nn.Module):
         fused = fold_batchnorm(copy.deepcopy(self).eval())
         fused.distillation = False
         for module in fused.modules():
-            if isinstance(module, DenseConv2d) and module.weight.device.type == "cpu":
+            if isinstance(module, DenseConv2d | FoldedMRFFI) and next(module.parameters()).device.type == "cpu":
                 module.pack()
         return fused.requires_grad_(False)

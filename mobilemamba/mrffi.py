@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import ConvNorm
-from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d
+from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d, mrffi, pack_conv2d_weight
 
 __all__ = ["MRFFI", "SS2D", "HaarConv2d", "MultiKernelDepthwise", "WaveletMamba", "split_channels"]
 
@@ -115,6 +115,10 @@ class WaveletMamba(nn.Module):
         return self
 
 
+# after folding: where in a group bias, scale and shift are
+FOLDED_GROUP = ((0, "bias"), (2, "weight"), (2, "bias"))
+
+
 class MultiKernelDepthwise(nn.Module):
     """The local part (MK-DeConv): channel groups, each with a depthwise kernel of its own size.
 
@@ -145,12 +149,17 @@ class MultiKernelDepthwise(nn.Module):
             parts[i] = group(parts[i])
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def fold(self) -> nn.Module:
-        for group in self.groups:
-            if len(group) == 3:  # the ReLU goes into the convolution's operator
-                group[0].activation = "relu"
-                del group[1]
-        return self
+    def folded(self, like: Tensor) -> list[nn.Parameter]:
+        """Of folded groups: kernels, biases, scales and shifts, for all channels together.
+
+        A smaller kernel in the middle of zeros is the same convolution, so all get the size of the largest.
+        """
+        if len(self.groups) == 0:
+            return _parameters(like.new_empty(0, 1, 1, 1), *(like.new_empty(0) for _ in range(3)))
+        size = max(group[0].weight.size(3) for group in self.groups)
+        kernels = [F.pad(group[0].weight, [(size - group[0].weight.size(3)) // 2] * 4) for group in self.groups]
+        biases, scales, shifts = ([getattr(group[i], name) for group in self.groups] for i, name in FOLDED_GROUP)
+        return _parameters(torch.cat(kernels), torch.cat(biases), torch.cat(scales), torch.cat(shifts))
 
 
 class MRFFI(nn.Module):
@@ -190,3 +199,66 @@ class MRFFI(nn.Module):
         x_global, x_local, x_identity = x.split(self.split, dim=1)
         mixed = torch.cat([self.global_part(x_global), self.local_part(x_local), x_identity], dim=1)
         return self.proj(mixed.relu_(), residual)
+
+    def fold(self) -> nn.Module:
+        return FoldedMRFFI(self)
+
+
+class FoldedMRFFI(nn.Module):
+    """An :class:`MRFFI` whose parts are folded, as one operator. ``(B, C, H, W) -> (B, C, H, W)``."""
+
+    matrices = ("in_weight", "x_weight", "out_weight", "proj_weight")
+
+    @torch.no_grad()
+    def __init__(self, block: MRFFI) -> None:
+        super().__init__()
+        ss2d, wavelet, proj = block.global_part.ss2d, block.global_part.wavelet, block.proj
+        self.eps, self.packed = ss2d.norm.eps, False
+        self.in_weight, self.in_bias = _parameters(ss2d.in_proj.weight.flatten(1), ss2d.in_proj.bias)
+        self.conv_weight, self.conv_bias = _parameters(ss2d.conv.weight, ss2d.conv.bias)
+        self.x_weight, self.dt_weight, self.dt_bias = _parameters(ss2d.x_proj.flatten(0, 1), ss2d.dt_weight, ss2d.dt_bias)
+        self.A_log, self.D = ss2d.A_log, ss2d.D
+        self.norm_weight, self.norm_bias = ss2d.norm.weight, ss2d.norm.bias
+        self.out_weight, self.out_bias = _parameters(ss2d.out_proj.weight.flatten(1), ss2d.out_proj.bias)
+        (self.wavelet_weight,) = _parameters(wavelet.weight.unflatten(0, (-1, 4)).squeeze(2))
+        self.local_weight, self.local_bias, self.local_scale, self.local_shift = block.local_part.folded(
+            ss2d.conv.weight
+        )
+        self.proj_weight, self.proj_bias = _parameters(proj.weight.flatten(1), proj.bias)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        if not self.packed:
+            for name in self.matrices:
+                weight = getattr(self, name)[:, :, None, None]
+                setattr(self, name, nn.Parameter(pack_conv2d_weight(weight), weight.requires_grad))
+            self.packed = True
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        weights = [
+            self.in_weight,
+            self.in_bias,
+            self.conv_weight,
+            self.conv_bias,
+            self.x_weight,
+            self.dt_weight,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm_weight,
+            self.norm_bias,
+            self.out_weight,
+            self.out_bias,
+            self.wavelet_weight,
+            self.local_weight,
+            self.local_bias,
+            self.local_scale,
+            self.local_shift,
+            self.proj_weight,
+            self.proj_bias,
+        ]
+        return mrffi(x, residual, weights, self.eps)
+
+
+def _parameters(*tensors: Tensor) -> list[nn.Parameter]:
+    return [nn.Parameter(tensor.detach().clone()) for tensor in tensors]

@@ -147,7 +147,7 @@ def packed_conv2d(
 ) -> Tensor:
     """Convolution with what usually follows it: ``activation(conv(input) + bias) + residual``.
 
-    With zero padding of ``kernel_size // 2`` on every side, and a weight that lies in memory as the CPU kernel reads it.
+    With zero padding of ``kernel_size // 2`` on every side, and a weight that lies as the CPU kernel reads it.
 
     Args:
         input: ``(batch, in_channels, height, width)``; float16, bfloat16, float32 or float64, any strides.
@@ -169,3 +169,44 @@ def packed_conv2d(
             and what was expected.
     """
     return torch.ops.mobilemamba.packed_conv2d(input, weight, bias, residual, kernel_size, stride, activation)
+
+
+def mrffi(input: Tensor, residual: Tensor | None, weights: list[Tensor], eps: float = 1e-5) -> Tensor:
+    """MRFFI, MobileMamba's mixer, with BatchNorm folded: one operator for all its parts.
+
+    The channels of ``input`` are divided into global (G), local (P) and identity parts::
+
+        u, z = (in_weight @ x_G + in_bias).split(D)
+        u = silu(conv(u, conv_weight) + conv_bias)
+        delta, B, C = x_weight @ u                       # for each direction R, N and N rows
+        y = LayerNorm(bidirectional_scan(u, delta, A_log, B, C, D, dt_weight, dt_bias)) * silu(z)
+        g = out_weight @ y + out_bias + haar_conv2d(x_G, wavelet_weight)
+        l = local_scale * relu(conv(x_P, local_weight) + local_bias) + local_shift
+        output = proj_weight @ relu(concat(g, l, x_I)) + proj_bias + residual
+
+    Args:
+        input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides, channels-last
+            is the fast layout.
+        residual: added last; of the shape and dtype of ``input``.
+        weights: in this order, with inner width D, rank R and state size N: ``in_weight (2D, G)``, ``in_bias (2D,)``,
+            ``conv_weight (D, 1, k, k)``, ``conv_bias (D,)``, ``x_weight (2 * (R + 2N), D)``, ``dt_weight (2, D, R)``,
+            ``dt_bias (2, D)``, ``A_log (2, D, N)``, ``D (2, D)``, ``norm_weight (D,)``, ``norm_bias (D,)``,
+            ``out_weight (G, D)``, ``out_bias (G,)``, ``wavelet_weight (G, 4, k, k)``, ``local_weight (P, 1, k, k)``,
+            ``local_bias (P,)``, ``local_scale (P,)``, ``local_shift (P,)``, ``proj_weight (channels, channels)``,
+            ``proj_bias (channels,)``. The four matrices have the dtype of ``input`` and may also be packed (by
+            :func:`pack_conv2d_weight`, as kernels of size 1); the others may be float32 beside a float16 or bfloat16
+            ``input``.
+        eps: of the LayerNorm.
+
+    Returns:
+        ``(batch, channels, height, width)`` in the dtype of ``input``, channels-last in memory. Differentiable once, in
+        reverse mode, in every tensor; deterministic. The backward pass computes the parts again, so that nothing but
+        the arguments is kept for it.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
+            expected.
+
+    Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
+    """
+    return torch.ops.mobilemamba.mrffi(input, residual, weights, eps)

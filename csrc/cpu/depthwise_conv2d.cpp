@@ -5,12 +5,11 @@
 
 #include <algorithm>
 
+#include "cpu/backends.h"
 #include "cpu/run.h"
 
 namespace mobilemamba::cpu {
-namespace {
-
-constexpr DepthwiseBackend backend = {
+constinit const DepthwiseBackend depthwise = {
     .forward = [](const DepthwiseForward& p) { run(kernels().depthwise_forward, p); },
     .backward_input = [](const DepthwiseBackwardInput& p) { run(kernels().depthwise_backward_input, p); },
     // where there are few channels, parts of the batch keep the threads busy
@@ -20,14 +19,16 @@ constexpr DepthwiseBackend backend = {
     .backward_weight = [](const DepthwiseBackwardWeight& p) { run(kernels().depthwise_backward_weight, p); },
 };
 
+namespace {
+
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                    const std::optional<at::Tensor>& residual, int64_t stride, std::string_view activation) {
-  return backend.depthwise_conv2d({input, weight, bias, stride, activation}, residual);
+  return depthwise.depthwise_conv2d({input, weight, bias, stride, activation}, residual);
 }
 
 DepthwiseGradients backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, int64_t stride, std::string_view activation) {
-  return backend.depthwise_conv2d_backward(grad_output, {input, weight, bias, stride, activation});
+  return depthwise.depthwise_conv2d_backward(grad_output, {input, weight, bias, stride, activation});
 }
 
 }  // namespace

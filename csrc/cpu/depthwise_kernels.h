@@ -178,7 +178,7 @@ struct DepthwiseForwardKernel {
   /// The epilogue, one step after the other: the row is near, and a loop of one purpose is quick.
   __attribute__((always_inline)) static void write_row(const DepthwiseForward& p, const DepthwiseTask& task, int64_t i,
                                                        int count, V* row) {
-    const int64_t width = p.out_width(), channels = p.channels;
+    const int64_t width = p.out_width();
     const Activation activation = p.activation;
     const auto line = [&](const Image& image) {
       return static_cast<const T*>(image.data) + task.batch * image.batch + i * image.row + task.channel;
@@ -196,8 +196,14 @@ struct DepthwiseForwardKernel {
       for (int64_t j = 0; j < width; ++j)
         row[j] = row[j] + load(from + j * p.residual.column, count);
     }
-    T* out = static_cast<T*>(p.output) + (task.batch * p.out_height() + i) * width * channels + task.channel;
-    for (int64_t j = 0; j < width; ++j, out += channels) {
+    if (p.scale) {
+      const V scale = load(static_cast<const Acc*>(p.scale) + task.channel, count);
+      const V shift = load(static_cast<const Acc*>(p.shift) + task.channel, count);
+      for (int64_t j = 0; j < width; ++j)
+        row[j] = max(scale * row[j] + shift, V(Acc(0)));
+    }
+    T* out = static_cast<T*>(p.output) + (task.batch * p.out_height() + i) * width * p.output_column + task.channel;
+    for (int64_t j = 0; j < width; ++j, out += p.output_column) {
       store(out, row[j], count);
       __builtin_prefetch(next_line(out), 1, 2);
     }

@@ -3,23 +3,24 @@
 
 #include <torch/library.h>
 
+#include "cpu/backends.h"
 #include "cpu/run.h"
 
 namespace mobilemamba::cpu {
-namespace {
-
-constexpr HaarBackend backend = {
+constinit const HaarBackend haar = {
     .forward = [](const HaarForward& p) { run(kernels().haar_forward, p); },
     .backward_weight_slabs = [](const HaarSizes&) -> int64_t { return 1; },
     .backward_weight = [](const HaarBackwardWeight& p) { run(kernels().haar_backward_weight, p); },
 };
 
+namespace {
+
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight) {
-  return backend.haar_conv2d(input, weight);
+  return haar.haar_conv2d(input, weight);
 }
 
 at::Tensor backward_weight(const at::Tensor& grad_output, const at::Tensor& input, int64_t kernel_size) {
-  return backend.haar_conv2d_backward_weight(grad_output, input, kernel_size);
+  return haar.haar_conv2d_backward_weight(grad_output, input, kernel_size);
 }
 
 }  // namespace

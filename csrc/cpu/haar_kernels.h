@@ -96,16 +96,16 @@ struct HaarForwardKernel {
 
   __attribute__((always_inline)) static void write_row(const HaarForward& p, int64_t batch, int64_t i, int64_t c,
                                                        int count, const V* row) {
-    const int64_t columns = ceil_div(p.band_width(), tile) * tile, line = p.width * p.channels;
+    const int64_t columns = ceil_div(p.band_width(), tile) * tile, line = p.width * p.output_column;
     T* out = static_cast<T*>(p.output) + (batch * p.height + 2 * i) * line + c;
     const bool below = 2 * i + 1 < p.height;
-    for (int64_t j = 0; j < p.band_width(); ++j, out += 2 * p.channels) {
+    for (int64_t j = 0; j < p.band_width(); ++j, out += 2 * p.output_column) {
       const bool right = 2 * j + 1 < p.width;
       const HaarBands<V> pixels = haar(row[j], row[columns + j], row[2 * columns + j], row[3 * columns + j]);
       store(out, pixels.band[0], count);
-      if (right) store(out + p.channels, pixels.band[1], count);
+      if (right) store(out + p.output_column, pixels.band[1], count);
       if (below) store(out + line, pixels.band[2], count);
-      if (right && below) store(out + line + p.channels, pixels.band[3], count);
+      if (right && below) store(out + line + p.output_column, pixels.band[3], count);
     }
   }
 };

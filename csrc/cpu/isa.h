@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/depthwise_kernels.h"
+#include "cpu/gate_kernels.h"
 #include "cpu/haar_kernels.h"
 #include "cpu/kernels.h"
 #include "cpu/packed_conv_kernels.h"
@@ -45,6 +46,7 @@ constinit const Kernels kernels = {
     table_entry<DepthwiseForwardKernel, DepthwiseForward>(),
     table_entry<DepthwiseBackwardInputKernel, DepthwiseBackwardInput>(),
     table_entry<DepthwiseBackwardWeightKernel, DepthwiseBackwardWeight>(),
+    table_entry<GateForwardKernel, GateForward>(),
     {PackedConvKernel<float>::Task::count, packed_conv_scratch_bytes, run_packed_conv},
     {PackedConvKernel<float>::Task::count, packed_conv_scratch_bytes, run_packed_conv},
 };

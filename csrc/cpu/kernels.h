@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/depthwise.h"
+#include "kernels/gate.h"
 #include "kernels/haar.h"
 #include "kernels/packed_conv.h"
 #include "kernels/scan.h"
@@ -33,6 +34,7 @@ struct Kernels {
   Kernel<DepthwiseForward> depthwise_forward;
   Kernel<DepthwiseBackwardInput> depthwise_backward_input;
   Kernel<DepthwiseBackwardWeight> depthwise_backward_weight;
+  Kernel<GateForward> gate_forward;
   Kernel<PackedConvForward> packed_conv;
   Kernel<PackedConvForward> packed_conv_bfloat16;
 };

@@ -3,9 +3,15 @@
 
 #include <torch/library.h>
 
+#include "cpu/backends.h"
 #include "cpu/run.h"
 
 namespace mobilemamba::cpu {
+
+void run_packed_conv(const PackedConvForward& p) {
+  run(p.dtype == DType::bfloat16 ? kernels().packed_conv_bfloat16 : kernels().packed_conv, p);
+}
+
 namespace {
 
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
@@ -13,9 +19,7 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const at::
                    std::string_view activation) {
   const PackedConvArguments arguments{input, weight, bias, residual, kernel_size, stride, activation};
   if (input.scalar_type() == at::kDouble) return arguments.with_torch();
-  return arguments.with([](const PackedConvForward& p) {
-    run(p.dtype == DType::bfloat16 ? kernels().packed_conv_bfloat16 : kernels().packed_conv, p);
-  });
+  return arguments.with(run_packed_conv);
 }
 
 }  // namespace

@@ -3,13 +3,12 @@
 
 #include <torch/library.h>
 
+#include "cuda/backends.h"
 #include "cuda/kernels.h"
 #include "cuda/run.h"
 
 namespace mobilemamba::cuda {
-namespace {
-
-constexpr ScanBackend backend = {
+constinit const ScanBackend scan = {
     .forward_scratch_bytes = scan_forward_scratch_bytes,
     .forward = [](const ScanForward& p) { check_launch(scan_forward(p, c10::cuda::getCurrentCUDAStream())); },
     .divide_backward = scan_divide_backward,
@@ -17,17 +16,19 @@ constexpr ScanBackend backend = {
     .backward = [](const ScanBackward& p) { check_launch(scan_backward(p, c10::cuda::getCurrentCUDAStream())); },
 };
 
+namespace {
+
 at::Tensor forward(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log, const at::Tensor& B,
                    const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
   const DeviceOf device(u);
-  return backend.bidirectional_scan({u, delta, A_log, B, C, D, dt_weight, dt_bias});
+  return scan.bidirectional_scan({u, delta, A_log, B, C, D, dt_weight, dt_bias});
 }
 
 ScanGradients backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log,
                        const at::Tensor& B, const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight,
                        const at::Tensor& dt_bias) {
   const DeviceOf device(u);
-  return backend.bidirectional_scan_backward(grad_y, {u, delta, A_log, B, C, D, dt_weight, dt_bias});
+  return scan.bidirectional_scan_backward(grad_y, {u, delta, A_log, B, C, D, dt_weight, dt_bias});
 }
 
 }  // namespace

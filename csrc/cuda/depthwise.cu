@@ -32,7 +32,10 @@ struct DepthwiseOp {
       value = at(p.grad_output) * activate_derivative(p.activation, value);
     else
       value = activate(p.activation, value) + (p.residual.data ? at(p.residual) : Acc(0));
-    static_cast<T*>(p.output)[((batch * p.out_height() + y) * p.out_width() + x) * p.channels + channel] =
+    if (p.scale)
+      value =
+          max(static_cast<const Acc*>(p.scale)[channel] * value + static_cast<const Acc*>(p.shift)[channel], Acc(0));
+    static_cast<T*>(p.output)[((batch * p.out_height() + y) * p.out_width() + x) * p.output_column + channel] =
         narrow<T>(value);
   }
 };

@@ -3,13 +3,12 @@
 
 #include <torch/library.h>
 
+#include "cuda/backends.h"
 #include "cuda/kernels.h"
 #include "cuda/run.h"
 
 namespace mobilemamba::cuda {
-namespace {
-
-constexpr DepthwiseBackend backend = {
+constinit const DepthwiseBackend depthwise = {
     .forward =
         [](const DepthwiseForward& p) {
           check_launch(depthwise_forward(p, shared_limit(), c10::cuda::getCurrentCUDAStream()));
@@ -25,16 +24,18 @@ constexpr DepthwiseBackend backend = {
         },
 };
 
+namespace {
+
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                    const std::optional<at::Tensor>& residual, int64_t stride, std::string_view activation) {
   const DeviceOf device(input);
-  return backend.depthwise_conv2d({input, weight, bias, stride, activation}, residual);
+  return depthwise.depthwise_conv2d({input, weight, bias, stride, activation}, residual);
 }
 
 DepthwiseGradients backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, int64_t stride, std::string_view activation) {
   const DeviceOf device(input);
-  return backend.depthwise_conv2d_backward(grad_output, {input, weight, bias, stride, activation});
+  return depthwise.depthwise_conv2d_backward(grad_output, {input, weight, bias, stride, activation});
 }
 
 }  // namespace

@@ -24,11 +24,12 @@ struct HaarOp {
   __device__ static void store(const HaarForward& p, int64_t batch, int64_t channel, int64_t y, int64_t x,
                                const Acc (&band)[4]) {
     const HaarBands<Acc> pixels = haar(band[0], band[1], band[2], band[3]);
-    T* out = static_cast<T*>(p.output) + batch * p.height * p.width * p.channels + channel;
+    T* out = static_cast<T*>(p.output) + batch * p.height * p.width * p.output_column + channel;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t row = 2 * y + i / 2, column = 2 * x + i % 2;
-      if (row < p.height && column < p.width) out[(row * p.width + column) * p.channels] = narrow<T>(pixels.band[i]);
+      if (row < p.height && column < p.width)
+        out[(row * p.width + column) * p.output_column] = narrow<T>(pixels.band[i]);
     }
   }
 };

@@ -3,13 +3,12 @@
 
 #include <torch/library.h>
 
+#include "cuda/backends.h"
 #include "cuda/kernels.h"
 #include "cuda/run.h"
 
 namespace mobilemamba::cuda {
-namespace {
-
-constexpr HaarBackend backend = {
+constinit const HaarBackend haar = {
     .forward =
         [](const HaarForward& p) { check_launch(haar_forward(p, shared_limit(), c10::cuda::getCurrentCUDAStream())); },
     .backward_weight_slabs = [](const HaarSizes& p) { return haar_backward_weight_slabs(p, shared_limit()); },
@@ -19,14 +18,16 @@ constexpr HaarBackend backend = {
         },
 };
 
+namespace {
+
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight) {
   const DeviceOf device(input);
-  return backend.haar_conv2d(input, weight);
+  return haar.haar_conv2d(input, weight);
 }
 
 at::Tensor backward_weight(const at::Tensor& grad_output, const at::Tensor& input, int64_t kernel_size) {
   const DeviceOf device(input);
-  return backend.haar_conv2d_backward_weight(grad_output, input, kernel_size);
+  return haar.haar_conv2d_backward_weight(grad_output, input, kernel_size);
 }
 
 }  // namespace

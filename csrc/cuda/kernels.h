@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "kernels/depthwise.h"
+#include "kernels/gate.h"
 #include "kernels/haar.h"
 #include "kernels/scan.h"
 
@@ -28,5 +29,7 @@ cudaError_t depthwise_forward(const DepthwiseForward& p, size_t shared_limit, cu
 cudaError_t depthwise_backward_input(const DepthwiseBackwardInput& p, cudaStream_t stream);
 int64_t depthwise_backward_weight_slabs(const DepthwiseSizes& p, size_t shared_limit);
 cudaError_t depthwise_backward_weight(const DepthwiseBackwardWeight& p, size_t shared_limit, cudaStream_t stream);
+
+cudaError_t gate_forward(const GateForward& p, cudaStream_t stream);
 
 }  // namespace mobilemamba::cuda

@@ -21,15 +21,18 @@ struct DepthwiseSizes {
   MOBILEMAMBA_HOST_DEVICE int64_t out_width() const { return (width + stride - 1) / stride; }
 };
 
-/// output = activation(convolution + bias) + residual; or, where `grad_output` has data, the gradient of the loss by
-/// what the activation was applied to: output = grad_output * activation'(convolution + bias).
+/// output = activation(convolution + bias) + residual, and with a scale relu(scale * that + shift); or, where
+/// `grad_output` has data, the gradient of the loss by what the activation was applied to:
+/// output = grad_output * activation'(convolution + bias).
 struct DepthwiseForward : DepthwiseSizes {
   Activation activation;
   Image input;
   const void* weight;           // (k, k, C), in the type of sums like the bias
   const void* bias;             // (C), or null
   Image residual, grad_output;  // of the output's size; data may be null
-  void* output;                 // (B, H', W', C) contiguous
+  const void *scale, *shift;    // (C), in the type of sums; both or none
+  void* output;                 // (B, H', W', C)
+  int64_t output_column;        // elements from position to position
 };
 
 struct DepthwiseBackwardInput : DepthwiseSizes {

@@ -18,8 +18,9 @@ struct HaarSizes {
 
 struct HaarForward : HaarSizes {
   Image input;
-  const void* weight;  // (4, k, k, C), in the type of sums
-  void* output;        // (B, H, W, C) contiguous
+  const void* weight;     // (4, k, k, C), in the type of sums
+  void* output;           // (B, H, W, C)
+  int64_t output_column;  // elements from pixel to pixel
 };
 
 /// Gradient of the weight: correlation of the sub-bands of the output's gradient with those of the input. Partial

@@ -32,6 +32,13 @@ MOBILEMAMBA_HOST_DEVICE double abs(double x) {
   return ::fabs(x);
 }
 
+MOBILEMAMBA_HOST_DEVICE float sqrt(float x) {
+  return ::sqrtf(x);
+}
+MOBILEMAMBA_HOST_DEVICE double sqrt(double x) {
+  return ::sqrt(x);
+}
+
 /// The greater of the two; `a` where either is NaN.
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE T max(T a, T b) {

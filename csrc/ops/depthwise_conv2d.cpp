@@ -109,7 +109,7 @@ struct Inputs {
     sizes = {kernel_dtype(image.scalar_type()), image.size(0), image.size(1), height, width, a.weight.size(3), stride};
   }
 
-  DepthwiseForward forward(at::Tensor& output) const {
+  DepthwiseForward forward(void* output, int64_t output_column) const {
     return {sizes,
             activation,
             image_of(image),
@@ -117,7 +117,10 @@ struct Inputs {
             bias.defined() ? bias.const_data_ptr() : nullptr,
             {},
             {},
-            output.mutable_data_ptr()};
+            nullptr,
+            nullptr,
+            output,
+            output_column};
   }
 };
 
@@ -129,11 +132,22 @@ at::Tensor DepthwiseBackend::depthwise_conv2d(const DepthwiseArguments& argument
   at::Tensor output = arguments.output();
   if (output.numel() == 0) return output;
   const Inputs inputs(arguments);
-  DepthwiseForward p = inputs.forward(output);
+  DepthwiseForward p = inputs.forward(output.mutable_data_ptr(), output.size(1));
   const at::Tensor added = residual ? channels_contiguous(*residual) : at::Tensor();
   if (residual) p.residual = image_of(added);
   forward(p);
   return output;
+}
+
+void DepthwiseBackend::depthwise_conv2d_into(void* output, int64_t output_column, const DepthwiseArguments& arguments,
+                                             const at::Tensor& scale, const at::Tensor& shift) const {
+  const at::ScalarType type = accumulate_type(arguments.input.scalar_type());
+  const at::Tensor scales = scale.to(type).contiguous(), shifts = shift.to(type).contiguous();
+  const Inputs inputs(arguments);
+  DepthwiseForward p = inputs.forward(output, output_column);
+  p.scale = scales.const_data_ptr();
+  p.shift = shifts.const_data_ptr();
+  forward(p);
 }
 
 DepthwiseGradients DepthwiseBackend::depthwise_conv2d_backward(const at::Tensor& grad_output,
@@ -147,7 +161,7 @@ DepthwiseGradients DepthwiseBackend::depthwise_conv2d_backward(const at::Tensor&
   at::Tensor grad = channels_contiguous(grad_output);
   if (inputs.activation != Activation::none) {  // that of the convolution, which is computed once more
     at::Tensor before_activation = arguments.output();
-    DepthwiseForward p = inputs.forward(before_activation);
+    DepthwiseForward p = inputs.forward(before_activation.mutable_data_ptr(), sizes.channels);
     p.grad_output = image_of(grad);
     forward(p);
     grad = before_activation;
@@ -162,7 +176,10 @@ DepthwiseGradients DepthwiseBackend::depthwise_conv2d_backward(const at::Tensor&
              nullptr,
              {},
              {},
-             grad_input.mutable_data_ptr()});
+             nullptr,
+             nullptr,
+             grad_input.mutable_data_ptr(),
+             sizes.channels});
   } else {
     backward_input({sizes, image_of(grad), inputs.weight.const_data_ptr(), grad_input.mutable_data_ptr()});
   }

@@ -31,6 +31,10 @@ struct DepthwiseBackend {
   void (*backward_weight)(const DepthwiseBackwardWeight&);
 
   at::Tensor depthwise_conv2d(const DepthwiseArguments& arguments, const std::optional<at::Tensor>& residual) const;
+  /// relu(scale * activation(convolution + bias) + shift), written to `output`, whose positions are `output_column`
+  /// elements apart.
+  void depthwise_conv2d_into(void* output, int64_t output_column, const DepthwiseArguments& arguments,
+                             const at::Tensor& scale, const at::Tensor& shift) const;
   DepthwiseGradients depthwise_conv2d_backward(const at::Tensor& grad_output,
                                                const DepthwiseArguments& arguments) const;
 };

@@ -54,10 +54,9 @@ at::Tensor haar_grad_weight(const at::Tensor& input, int64_t kernel_size) {
 
 namespace {
 
-/// The weight as the kernels read it: (4, k, k, C) in the type of sums.
-at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType input_type) {
-  const int64_t channels = weight.size(0) / 4, k = weight.size(3);
-  return weight.to(accumulate_type(input_type)).reshape({channels, 4, k, k}).permute({1, 2, 3, 0}).contiguous();
+/// The weight (C, 4, k, k) as the kernels read it: (4, k, k, C) in the type of sums.
+at::Tensor packed_weight(const at::Tensor& bands, at::ScalarType input_type) {
+  return bands.to(accumulate_type(input_type)).permute({1, 2, 3, 0}).contiguous();
 }
 
 HaarSizes sizes_of(const at::Tensor& input, int64_t kernel) {
@@ -70,9 +69,15 @@ at::Tensor HaarBackend::haar_conv2d(const at::Tensor& input, const at::Tensor& w
   check_haar_conv2d(input, weight);
   at::Tensor output = haar_output(input);
   if (output.numel() == 0) return output;
-  const at::Tensor image = channels_contiguous(input), packed = packed_weight(weight, input.scalar_type());
-  forward({sizes_of(image, weight.size(3)), image_of(image), packed.const_data_ptr(), output.mutable_data_ptr()});
+  const int64_t k = weight.size(3);
+  haar_conv2d_into(output.mutable_data_ptr(), input.size(1), input, weight.reshape({-1, 4, k, k}));
   return output;
+}
+
+void HaarBackend::haar_conv2d_into(void* output, int64_t output_column, const at::Tensor& input,
+                                   const at::Tensor& bands) const {
+  const at::Tensor image = channels_contiguous(input), packed = packed_weight(bands, input.scalar_type());
+  forward({sizes_of(image, bands.size(3)), image_of(image), packed.const_data_ptr(), output, output_column});
 }
 
 at::Tensor HaarBackend::haar_conv2d_backward_weight(const at::Tensor& grad_output, const at::Tensor& input,

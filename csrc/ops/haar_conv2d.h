@@ -20,6 +20,8 @@ struct HaarBackend {
   void (*backward_weight)(const HaarBackwardWeight&);
 
   at::Tensor haar_conv2d(const at::Tensor& input, const at::Tensor& weight) const;
+  /// The same of a weight (C, 4, k, k), written to `output`, whose positions are `output_column` elements apart.
+  void haar_conv2d_into(void* output, int64_t output_column, const at::Tensor& input, const at::Tensor& bands) const;
   at::Tensor haar_conv2d_backward_weight(const at::Tensor& grad_output, const at::Tensor& input,
                                          int64_t kernel_size) const;
 };

@@ -1,0 +1,19 @@
+// The operators' tables of CPU kernels, for those that are composed of others.
+#pragma once
+
+#include "ops/bidirectional_scan.h"
+#include "ops/depthwise_conv2d.h"
+#include "ops/haar_conv2d.h"
+
+namespace mobilemamba {
+struct PackedConvForward;
+}
+
+namespace mobilemamba::cpu {
+
+extern const ScanBackend scan;
+extern const HaarBackend haar;
+extern const DepthwiseBackend depthwise;
+void run_packed_conv(const PackedConvForward& p);
+
+}  // namespace mobilemamba::cpu

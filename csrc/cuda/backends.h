@@ -1,0 +1,14 @@
+// The operators' tables of CUDA kernels, for those that are composed of others.
+#pragma once
+
+#include "ops/bidirectional_scan.h"
+#include "ops/depthwise_conv2d.h"
+#include "ops/haar_conv2d.h"
+
+namespace mobilemamba::cuda {
+
+extern const ScanBackend scan;
+extern const HaarBackend haar;
+extern const DepthwiseBackend depthwise;
+
+}  // namespace mobilemamba::cuda

@@ -1,0 +1,41 @@
+// The MRFFI block on CUDA. Its matrix products are torch's.
+#include "ops/mrffi.h"
+
+#include <torch/library.h>
+
+#include "cuda/backends.h"
+#include "cuda/kernels.h"
+#include "cuda/run.h"
+
+namespace mobilemamba::cuda {
+namespace {
+
+MrffiBackend backend() {
+  return {
+      .scan = scan,
+      .haar = haar,
+      .depthwise = depthwise,
+      .gate = [](const GateForward& p) { check_launch(gate_forward(p, c10::cuda::getCurrentCUDAStream())); },
+      .product = product_with_torch,
+  };
+}
+
+at::Tensor forward(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
+                   double eps) {
+  const DeviceOf device(input);
+  return backend().mrffi({input, weights, eps}, residual);
+}
+
+MrffiGradients backward(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights, double eps) {
+  const DeviceOf device(input);
+  return mrffi_backward_composed(grad_output, {input, weights, eps});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
+  m.impl("mrffi", forward);
+  m.impl("mrffi_backward", backward);
+}
+
+}  // namespace mobilemamba::cuda
