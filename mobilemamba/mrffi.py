@@ -216,7 +216,9 @@ class FoldedMRFFI(nn.Module):
         self.eps, self.packed = ss2d.norm.eps, False
         self.in_weight, self.in_bias = _parameters(ss2d.in_proj.weight.flatten(1), ss2d.in_proj.bias)
         self.conv_weight, self.conv_bias = _parameters(ss2d.conv.weight, ss2d.conv.bias)
-        self.x_weight, self.dt_weight, self.dt_bias = _parameters(ss2d.x_proj.flatten(0, 1), ss2d.dt_weight, ss2d.dt_bias)
+        self.x_weight, self.dt_weight, self.dt_bias = _parameters(
+            ss2d.x_proj.flatten(0, 1), ss2d.dt_weight, ss2d.dt_bias
+        )
         self.A_log, self.D = ss2d.A_log, ss2d.D
         self.norm_weight, self.norm_bias = ss2d.norm.weight, ss2d.norm.bias
         self.out_weight, self.out_bias = _parameters(ss2d.out_proj.weight.flatten(1), ss2d.out_proj.bias)
