@@ -7,11 +7,13 @@
 Prints a table of medians with their spread; ``--json FILE`` writes the same with versions and settings, ``--plot FILE``
 draws published top-1 against measured images/s. ``--profile`` prints where a fused model's time goes instead.
 
-In each round every contestant has one turn of one call, after the others have used the caches, as in a program that
-does other things as well. The peers (peers.py) are timm's, each at its own resolution, with BatchNorm fused where timm
-does it, channels last, which was the faster layout of every one of them; eager, and under torch.compile: on the CPU
-with inductor's freezing, which folds BatchNorm for the others too, on CUDA in the mode max-autotune, with CUDA graphs.
-16-bit types are the type of weights and images, but autocast's for the plain rendition and in training.
+In each round every contestant has a turn: one call, after the others have used the caches, as in a program that does
+other things as well; or with ``--turn N`` one that is not timed and N that are, as in a program that does nothing else.
+At batch 1 that makes a difference of several ms. The peers (peers.py) are timm's, each at its own resolution, with
+BatchNorm fused where timm does it, channels last, which was the faster layout of every one of them; eager, and under
+torch.compile: on the CPU with inductor's freezing, which folds BatchNorm for the others too, on CUDA in the mode
+max-autotune, with CUDA graphs. 16-bit types are the type of weights and images, but autocast's for the plain rendition
+and in training.
 
 MACs are torch's flop counter's, halved. Peak MiB is what the tensors take that one call allocates, weights not
 included: on the CPU as torch's allocator tells the profiler, where libraries' own buffers do not show. On CUDA every
@@ -195,17 +197,20 @@ def graph_of(call: Call) -> Call:
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-def measure(calls: dict[str, Call], rounds: int, wait: Call) -> dict[str, list[float]]:
-    """Milliseconds per call, for each contestant a list with one figure per round; they take turns."""
+def measure(calls: dict[str, Call], rounds: int, turn: int, wait: Call) -> dict[str, list[float]]:
+    """Milliseconds per call, for each contestant a list with ``turn`` figures per round; they take turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 2):  # two rounds to warm up
         for name, call in calls.items():
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            if i >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
+            if turn > 1:
+                call()  # brings weights and code back into the caches
+            for _ in range(turn):
+                wait()
+                start = time.perf_counter()
+                call()
+                wait()
+                if i >= 2:
+                    times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
 
@@ -244,14 +249,16 @@ COLUMNS = ["batch", "dtype", "model", "pixels", "top-1 (distilled)", "MMACs"]
 COLUMNS += ["ms, median", "min to max", "images/s", "against plain", "peak MiB"]
 
 
-def compare(makers: dict[str, Iterator[Contestant]], setting: Setting, rounds: int, report: common.Report) -> None:
+def compare(
+    makers: dict[str, Iterator[Contestant]], setting: Setting, rounds: int, turn: int, report: common.Report
+) -> None:
     label = [str(setting.batch), str(setting.dtype).removeprefix("torch.")]
     on_cuda = setting.device.type == "cuda"
     torch.compiler.reset()  # what earlier cases compiled
     contestants = ready(makers, report, label)
     try:
         calls = {contestant.name: contestant.call for contestant in contestants}
-        times = measure(calls, rounds, torch.cuda.synchronize if on_cuda else lambda: None)
+        times = measure(calls, rounds, turn, torch.cuda.synchronize if on_cuda else lambda: None)
         # graphs hold their memory throughout
         eager = [name for name in calls if not (on_cuda and ("graph" in name or "compiled" in name))]
         peaks = {name: peak_mebibytes(calls[name], setting.device) for name in eager}
@@ -294,6 +301,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compile", default="peers", choices=["none", "peers", "all"], help="(default: peers)")
     parser.add_argument("--train", type=int, nargs="+", default=[], metavar="BATCH", help="training steps as well")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--turn", type=int, default=1, help="calls timed in a turn (default: 1, on cold caches)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--limit", type=float, help="seconds after which the remaining cases are left out")
     parser.add_argument("--json", type=Path)
@@ -311,7 +319,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     torch.set_default_device(args.device)
-    settings = {"model": " ".join(args.model), **common.setting(args.device)}
+    settings = {"model": " ".join(args.model), "calls in a turn": args.turn, **common.setting(args.device)}
     dtypes = [getattr(torch, name) for name in args.dtype]
     if args.profile:
         raise SystemExit(profile(args, settings, dtypes))
@@ -328,12 +336,13 @@ def main() -> None:
         makers = {name: our_contestants(name, setting) for name in args.model}
         base = f"plain PyTorch {args.model[0]}"
         makers |= {name: peer_contestants(name, setting, base) for name in rivals}
-        compare(makers, setting, args.rounds, report)
+        compare(makers, setting, args.rounds, args.turn, report)
     for batch, dtype in itertools.product(args.train, dtypes):
         if report.time_is_up():
             continue
         setting = Setting(args.device, batch, dtype, "none")
-        compare({name: training_contestants(name, setting) for name in args.model}, setting, args.rounds, report)
+        makers = {name: training_contestants(name, setting) for name in args.model}
+        compare(makers, setting, args.rounds, args.turn, report)
     if args.plot:
         plot.draw(report.results, settings, args.plot)
     raise SystemExit(report.close())

@@ -97,27 +97,36 @@ def depthwise_case(size: str, channels: int, side: int, kernel: int, stride: int
     return Case(name, f"{channels} x {size}", draw, forward, backward, plain)
 
 
-def pointwise_case(size: str, inputs: int, outputs: int, side: int, activation: str, with_residual: bool) -> Case:
-    """As a fused model has it on the CPU: weights are of the images' type."""
+def packed_case(size: str, inputs: int, outputs: int, side: int, kernel: int, stride: int, options: str) -> Case:
+    """As a fused model has it on the CPU, with "relu", "residual" or neither: weights are of the images' type."""
+    activation = "relu" if options == "relu" else "none"
+
+    def draw_weight() -> Tensor:
+        return torch.randn(outputs, inputs, kernel, kernel) / (inputs * kernel**2) ** 0.5
 
     def draw(batch: int, dtype: torch.dtype) -> list[Tensor]:
-        weight = ops.pack_pointwise_weight((torch.randn(outputs, inputs) / inputs**0.5).to(dtype))
+        weight = ops.pack_conv2d_weight(draw_weight().to(dtype))
         arguments = [image(batch, inputs, side, dtype), weight, torch.randn(outputs)]
-        return [*arguments, image(batch, outputs, side, dtype)] if with_residual else arguments
+        return [*arguments, image(batch, outputs, side, dtype)] if options == "residual" else arguments
 
-    def unpacked(arguments: list[Tensor]) -> list[Tensor]:
-        x, packed, *others = arguments
-        weight = packed.transpose(1, 2).reshape(-1, 2 * packed.shape[1])[:outputs, :inputs].contiguous()
-        return [x, weight, *others]
+    def for_plain(arguments: list[Tensor]) -> list[Tensor]:
+        x, _packed, *others = arguments
+        weight = draw_weight()
+        return [x, weight.flatten(1) if kernel == 1 else weight.contiguous(memory_format=torch.channels_last), *others]
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        if kernel == 1:
+            y = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        else:
+            y = F.conv2d(x, weight, bias, stride, kernel // 2)
         y = y.relu() if activation == "relu" else y
         return y if residual is None else y + residual
 
-    name = f"pointwise_conv2d, {activation}{', residual' * with_residual}"
-    forward = partial(ops.pointwise_conv2d, activation=activation)
-    return Case(name, f"{inputs} to {outputs} x {size}", draw, forward, None, plain, unpacked)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.packed_conv2d(x, weight, bias, residual, kernel, stride, activation)
+
+    name = f"packed_conv2d, k {kernel}, stride {stride}, {options}"
+    return Case(name, f"{inputs} to {outputs} x {size}", draw, forward, None, plain, for_plain)
 
 
 def cases(model_name: str, device: torch.device) -> Iterator[Case]:
@@ -126,6 +135,12 @@ def cases(model_name: str, device: torch.device) -> Iterator[Case]:
         model = mobilemamba.create_model(model_name)
     sides = [math.ceil(weights.entry(model_name).preprocessing.crop / f["reduction"]) for f in model.feature_info]
     widths = [f["num_chs"] for f in model.feature_info]
+    if device.type == "cpu":  # elsewhere fused models call torch's convolutions and matrix products
+        side = weights.entry(model_name).preprocessing.crop
+        for conv in (layer.conv for layer in model.patch_embed if hasattr(layer, "conv")):
+            kernel, stride = conv.kernel_size[0], conv.stride[0]
+            yield packed_case(f"{side} x {side}", conv.in_channels, conv.out_channels, side, kernel, stride, "relu")
+            side = math.ceil(side / stride)
     for i, (stage, side, width) in enumerate(zip(model.stages, sides, widths, strict=True)):
         size, mixer = f"{side} x {side}", stage.blocks[0].mixer
         channels, local, _ = mixer.split
@@ -137,9 +152,9 @@ def cases(model_name: str, device: torch.device) -> Iterator[Case]:
             yield depthwise_case(size, local, side, kernel, 1, "relu")
         yield depthwise_case(size, ss2d.inner, side, 3, 1, "silu")
         yield depthwise_case(size, width, side, 3, 1, "none")
-        if device.type == "cpu":  # elsewhere it is torch's matrix product, which fused models call themselves
-            yield pointwise_case(size, width, 2 * width, side, "relu", False)
-            yield pointwise_case(size, 2 * width, width, side, "none", True)
+        if device.type == "cpu":
+            yield packed_case(size, width, 2 * width, side, 1, 1, "relu")
+            yield packed_case(size, 2 * width, width, side, 1, 1, "residual")
         if i:
             before = sides[i - 1]
             yield depthwise_case(f"{before} x {before}", 4 * widths[i - 1], before, 3, 2, "relu")

@@ -59,6 +59,15 @@ def depthwise_conv2d_backward(grad_output: Shape, input: Shape, weight: Shape, *
     return 2 * depthwise_conv2d(input, weight, out_val=grad_output)
 
 
-@register_flop_formula(NATIVE.pointwise_conv2d)
-def pointwise_conv2d(input: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    return 2 * prod(out_shape) * input[1]
+@register_flop_formula(NATIVE.packed_conv2d)
+def packed_conv2d(
+    input: Shape,
+    weight: Shape,
+    bias: Shape,
+    residual: Shape | None = None,
+    kernel_size: int = 1,
+    *_: Any,
+    out_shape: Shape,
+    **__: Any,
+) -> int:
+    return 2 * prod(out_shape) * input[1] * kernel_size**2

@@ -38,13 +38,13 @@ def test_depthwise(kernel: int, stride: int, activation: str) -> None:
     assert flops(with_backward(native)) == 3 * flops(native)
 
 
-def test_pointwise() -> None:
-    x, weight, bias = leaves((2, 33, 5, 3), (70, 33), (70,))
-    packed = ops.pack_pointwise_weight(weight)
-    expected = flops(lambda: F.linear(x.permute(0, 2, 3, 1), weight, bias))
-    native = lambda: ops.pointwise_conv2d(x, packed, bias)  # noqa: E731
-    assert flops(native) == expected > 0
-    assert flops(lambda: ops.pointwise_conv2d(x, packed, bias, activation="relu")) == expected
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 2)])
+def test_packed(kernel: int, stride: int) -> None:
+    x, weight, bias = leaves((2, 33, 5, 4), (70, 33, kernel, kernel), (70,))
+    packed = ops.pack_conv2d_weight(weight)
+    expected = flops(lambda: F.conv2d(x, weight, bias, stride, kernel // 2))
+    assert flops(lambda: ops.packed_conv2d(x, packed, bias, None, kernel, stride, "relu")) == expected > 0
+    assert flops(lambda: ops.packed_conv2d(x, packed, bias, kernel_size=kernel, stride=stride)) == expected
 
 
 @pytest.mark.parametrize("size", [(8, 6), (7, 5)])
