@@ -115,7 +115,9 @@ def our_contestants(name: str, setting: Setting) -> Iterator[Contestant]:
 
     x = images.to(setting.dtype)
     native, fused = copy.deepcopy(model).to(setting.dtype), model.fuse().to(setting.dtype)
-    facts = {"network": name, "family": "MobileMamba", "pixels": side, "top1": entry.top1}
+    facts = {"network": name, "family": "MobileMamba", "pixels": side}
+    if entry.labels is None:  # ImageNet-1k's
+        facts["top1"] = entry.top1
     if any(other.preset == name and other.variant == "distilled" for other in weights.ENTRIES):
         facts["top1, distilled"] = weights.entry(name, distilled=True).top1
     base = f"plain PyTorch {name}"
@@ -298,7 +300,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--compile", default="peers", choices=["none", "peers", "all"], help="(default: peers)")
+    parser.add_argument("--compile", default="all", choices=["none", "peers", "all"], help="(default: all)")
     parser.add_argument("--train", type=int, nargs="+", default=[], metavar="BATCH", help="training steps as well")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--turn", type=int, default=1, help="calls timed in a turn (default: 1, on cold caches)")

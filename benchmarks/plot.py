@@ -44,19 +44,25 @@ def draw(results: list[dict[str, Any]], settings: dict[str, Any], path: Path) ->
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = OURS  # the same figures give the same file
     from matplotlib import pyplot
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     panels = defaultdict(list)
     for result in results:
         if "error" not in result and not result.get("training"):
             panels[result["batch"], result["dtype"]].append(result)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False, sharey=True)
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (5 * columns + 2, 4 * rows)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    axes = grid.flat[: len(panels)]
+    for unused in grid.flat[len(panels) :]:
+        unused.set_visible(False)
     families = sorted({family for members in panels.values() for family in points(members)})
     style = {}
     for i, family in enumerate(dict.fromkeys(family.removesuffix(", distilled") for family in families)):
         color = "black" if family == OURS else f"C{i}"
         style[family] = {"color": color, "linewidth": 2 if family == OURS else 1}
-    for ax, ((batch, dtype), members) in zip(axes[0], panels.items(), strict=True):
+    for ax, ((batch, dtype), members) in zip(axes, panels.items(), strict=True):
         for family, series in points(members).items():
             distilled = family.endswith(", distilled")
             look = style[family.removesuffix(", distilled")]
@@ -72,13 +78,15 @@ def draw(results: list[dict[str, Any]], settings: dict[str, Any], path: Path) ->
             for rate, accuracy, label in series:
                 ax.annotate(label, (rate, accuracy), xytext=(5, 4), textcoords="offset points", fontsize=8)
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
         ax.xaxis.set_major_formatter(ScalarFormatter())
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.set_title(f"batch {batch}, {dtype}")
         ax.set_xlabel("images per second, measured")
         ax.grid(True, which="both", alpha=0.3)
-    axes[0][0].set_ylabel("ImageNet-1k top-1, published, %")
-    handles = {line.get_label(): line for ax in axes[0] for line in ax.get_lines()}
+    for ax in grid[:, 0]:
+        ax.set_ylabel("ImageNet-1k top-1, published, %")
+    handles = {line.get_label(): line for ax in axes for line in ax.get_lines()}
     figure.legend(handles.values(), handles.keys(), loc="outside center right", fontsize=8)
     where = settings.get("gpu") or f"{settings['threads']} threads, {settings['cpu']}"
     figure.suptitle(f"{where}, torch {settings['torch']}", fontsize=9)
