@@ -1,5 +1,6 @@
 """What the benchmarks share: where they ran, and their results as a table and as JSON."""
 
+import importlib.metadata
 import json
 import platform
 import sys
@@ -28,6 +29,10 @@ def setting(device: torch.device) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "mobilemamba": mobilemamba.__version__,
     }
+
+
+def version(package: str) -> str:
+    return importlib.metadata.version(package)
 
 
 class Report:

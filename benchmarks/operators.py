@@ -1,9 +1,11 @@
-"""Times the operators at a model's sizes against plain PyTorch and against a copy of their bytes, alternating.
+"""Times the operators at a model's sizes against their unfused forms in plain PyTorch and against a copy of their
+bytes, alternating.
 
     python benchmarks/operators.py --batch 1 32
     python benchmarks/operators.py --device cuda --batch 256 1 --dtype float32 bfloat16 float16
 
-The bytes are those of every input and output tensor, counted once; the copy reads and writes as many together. On CUDA
+The bytes are those of every input and output tensor, counted once; the copy reads and writes as many together. GFLOP/s
+are by the formulas of torch's flop counter (mobilemamba/flops.py). On CUDA
 the launches are replayed inside a CUDA graph, on as many sets of tensors as the L2 cache cannot hold (64 at most, which
 it does hold at batch 1). 16-bit operators take float32 parameters, as under autocast. Backward is the backward pass by
 itself; its plain form is autograd's.
@@ -24,7 +26,9 @@ from typing import Any
 import common
 import reference
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import mobilemamba
 from mobilemamba import ops, weights
@@ -42,8 +46,9 @@ class Case:
     size: str
     draw: Callable[[int, torch.dtype], list[Tensor]]
     forward: Callable[..., Tensor]
-    backward: Callable[..., Any]  # of the gradient and the arguments
+    backward: Callable[..., Any] | None  # of the gradient and the arguments; None where training does not use it
     plain: Callable[..., Tensor]
+    for_plain: Callable[[list[Tensor]], list[Tensor]] = list  # from these arguments to those of the plain form
 
 
 def scan_case(size: str, inner: int, length: int, rank: int, state: int) -> Case:
@@ -92,12 +97,50 @@ def depthwise_case(size: str, channels: int, side: int, kernel: int, stride: int
     return Case(name, f"{channels} x {size}", draw, forward, backward, plain)
 
 
-def cases(model_name: str) -> Iterator[Case]:
+def packed_case(size: str, inputs: int, outputs: int, side: int, kernel: int, stride: int, options: str) -> Case:
+    """As a fused model has it on the CPU, with "relu", "residual" or neither: weights are of the images' type."""
+    activation = "relu" if options == "relu" else "none"
+
+    def draw_weight() -> Tensor:
+        return torch.randn(outputs, inputs, kernel, kernel) / (inputs * kernel**2) ** 0.5
+
+    def draw(batch: int, dtype: torch.dtype) -> list[Tensor]:
+        weight = ops.pack_conv2d_weight(draw_weight().to(dtype))
+        arguments = [image(batch, inputs, side, dtype), weight, torch.randn(outputs)]
+        return [*arguments, image(batch, outputs, side, dtype)] if options == "residual" else arguments
+
+    def for_plain(arguments: list[Tensor]) -> list[Tensor]:
+        x, _packed, *others = arguments
+        weight = draw_weight()
+        return [x, weight.flatten(1) if kernel == 1 else weight.contiguous(memory_format=torch.channels_last), *others]
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        if kernel == 1:
+            y = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        else:
+            y = F.conv2d(x, weight, bias, stride, kernel // 2)
+        y = y.relu() if activation == "relu" else y
+        return y if residual is None else y + residual
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.packed_conv2d(x, weight, bias, residual, kernel, stride, activation)
+
+    name = f"packed_conv2d, k {kernel}, stride {stride}, {options}"
+    return Case(name, f"{inputs} to {outputs} x {size}", draw, forward, None, plain, for_plain)
+
+
+def cases(model_name: str, device: torch.device) -> Iterator[Case]:
     """One of each kind for every stage of the model, at the image size of its weights."""
     with torch.device("meta"):
         model = mobilemamba.create_model(model_name)
     sides = [math.ceil(weights.entry(model_name).preprocessing.crop / f["reduction"]) for f in model.feature_info]
     widths = [f["num_chs"] for f in model.feature_info]
+    if device.type == "cpu":  # elsewhere fused models call torch's convolutions and matrix products
+        side = weights.entry(model_name).preprocessing.crop
+        for conv in (layer.conv for layer in model.patch_embed if hasattr(layer, "conv")):
+            kernel, stride = conv.kernel_size[0], conv.stride[0]
+            yield packed_case(f"{side} x {side}", conv.in_channels, conv.out_channels, side, kernel, stride, "relu")
+            side = math.ceil(side / stride)
     for i, (stage, side, width) in enumerate(zip(model.stages, sides, widths, strict=True)):
         size, mixer = f"{side} x {side}", stage.blocks[0].mixer
         channels, local, _ = mixer.split
@@ -109,6 +152,9 @@ def cases(model_name: str) -> Iterator[Case]:
             yield depthwise_case(size, local, side, kernel, 1, "relu")
         yield depthwise_case(size, ss2d.inner, side, 3, 1, "silu")
         yield depthwise_case(size, width, side, 3, 1, "none")
+        if device.type == "cpu":
+            yield packed_case(size, width, 2 * width, side, 1, 1, "relu")
+            yield packed_case(size, 2 * width, width, side, 1, 1, "residual")
         if i:
             before = sides[i - 1]
             yield depthwise_case(f"{before} x {before}", 4 * widths[i - 1], before, 3, 2, "relu")
@@ -167,7 +213,7 @@ def plain_backward(plain: Callable[..., Tensor], grad: Tensor, *arguments: Tenso
 
 
 def measure(case: Case, backward: bool, batch: int, dtype: torch.dtype, device: torch.device, rounds: int) -> dict:
-    """Seconds per call of the operator, a copy and plain PyTorch by turns, as lists; and the bytes."""
+    """Seconds per call of the operator, a copy and plain PyTorch by turns, as lists; bytes and flops."""
 
     def draw() -> list[Tensor]:
         arguments = case.draw(batch, dtype)
@@ -175,7 +221,8 @@ def measure(case: Case, backward: bool, batch: int, dtype: torch.dtype, device: 
 
     native = case.backward if backward else case.forward
     first = draw()
-    moved = nbytes(first, native(*first))
+    with FlopCounterMode(display=False) as counter:
+        moved = nbytes(first, native(*first))
     if device.type == "cuda":
         sets = min(MAX_SETS, max(1, math.ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / moved)))
         launches, timer = max(LAUNCHES, sets), on_cuda
@@ -185,7 +232,7 @@ def measure(case: Case, backward: bool, batch: int, dtype: torch.dtype, device: 
     copies = [(torch.randn(moved // 8), torch.empty(moved // 8)) for _ in inputs]  # half is read, half written
 
     def plain(arguments: list[Tensor]) -> Thunk:
-        exact = [x.to(dtype) for x in arguments]
+        exact = [x.to(dtype) for x in (arguments if backward else case.for_plain(arguments))]
         if backward:
             return plain_backward(case.plain, *exact)
         return lambda: case.plain(*exact)
@@ -203,7 +250,7 @@ def measure(case: Case, backward: bool, batch: int, dtype: torch.dtype, device: 
         for name, timed in timers.items():
             if name != "plain" or i < 5:  # which takes long
                 times[name].append(timed())
-    return {"bytes": moved, "sets": sets, "seconds": times}
+    return {"bytes": moved, "flops": counter.get_total_flops(), "sets": sets, "seconds": times}
 
 
 def main() -> None:
@@ -214,19 +261,23 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--only", default="", help="part of the operator's name")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--limit", type=float, help="seconds after which the remaining cases are left out")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     torch.set_default_device(args.device)
     torch.manual_seed(0)
     columns = ["operator", "pass", "channels x size", "batch", "dtype"]
-    columns += ["µs, median", "min to max", "GB/s", "of a copy", "plain PyTorch, µs", "against plain"]
+    columns += ["µs, median", "min to max", "GB/s", "of a copy", "GFLOP/s", "plain PyTorch, µs", "against plain"]
     settings = {"model": args.model, **common.setting(args.device)}
     report = common.Report(settings, columns, args.json, args.limit)
     stream = torch.cuda.stream(torch.cuda.Stream()) if args.device.type == "cuda" else nullcontext()
-    chosen = [case for case in cases(args.model) if args.only in case.name]
+    chosen = [case for case in cases(args.model, args.device) if args.only in case.name]
     with stream:
         for batch, dtype, case, backward in itertools.product(args.batch, args.dtype, chosen, (False, True)):
+            if backward and case.backward is None:
+                continue
             if report.time_is_up():
                 continue
             what = [case.name, "backward" if backward else "forward", case.size, str(batch), dtype]
@@ -241,6 +292,7 @@ def main() -> None:
             )
             spread = " to ".join(f"{f(result['seconds']['native']) * 1e6:.1f}" for f in (min, max))
             figures = [f"{native:.1f}", spread, f"{result['bytes'] / native / 1e3:.0f}", f"{copy / native:.2f}"]
+            figures.append(f"{result['flops'] / native / 1e3:.0f}")
             row = [*what, *figures, f"{plain:.0f}", f"{plain / native:.1f}x"]
             report.add(row, {**named, **result})
     raise SystemExit(report.close())

@@ -1,6 +1,6 @@
 """MobileMamba (CVPR 2025) as a C++/CUDA extension of PyTorch: operators, modules, presets, weights, training."""
 
-from . import ops
+from . import flops, ops  # noqa: F401  (flops registers its formulas)
 from .model import MobileMamba
 from .mrffi import MRFFI
 from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d

@@ -190,7 +190,8 @@ def kernels(stage: Stage) -> Result:
 def models(stage: Stage) -> Result:
     """s6 against its plain PyTorch rendition, and a training step."""
     options = ("--batch", 1, 256, "--train", 256, "--dtype", "bfloat16", "float32", "float16")
-    return benchmark(stage, "models.py", *options, "--rounds", 9)
+    alone = ("--no-peers", "--compile", "none")  # compiling takes longer than there is
+    return benchmark(stage, "models.py", *options, "--rounds", 9, *alone)
 
 
 def benchmark(stage: Stage, name: str, *options: object) -> Result:
