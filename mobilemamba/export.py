@@ -34,8 +34,8 @@ def export(
     """Write ``model`` for inference on the device that it is on, for any batch and image size.
 
     What a program needs beside the network is in the file, as records of text: ``mobilemamba.version``, ``.dtype``,
-    ``.labels`` (one in a line; empty where there are none), and ``.resize``, ``.crop``, ``.interpolation``, ``.mean``,
-    ``.std`` of :class:`Preprocessing`. They are extra files of a TorchScript or ``.pt2`` archive, metadata of ONNX.
+    ``.device``, ``.labels`` (one in a line; empty where there are none), and the fields of :class:`Preprocessing`. They
+    are extra files of a TorchScript or ``.pt2`` archive, and metadata of ONNX.
 
     Args:
         format: ``"torchscript"``; ``"aoti"``, a ``.pt2`` package that AOTInductor compiled for this machine's
@@ -58,9 +58,15 @@ def export(
         raise ValueError(f"expected float32 for ONNX, got {dtype}; ONNX tools convert a float32 file")
     if not fuse and format != "torchscript":
         raise ValueError(f"a module that can be trained is expected as torchscript, got {format}")
+    device = next(model.parameters()).device
     records = {
         f"mobilemamba.{name}": " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in {"version": VERSION, "dtype": dtype, **preprocessing.to_dict()}.items()
+        for name, value in {
+            "version": VERSION,
+            "dtype": dtype,
+            "device": device.type,
+            **preprocessing.to_dict(),
+        }.items()
     }
     if any("\n" in label for label in labels or ()):
         raise ValueError("expected labels of one line each")
