@@ -181,7 +181,7 @@ Image upright(const Image& image, uint32_t orientation) {
 }  // namespace
 
 Image read_image(const std::string& path) {
-  if (!std::filesystem::exists(path)) throw std::runtime_error(path + ": no such image file");
+  if (!std::filesystem::is_regular_file(path)) throw std::runtime_error(path + ": no such image file");
   std::ifstream stream(path, std::ios::binary);
   const Bytes file{std::istreambuf_iterator<char>(stream), {}};
   const bool jpeg = says(file, 0, "\xff\xd8\xff"), png = says(file, 0, "\x89PNG\r\n\x1a\n");

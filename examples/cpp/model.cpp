@@ -74,11 +74,11 @@ std::function<at::Tensor(const at::Tensor&)> aot_inductor(const std::string& pat
   return [network](const at::Tensor& images) { return network->run({images})[0]; };
 }
 
-/// The first line of an error of torch: what follows is a stack.
-std::string first_line(const c10::Error& error) {
+/// The first sentence of an error of torch: what follows is advice and a stack.
+std::string first_sentence(const c10::Error& error) {
   const std::string text = error.what_without_backtrace();
   const size_t begin = std::min(text.find_first_not_of(" \n"), text.size());
-  return text.substr(begin, text.find('\n', begin) - begin);
+  return text.substr(begin, std::min(text.find('\n', begin), text.find(". ", begin)) - begin);
 }
 
 }  // namespace
@@ -103,7 +103,7 @@ Model::Model(const std::string& path, at::Device device) : device_(device) {
       throw std::runtime_error("compiled for " + compiled + ", asked to run on " + device.str());
     run_ = aot_inductor(path, device);
   } catch (const c10::Error& error) {
-    throw std::runtime_error(path + ": not a readable model file: " + first_line(error));
+    throw std::runtime_error(path + ": not a readable model file: " + first_sentence(error));
   } catch (const std::exception& error) {
     throw std::runtime_error(path + ": " + error.what());
   }

@@ -110,7 +110,7 @@ at::Tensor Preprocessing::pixels(const Image& source) const {
   image = centre(image, std::min(image.width, 16 * shorter), std::min(image.height, 16 * shorter));
   image = resized(image, resize * image.width / shorter, resize * image.height / shorter, interpolation);
   image = centre(image, crop, crop);
-  return at::from_blob(image.pixels.data(), {crop, crop, channels}, at::kByte).permute({2, 0, 1}).contiguous();
+  return at::from_blob(image.pixels.data(), {crop, crop, channels}, at::kByte).permute({2, 0, 1}).clone();
 }
 
 at::Tensor Preprocessing::operator()(const Image& image) const {
