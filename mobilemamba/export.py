@@ -105,9 +105,9 @@ def _difference(eager: MobileMamba, run: Callable[[Tensor], Tensor], pixels: int
 class NeedsLibrary(nn.Module):
     """Never run. TorchScript reads it before the network, so that without the operators its error shows the text."""
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, images: Tensor, weight: Tensor) -> Tensor:
         print("this file needs libmobilemamba: link MobileMamba::mobilemamba (C++), or import mobilemamba (Python)")
-        return torch.ops.mobilemamba.pack_pointwise_weight(weight)
+        return torch.ops.mobilemamba.haar_conv2d(images, weight)
 
 
 class Exported(nn.Module):

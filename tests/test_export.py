@@ -23,8 +23,8 @@ def model() -> mobilemamba.MobileMamba:
 
 def records(path) -> dict[str, str]:
     with zipfile.ZipFile(path) as archive:
-        texts = {name.partition("/extra/mobilemamba.")[2]: archive.read(name).decode() for name in archive.namelist()}
-    return {name: text for name, text in texts.items() if name}
+        found = {name.partition("/extra/mobilemamba.")[2]: name for name in archive.namelist()}
+        return {name: archive.read(entry).decode() for name, entry in found.items() if name}
 
 
 @pytest.mark.parametrize("dtype", exporting.DTYPES)
