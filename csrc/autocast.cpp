@@ -54,11 +54,11 @@ Tensor depthwise(const Tensor& input, const Tensor& weight, const std::optional<
 }
 
 template <c10::DeviceType device, c10::DispatchKey key>
-Tensor pointwise(const Tensor& input, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
-                 std::string_view activation) {
+Tensor packed_conv(const Tensor& input, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
+                   int64_t kernel_size, int64_t stride, std::string_view activation) {
   const c10::impl::ExcludeDispatchKeyGuard below(key);
-  return pointwise_conv2d(cast<device>(input), cast<device>(weight), parameter<device>(bias),
-                          residual ? std::optional(cast<device>(*residual)) : std::nullopt, activation);
+  return packed_conv2d(cast<device>(input), cast<device>(weight), parameter<device>(bias), cast<device>(residual),
+                       kernel_size, stride, activation);
 }
 
 }  // namespace
@@ -67,14 +67,14 @@ TORCH_LIBRARY_IMPL(mobilemamba, AutocastCPU, m) {
   m.impl("bidirectional_scan", scan<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("haar_conv2d", haar<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("depthwise_conv2d", depthwise<at::kCPU, c10::DispatchKey::AutocastCPU>);
-  m.impl("pointwise_conv2d", pointwise<at::kCPU, c10::DispatchKey::AutocastCPU>);
+  m.impl("packed_conv2d", packed_conv<at::kCPU, c10::DispatchKey::AutocastCPU>);
 }
 
 TORCH_LIBRARY_IMPL(mobilemamba, AutocastCUDA, m) {
   m.impl("bidirectional_scan", scan<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("haar_conv2d", haar<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("depthwise_conv2d", depthwise<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
-  m.impl("pointwise_conv2d", pointwise<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+  m.impl("packed_conv2d", packed_conv<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
 }
 
 }  // namespace mobilemamba::autocast

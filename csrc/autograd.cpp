@@ -1,12 +1,12 @@
 // Gradients. The backward passes are operators of their own, so that every backend repeats the same pattern.
-#include <ATen/ops/linear.h>
-#include <ATen/ops/matmul.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/threshold_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "mobilemamba.h"
-#include "ops/pointwise_conv2d.h"
+#include "ops/packed_conv2d.h"
 
 namespace mobilemamba::autograd {
 namespace {
@@ -126,29 +126,38 @@ struct DepthwiseBackward : torch::autograd::Function<DepthwiseBackward> {
   }
 };
 
-/// The gradients are matrix products of torch's, differentiable themselves.
-struct Pointwise : torch::autograd::Function<Pointwise> {
+/// The gradients are torch's own, differentiable themselves.
+struct PackedConv : torch::autograd::Function<PackedConv> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& bias,
-                        const std::optional<Tensor>& residual, std::string_view activation) {
+                        const std::optional<Tensor>& residual, int64_t kernel_size, int64_t stride,
+                        std::string_view activation) {
     ctx->save_for_backward({input, weight, bias});
     ctx->saved_data["has_residual"] = residual.has_value();
+    ctx->saved_data["kernel_size"] = kernel_size;
+    ctx->saved_data["stride"] = stride;
     ctx->saved_data["relu"] = activation == "relu";
-    return below_autograd(pointwise_conv2d, input, weight, bias, residual, activation);
+    return below_autograd(packed_conv2d, input, weight, bias, residual, kernel_size, stride, activation);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &packed = saved[1], &bias = saved[2];
-    const Tensor x = input.permute({0, 2, 3, 1}).flatten(0, 2), g = grads[0].permute({0, 2, 3, 1}).flatten(0, 2);
-    const Tensor weight = unpack_pointwise_weight(packed, bias.size(0), input.size(1));
-    Tensor grad = g;
+    const int64_t kernel_size = ctx->saved_data["kernel_size"].toInt(), stride = ctx->saved_data["stride"].toInt();
+    const int64_t pad = kernel_size / 2;
+    const Tensor weight = unpack_conv2d_weight(packed, bias.size(0), input.size(1), kernel_size);
+    Tensor grad = grads[0];
     if (ctx->saved_data["relu"].toBool())
-      grad = at::threshold_backward(g, at::linear(x, weight, bias.to(x.scalar_type())), 0);
-    const std::vector<int64_t> sizes = {input.size(0), input.size(2), input.size(3), input.size(1)};
-    return {ctx->needs_input_grad(0) ? at::matmul(grad, weight).view(sizes).permute({0, 3, 1, 2}) : Tensor(),
-            ctx->needs_input_grad(1) ? pack_pointwise_weight(at::matmul(grad.t(), x)) : Tensor(),
-            ctx->needs_input_grad(2) ? grad.sum(0).to(bias.scalar_type()) : Tensor(),
-            ctx->saved_data["has_residual"].toBool() ? grads[0] : Tensor(), Tensor()};
+      grad = at::threshold_backward(grad, at::conv2d(input, weight, bias.to(input.scalar_type()), stride, pad), 0);
+    auto [grad_input, grad_weight, grad_bias] =
+        at::convolution_backward(grad, input, weight, std::nullopt, {stride, stride}, {pad, pad}, {1, 1}, false, {0, 0},
+                                 1, {ctx->needs_input_grad(0), ctx->needs_input_grad(1), false});
+    return {grad_input,
+            grad_weight.defined() ? pack_conv2d_weight(grad_weight) : Tensor(),
+            ctx->needs_input_grad(2) ? grad.sum({0, 2, 3}).to(bias.scalar_type()) : Tensor(),
+            ctx->saved_data["has_residual"].toBool() ? grads[0] : Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor()};
   }
 };
 
@@ -184,9 +193,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad_output,
   return {g[0], g[1], g[2]};
 }
 
-Tensor pointwise(const Tensor& input, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
-                 std::string_view activation) {
-  return Pointwise::apply(input, weight, bias, residual, activation);
+Tensor packed_conv(const Tensor& input, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
+                   int64_t kernel_size, int64_t stride, std::string_view activation) {
+  return PackedConv::apply(input, weight, bias, residual, kernel_size, stride, activation);
 }
 
 }  // namespace
@@ -198,7 +207,7 @@ TORCH_LIBRARY_IMPL(mobilemamba, Autograd, m) {
   m.impl("haar_conv2d_backward_weight", haar_backward_weight);
   m.impl("depthwise_conv2d", depthwise);
   m.impl("depthwise_conv2d_backward", depthwise_backward);
-  m.impl("pointwise_conv2d", pointwise);
+  m.impl("packed_conv2d", packed_conv);
 }
 
 }  // namespace mobilemamba::autograd

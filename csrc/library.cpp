@@ -22,10 +22,10 @@ TORCH_LIBRARY(mobilemamba, m) {
       "str activation) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
       tags);
   m.def(
-      "pointwise_conv2d(Tensor input, Tensor weight, Tensor bias, Tensor? residual=None, str activation=\"none\") -> "
-      "Tensor",
+      "packed_conv2d(Tensor input, Tensor weight, Tensor bias, Tensor? residual=None, int kernel_size=1, "
+      "int stride=1, str activation=\"none\") -> Tensor",
       tags);
-  m.def("pack_pointwise_weight(Tensor weight) -> Tensor", tags);
+  m.def("pack_conv2d_weight(Tensor weight) -> Tensor", tags);
   // the instruction set that the CPU kernels were chosen for: generic, avx2 or avx512
   m.def("cpu_kernels() -> str");
 }

@@ -4,7 +4,7 @@
 #include "ops/bidirectional_scan.h"
 #include "ops/depthwise_conv2d.h"
 #include "ops/haar_conv2d.h"
-#include "ops/pointwise_conv2d.h"
+#include "ops/packed_conv2d.h"
 
 namespace mobilemamba::meta {
 namespace {
@@ -48,9 +48,10 @@ DepthwiseGradients depthwise_backward(const at::Tensor& grad_output, const at::T
   return arguments.gradients();
 }
 
-at::Tensor pointwise(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
-                     const std::optional<at::Tensor>& residual, std::string_view activation) {
-  const PointwiseArguments arguments{input, weight, bias, residual, activation};
+at::Tensor packed_conv(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                       const std::optional<at::Tensor>& residual, int64_t kernel_size, int64_t stride,
+                       std::string_view activation) {
+  const PackedConvArguments arguments{input, weight, bias, residual, kernel_size, stride, activation};
   arguments.check();
   return arguments.output();
 }
@@ -62,7 +63,7 @@ TORCH_LIBRARY_IMPL(mobilemamba, Meta, m) {
   m.impl("bidirectional_scan_backward", scan_backward);
   m.impl("haar_conv2d", haar);
   m.impl("haar_conv2d_backward_weight", haar_backward_weight);
-  m.impl("pointwise_conv2d", pointwise);
+  m.impl("packed_conv2d", packed_conv);
   m.impl("depthwise_conv2d", depthwise);
   m.impl("depthwise_conv2d_backward", depthwise_backward);
 }

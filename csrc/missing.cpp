@@ -17,7 +17,7 @@ void no_kernel(const c10::OperatorHandle& op, torch::jit::Stack*) {
 TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
   for (const char* name :
        {"bidirectional_scan", "bidirectional_scan_backward", "haar_conv2d", "haar_conv2d_backward_weight",
-        "depthwise_conv2d", "depthwise_conv2d_backward", "pointwise_conv2d"})
+        "depthwise_conv2d", "depthwise_conv2d_backward", "packed_conv2d"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<no_kernel>());
 }
 

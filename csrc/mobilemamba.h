@@ -49,13 +49,16 @@ MOBILEMAMBA_API std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
     const std::optional<at::Tensor>& bias, int64_t stride, std::string_view activation);
 
-/// 1x1 convolution with the weight in panels, (ceil(out / 32), ceil(in / 2), 32, 2), as pack_pointwise_weight gives it.
-/// input (B, in, H, W); bias (out); residual (B, out, H, W). activation: "none" or "relu".
-/// Returns activation(convolution + bias) + residual, channels-last in memory.
-MOBILEMAMBA_API at::Tensor pointwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
-                                            const std::optional<at::Tensor>& residual, std::string_view activation);
+/// Convolution with zero padding of kernel_size / 2 and the weight in panels, as pack_conv2d_weight gives it:
+/// (ceil(out / 32), ceil(in * kernel_size^2 / 2), 32, 2). input (B, in, H, W); bias (out); residual of the output's
+/// shape; activation "none" or "relu". Returns activation(convolution + bias) + residual, (B, out, ceil(H / stride),
+/// ceil(W / stride)), channels-last in memory.
+MOBILEMAMBA_API at::Tensor packed_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                                         const std::optional<at::Tensor>& residual = std::nullopt,
+                                         int64_t kernel_size = 1, int64_t stride = 1,
+                                         std::string_view activation = "none");
 
-/// The packed form of a weight (out, in).
-MOBILEMAMBA_API at::Tensor pack_pointwise_weight(const at::Tensor& weight);
+/// The packed form of a weight (out, in, k, k).
+MOBILEMAMBA_API at::Tensor pack_conv2d_weight(const at::Tensor& weight);
 
 }  // namespace mobilemamba

@@ -4,16 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import depthwise_conv2d, pack_pointwise_weight, pointwise_conv2d
+from .ops import depthwise_conv2d, pack_conv2d_weight, packed_conv2d
 
 __all__ = [
     "FFN",
     "ChannelAffine",
     "ConvNorm",
+    "DenseConv2d",
     "DepthwiseConv2d",
     "DropPath",
+    "PatchEmbedding",
     "PatchMerging",
-    "PointwiseConv2d",
     "ResidualDepthwise",
     "SqueezeExcite",
     "fold_batchnorm",
@@ -31,26 +32,30 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     return fold() if fold is not None else module
 
 
-class PointwiseConv2d(nn.Module):
-    """A folded 1x1 convolution with activation and residual: a matrix product over the channels.
+class DenseConv2d(nn.Module):
+    """A folded convolution with activation and residual.
 
     ``pack`` puts the weight into the order in which the CPU kernel reads it. It is the only copy of the weight.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int, activation: str) -> None:
         super().__init__()
-        self.weight, self.bias, self.activation = nn.Parameter(weight), nn.Parameter(bias), activation
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.kernel_size, self.stride, self.activation = weight.size(3), stride, activation
         self.packed = False
 
     @torch.no_grad()
     def pack(self) -> None:
         if not self.packed:
-            self.weight, self.packed = nn.Parameter(pack_pointwise_weight(self.weight)), True
+            self.weight, self.packed = nn.Parameter(pack_conv2d_weight(self.weight)), True
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.packed:
-            return pointwise_conv2d(x, self.weight, self.bias, residual, self.activation)
-        y = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+            return packed_conv2d(x, self.weight, self.bias, residual, self.kernel_size, self.stride, self.activation)
+        if self.kernel_size == 1 and self.stride == 1:
+            y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        else:
+            y = F.conv2d(x, self.weight, self.bias, self.stride, self.kernel_size // 2)
         if self.activation == "relu":
             y = y.relu_()
         return y if residual is None else y.add_(residual)
@@ -123,21 +128,18 @@ class ConvNorm(nn.Module):
             if conv.kernel_size[0] == 1:
                 return ChannelAffine(weight.flatten(), bias)
             return DepthwiseConv2d(weight, bias, conv.stride[0], self.activation)
-        if conv.kernel_size[0] == 1:
-            return PointwiseConv2d(weight[:, :, 0, 0].contiguous(), bias, self.activation)
-        folded = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            groups=conv.groups,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        folded.weight.copy_(weight)
-        folded.bias.copy_(bias)
-        return folded.to(memory_format=torch.channels_last)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return DenseConv2d(weight, bias, conv.stride[0], self.activation)
+
+
+class PatchEmbedding(nn.Sequential):
+    """Strided 3x3 convolutions with BatchNorm, and ReLU between them."""
+
+    def fold(self) -> nn.Module:
+        convs = [layer for layer in self if not isinstance(layer, nn.ReLU)]
+        for conv in convs[:-1]:
+            conv.activation = "relu"
+        return nn.Sequential(*convs)
 
 
 class ResidualDepthwise(ConvNorm):

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import FFN, ConvNorm, DropPath, PatchMerging, PointwiseConv2d, ResidualDepthwise, fold_batchnorm
+from .layers import (
+    FFN,
+    ConvNorm,
+    DenseConv2d,
+    DropPath,
+    PatchEmbedding,
+    PatchMerging,
+    ResidualDepthwise,
+    fold_batchnorm,
+)
 from .mrffi import MRFFI
 
 __all__ = ["MobileMamba"]
@@ -178,7 +187,7 @@ class MobileMamba(nn.Module):
             stem.append(ConvNorm(chans, out_chans, kernel=3, stride=stride))
             chans = out_chans
             reduction *= stride
-        self.patch_embed = nn.Sequential(*stem)
+        self.patch_embed = PatchEmbedding(*stem)
 
         rates = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         stages = []
@@ -275,6 +284,6 @@ class MobileMamba(nn.Module):
         fused = fold_batchnorm(copy.deepcopy(self).eval())
         fused.distillation = False
         for module in fused.modules():
-            if isinstance(module, PointwiseConv2d) and module.weight.device.type == "cpu":
+            if isinstance(module, DenseConv2d) and module.weight.device.type == "cpu":
                 module.pack()
         return fused.requires_grad_(False)

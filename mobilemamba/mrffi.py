@@ -109,7 +109,7 @@ class WaveletMamba(nn.Module):
         if self.base_scale is None:
             return self
         out_proj = self.ss2d.out_proj  # folded already: a matrix product with bias
-        out_proj.weight *= self.base_scale[:, None]
+        out_proj.weight *= self.base_scale[:, None, None, None]
         out_proj.bias *= self.base_scale
         self.base_scale = None
         return self

@@ -13,8 +13,8 @@ __all__ = [
     "bidirectional_scan",
     "depthwise_conv2d",
     "haar_conv2d",
-    "pack_pointwise_weight",
-    "pointwise_conv2d",
+    "pack_conv2d_weight",
+    "packed_conv2d",
 ]
 
 
@@ -127,34 +127,45 @@ def depthwise_conv2d(
     return torch.ops.mobilemamba.depthwise_conv2d(input, weight, bias, residual, stride, activation)
 
 
-def pack_pointwise_weight(weight: Tensor) -> Tensor:
-    """The weight ``(out_channels, in_channels)`` of a 1x1 convolution as :func:`pointwise_conv2d` takes it.
+def pack_conv2d_weight(weight: Tensor) -> Tensor:
+    """The weight ``(out_channels, in_channels, k, k)`` of a convolution as :func:`packed_conv2d` takes it.
 
     Returns:
-        ``(ceil(out_channels / 32), ceil(in_channels / 2), 32, 2)``, zero where there is no channel.
+        ``(ceil(out_channels / 32), ceil(in_channels * k * k / 2), 32, 2)``, zero where there is no channel.
     """
-    return torch.ops.mobilemamba.pack_pointwise_weight(weight)
+    return torch.ops.mobilemamba.pack_conv2d_weight(weight)
 
 
-def pointwise_conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, activation: str = "none"
+def packed_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    kernel_size: int = 1,
+    stride: int = 1,
+    activation: str = "none",
 ) -> Tensor:
-    """1x1 convolution with what usually follows it: ``activation(conv(input) + bias) + residual``.
+    """Convolution with what usually follows it: ``activation(conv(input) + bias) + residual``.
+
+    With zero padding of ``kernel_size // 2`` on every side, and a weight that lies in memory as the CPU kernel reads it.
 
     Args:
         input: ``(batch, in_channels, height, width)``; float16, bfloat16, float32 or float64, any strides.
             Channels-last, or a slice of its channels, is the fast layout; any other is copied to it first.
-        weight: packed by :func:`pack_pointwise_weight`, in the dtype of ``input``.
+        weight: packed by :func:`pack_conv2d_weight`, in the dtype of ``input``.
         bias: ``(out_channels,)``, in the dtype of ``input``, or float32 beside a float16 or bfloat16 ``input``.
         residual: added last; of the output's shape, in the dtype of ``input``.
+        kernel_size: of the weight before packing, odd.
+        stride: of the convolution, at least 1.
         activation: ``"none"`` or ``"relu"``.
 
     Returns:
-        ``(batch, out_channels, height, width)`` in the dtype of ``input``, channels-last in memory. Sums are kept in
-        float32 (float64 for float64). Differentiable in every tensor argument; deterministic.
+        ``(batch, out_channels, ceil(height / stride), ceil(width / stride))`` in the dtype of ``input``, channels-last
+        in memory. Sums are kept in float32 (float64 for float64). Differentiable in every tensor argument;
+        deterministic.
 
     Raises:
-        RuntimeError: a shape, dtype, device or activation does not fit; the message names the argument, what came and
-            what was expected.
+        RuntimeError: a shape, dtype, device, size or activation does not fit; the message names the argument, what came
+            and what was expected.
     """
-    return torch.ops.mobilemamba.pointwise_conv2d(input, weight, bias, residual, activation)
+    return torch.ops.mobilemamba.packed_conv2d(input, weight, bias, residual, kernel_size, stride, activation)

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 from test_operators import check_against_reference, depthwise_arguments, haar_arguments, scan_arguments
-from test_pointwise import SHAPES as POINTWISE_SHAPES
-from test_pointwise import arguments_of as pointwise_arguments
-from test_pointwise import packing
+from test_packed_conv import SHAPES as PACKED_CONV_SHAPES
+from test_packed_conv import arguments_of as packed_conv_arguments
+from test_packed_conv import packing
 from torch import Tensor, nn
 
 import mobilemamba
@@ -101,9 +101,9 @@ def test_depthwise(shape, kernel, stride, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu"])
-@pytest.mark.parametrize("shape", POINTWISE_SHAPES, ids=str)
-def test_pointwise(shape, activation, dtype):
-    check_against_cpu(packing(activation), pointwise_arguments(*shape, dtype=dtype))
+@pytest.mark.parametrize("shape", PACKED_CONV_SHAPES, ids=str)
+def test_packed_conv(shape, activation, dtype):
+    check_against_cpu(packing(activation, stride=shape[-1]), packed_conv_arguments(*shape, dtype=dtype))
 
 
 def cases(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:

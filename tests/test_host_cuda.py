@@ -56,8 +56,8 @@ def test_operators(library, seed, blocks, shared_limit, which):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
 
 
-def test_pointwise(library):
-    tests = str(ROOT / "tests" / "test_pointwise.py")
+def test_packed_conv(library):
+    tests = str(ROOT / "tests" / "test_packed_conv.py")
     done = run_tests(library, tests, "-k", "in_float64 or in_lower_precision or gradcheck or refuses")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
 

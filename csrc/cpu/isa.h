@@ -4,7 +4,7 @@
 #include "cpu/depthwise_kernels.h"
 #include "cpu/haar_kernels.h"
 #include "cpu/kernels.h"
-#include "cpu/pointwise_kernels.h"
+#include "cpu/packed_conv_kernels.h"
 #include "cpu/scan_kernels.h"
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
@@ -45,8 +45,8 @@ constinit const Kernels kernels = {
     table_entry<DepthwiseForwardKernel, DepthwiseForward>(),
     table_entry<DepthwiseBackwardInputKernel, DepthwiseBackwardInput>(),
     table_entry<DepthwiseBackwardWeightKernel, DepthwiseBackwardWeight>(),
-    {pointwise_tasks, pointwise_scratch_bytes, run_pointwise},
-    {pointwise_tasks, pointwise_scratch_bytes, run_pointwise},
+    {PackedConvTask::count, packed_conv_scratch_bytes, run_packed_conv},
+    {PackedConvTask::count, packed_conv_scratch_bytes, run_packed_conv},
 };
 
 }  // namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA

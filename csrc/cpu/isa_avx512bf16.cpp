@@ -1,4 +1,4 @@
-// The pointwise convolution in bfloat16, for AVX-512 with sums of products of bfloat16 pairs.
+// The convolution on a packed weight in bfloat16, for AVX-512 with sums of products of bfloat16 pairs.
 #ifdef __x86_64__
 // system headers first, so that nothing in them is compiled for more than every machine has
 #include <cmath>
@@ -15,14 +15,14 @@
 #define MOBILEMAMBA_CPU_ISA avx512bf16
 #define MOBILEMAMBA_CPU_VECTOR_BYTES 64
 #include "cpu/kernels.h"
-#include "cpu/pointwise_kernels.h"
+#include "cpu/packed_conv_kernels.h"
 
 namespace mobilemamba::cpu::avx512bf16 {
 namespace {
 
 /// A lane adds the products of an output's two inputs; a panel's 32 outputs are two vectors.
 struct PairKernel {
-  static constexpr int64_t panel = PointwiseForward::panel;
+  static constexpr int64_t panel = PackedConvForward::panel;
   static constexpr int vectors = 2, most_rows = 8;
   typedef int32_t Pairs __attribute__((vector_size(64)));
 #ifdef __clang__
@@ -33,40 +33,42 @@ struct PairKernel {
   static constexpr auto dot = [](auto sum, Lanes a, Lanes b) { return __builtin_ia32_dpbf16ps_v16sf(sum, a, b); };
 #endif
 
-  static int64_t tasks(const PointwiseForward& p) { return ceil_div(p.rows, pointwise_task_rows) * p.panels(); }
-  static size_t scratch_bytes(const PointwiseForward&) { return 0; }
+  static size_t scratch_bytes(const PackedConvForward& p) { return Patches<BFloat16, BFloat16, 2>::scratch_bytes(p); }
 
-  static void run(const PointwiseForward& p, int64_t begin, int64_t end, std::byte*) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / p.panels() * pointwise_task_rows, n = task % p.panels() * panel;
-      const int64_t last = min(first + pointwise_task_rows, p.rows);
-      const int count = static_cast<int>(min(panel, p.out_channels - n));
-      int64_t row = first;
-      for (; row + most_rows <= last; row += most_rows)
-        tile<most_rows>(p, row, n, count);
-      for (; row + 4 <= last; row += 4)
-        tile<4>(p, row, n, count);
-      for (; row < last; ++row)
-        tile<1>(p, row, n, count);
+  static void run(const PackedConvForward& p, int64_t begin, int64_t end, std::byte* scratch) {
+    Patches<BFloat16, BFloat16, 2> patches;
+    for (int64_t index = begin; index < end; ++index) {
+      const PackedConvTask task(p, index);
+      patches.set(p, task.first, task.last, scratch);
+      const auto input = [&](int64_t row) { return patches.data + (row - task.first) * patches.row; };
+      int64_t row = task.first;
+      for (; row + most_rows <= task.last; row += most_rows)
+        tile<most_rows>(p, input(row), patches.row, row, task);
+      for (; row + 4 <= task.last; row += 4)
+        tile<4>(p, input(row), patches.row, row, task);
+      for (; row < task.last; ++row)
+        tile<1>(p, input(row), patches.row, row, task);
     }
   }
 
   template <int rows>
-  static void tile(const PointwiseForward& p, int64_t row, int64_t n, int count) {
-    const BFloat16* input = static_cast<const BFloat16*>(p.input) + row * p.input_row;
-    const BFloat16* weight = static_cast<const BFloat16*>(p.weight) + n * 2 * p.pairs();
+  static void tile(const PackedConvForward& p, const BFloat16* input, int64_t input_row, int64_t row,
+                   const PackedConvTask& task) {
+    const BFloat16* weight = static_cast<const BFloat16*>(p.weight) + task.channel * 2 * p.pairs();
     Vec<float>::Raw sum[rows][vectors] = {};
-    const int64_t whole = p.in_channels / 2 * 2;
-    for (int64_t k = 0; k < p.in_channels; k += 2) {
+    for (int r = 0; r < rows; ++r)
+      prefetch_row<BFloat16>(p, row + r, task.channel);
+    const int64_t whole = p.patch() / 2 * 2;
+    for (int64_t k = 0; k < p.patch(); k += 2) {
       Lanes w[vectors];
       __builtin_memcpy(w, weight + k * panel, sizeof w);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
         int32_t pair = 0;
         if (k < whole)
-          __builtin_memcpy(&pair, input + r * p.input_row + k, 4);
+          __builtin_memcpy(&pair, input + r * input_row + k, 4);
         else
-          __builtin_memcpy(&pair, input + r * p.input_row + k, 2);
+          __builtin_memcpy(&pair, input + r * input_row + k, 2);
         const Lanes x = (Lanes)(Pairs{} + pair);
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v)
@@ -77,16 +79,14 @@ struct PairKernel {
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v)
-        if (v * 16 < count)
-          finish_pointwise<BFloat16>(p, Vec<float>(sum[r][v]), row + r, n + v * 16,
-                                     static_cast<int>(min(16, count - v * 16)));
+        finish_vector<BFloat16>(p, Vec<float>(sum[r][v]), row + r, task.channel, v * 16, task.channels(p));
   }
 };
 
 }  // namespace
 
-constinit const Kernel<PointwiseForward> pointwise_bfloat16 = {PairKernel::tasks, PairKernel::scratch_bytes,
-                                                               PairKernel::run};
+constinit const Kernel<PackedConvForward> packed_conv_bfloat16 = {PackedConvTask::count, PairKernel::scratch_bytes,
+                                                                  PairKernel::run};
 
 }  // namespace mobilemamba::cpu::avx512bf16
 

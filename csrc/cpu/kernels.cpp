@@ -20,8 +20,9 @@ Kernels choose() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && limit != "avx2") {
     Kernels chosen = avx512::kernels;
-    if (__builtin_cpu_supports("avx512bf16") && limit != "avx512")
-      chosen.pointwise_bfloat16 = avx512bf16::pointwise_bfloat16;
+    if (limit == "avx512") return chosen;
+    if (__builtin_cpu_supports("avx512bf16")) chosen.packed_conv_bfloat16 = avx512bf16::packed_conv_bfloat16;
+    if (limit != "avx512_bf16" && amx::available()) chosen.packed_conv_bfloat16 = amx::packed_conv_bfloat16;
     return chosen;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;

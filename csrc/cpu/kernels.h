@@ -9,7 +9,7 @@
 
 #include "kernels/depthwise.h"
 #include "kernels/haar.h"
-#include "kernels/pointwise.h"
+#include "kernels/packed_conv.h"
 #include "kernels/scan.h"
 
 namespace mobilemamba::cpu {
@@ -33,8 +33,8 @@ struct Kernels {
   Kernel<DepthwiseForward> depthwise_forward;
   Kernel<DepthwiseBackwardInput> depthwise_backward_input;
   Kernel<DepthwiseBackwardWeight> depthwise_backward_weight;
-  Kernel<PointwiseForward> pointwise;
-  Kernel<PointwiseForward> pointwise_bfloat16;
+  Kernel<PackedConvForward> packed_conv;
+  Kernel<PackedConvForward> packed_conv_bfloat16;
 };
 
 namespace generic {
@@ -48,8 +48,13 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 namespace avx512bf16 {
-extern const Kernel<PointwiseForward> pointwise_bfloat16;
+extern const Kernel<PackedConvForward> packed_conv_bfloat16;
 }
+namespace amx {
+extern const Kernel<PackedConvForward> packed_conv_bfloat16;
+/// Whether this processor has AMX, and the system lets this process use it.
+bool available();
+}  // namespace amx
 #endif
 
 /// The kernels for the best instruction set that this processor has (and ATEN_CPU_CAPABILITY permits).

@@ -30,17 +30,18 @@ struct VecBase {
 template <typename T>
 struct Vec;
 
+// x - 0 is x, which compilers know; 0 + x is not where x is -0.
 template <>
 struct Vec<float> : VecBase<float, int32_t> {
   Vec() = default;
-  explicit Vec(float x) : VecBase{Raw{} + x} {}
+  explicit Vec(float x) : VecBase{x - Raw{}} {}
   explicit Vec(Raw x) : VecBase{x} {}
 };
 
 template <>
 struct Vec<double> : VecBase<double, int64_t> {
   Vec() = default;
-  explicit Vec(double x) : VecBase{Raw{} + x} {}
+  explicit Vec(double x) : VecBase{x - Raw{}} {}
   explicit Vec(Raw x) : VecBase{x} {}
 };
 

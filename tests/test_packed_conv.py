@@ -1,4 +1,4 @@
-"""The pointwise convolution on packed weights: against a matrix product in float64, layouts, gradients, refusals."""
+"""The convolution on a packed weight: against torch's in float64, layouts, gradients, refusals."""
 
 import copy
 import io
@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from devices import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,36 +15,49 @@ from torch import Tensor
 
 import mobilemamba
 from mobilemamba import ops
-from mobilemamba.layers import PointwiseConv2d
+from mobilemamba.layers import DenseConv2d
 
-SHAPES = [  # batch, in_channels, out_channels, height, width
-    (2, 6, 5, 3, 4),
-    (1, 75, 45, 7, 7),  # odd, and partial panels
-    (3, 33, 70, 5, 1),
-    (1, 1, 1, 1, 1),
-    (1, 64, 96, 10, 10),  # rows of more than one task
-    (2, 17, 33, 1, 9),
+SHAPES = [  # batch, in_channels, out_channels, height, width, kernel_size, stride
+    (2, 6, 5, 3, 4, 1, 1),
+    (1, 75, 45, 7, 7, 1, 1),  # odd, and partial panels
+    (3, 33, 70, 5, 1, 1, 1),
+    (1, 1, 1, 1, 1, 1, 1),
+    (1, 64, 96, 10, 10, 1, 1),  # rows of more than one task, whole tiles
+    (2, 17, 33, 1, 9, 1, 1),
+    (2, 3, 24, 21, 22, 3, 2),  # as in a patch embedding
+    (1, 24, 48, 8, 9, 3, 2),
+    (2, 5, 40, 5, 4, 5, 1),
+    (2, 33, 7, 6, 5, 1, 3),
+    (1, 4, 6, 1, 2, 7, 2),  # a kernel larger than the image
 ]
 
 
 def arguments_of(
-    batch: int, inputs: int, outputs: int, height: int, width: int, dtype: torch.dtype = torch.float64
+    batch: int,
+    inputs: int,
+    outputs: int,
+    height: int,
+    width: int,
+    kernel: int = 1,
+    stride: int = 1,
+    dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
     """Input, weight (not packed), bias and residual."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(batch, inputs, height, width), (outputs, inputs), (outputs,), (batch, outputs, height, width)]
+    result = (batch, outputs, -(-height // stride), -(-width // stride))
+    shapes = [(batch, inputs, height, width), (outputs, inputs, kernel, kernel), (outputs,), result]
     x, weight, bias, residual = (randn(*shape, generator=generator) for shape in shapes)
-    return [y.to(dtype) for y in (x, weight / inputs**0.5, bias, residual)]
+    return [y.to(dtype) for y in (x, weight / inputs**0.5 / kernel, bias, residual)]
 
 
-def packing(activation: str = "none"):
+def packing(activation: str = "none", stride: int = 1):
     """The operator as a function of the weight before packing."""
-    return lambda x, w, b, r=None: ops.pointwise_conv2d(x, ops.pack_pointwise_weight(w), b, r, activation)
+    return lambda x, w, b, r=None: ops.packed_conv2d(x, ops.pack_conv2d_weight(w), b, r, w.size(3), stride, activation)
 
 
-def plain(activation: str = "none"):
+def plain(activation: str = "none", stride: int = 1):
     def function(x: Tensor, w: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
-        y = torch.einsum("bihw,oi->bohw", x, w) + b[:, None, None]
+        y = F.conv2d(x, w, b, stride, w.size(3) // 2)
         y = y.relu() if activation == "relu" else y
         return y if r is None else y + r
 
@@ -54,31 +68,48 @@ def plain(activation: str = "none"):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_in_float64(shape, activation):
     for count in (3, 4):
-        check_against_reference(packing(activation), plain(activation), arguments_of(*shape)[:count])
+        check_against_reference(
+            packing(activation, shape[-1]), plain(activation, shape[-1]), arguments_of(*shape)[:count]
+        )
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_in_lower_precision(shape, dtype):
     arguments = arguments_of(*shape, dtype=dtype)
-    check_against_reference(packing(), plain(), arguments, 2 * LOW_PRECISION[dtype])
+    operators = packing(stride=shape[-1]), plain(stride=shape[-1])
+    check_against_reference(*operators, arguments, 2 * LOW_PRECISION[dtype])
     if dtype != torch.float32:
         arguments[2] = arguments[2].float()
-        check_against_reference(packing(), plain(), arguments, 2 * LOW_PRECISION[dtype])
+        check_against_reference(*operators, arguments, 2 * LOW_PRECISION[dtype])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(1, 3), st.integers(1, 200), st.integers(1, 140), st.integers(1, 12), st.integers(1, 12))
-def test_on_random_shapes(batch, inputs, outputs, height, width):
-    arguments = arguments_of(batch, inputs, outputs, height, width, dtype=torch.float32)
-    y, expected = packing("relu")(*arguments), plain("relu")(*[x.double() for x in arguments])
-    assert relative_error(y, expected) < 2e-6
+@given(
+    st.integers(1, 3),
+    st.integers(1, 200),
+    st.integers(1, 140),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.sampled_from([1, 1, 3, 5]),
+    st.integers(1, 3),
+    st.sampled_from(sorted(LOW_PRECISION, key=str)),
+)
+def test_on_random_shapes(batch, inputs, outputs, height, width, kernel, stride, dtype):
+    arguments = arguments_of(batch, inputs, outputs, height, width, kernel, stride, dtype)
+    y, expected = packing("relu", stride)(*arguments), plain("relu", stride)(*[x.double() for x in arguments])
+    assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else LOW_PRECISION[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_takes_any_strides(dtype):
     x, weight, bias, residual = arguments_of(2, 20, 40, 7, 6, dtype=dtype)
-    operator = packing("relu")
+    check_any_strides(packing("relu"), x, weight, bias, residual)
+    x, weight, bias, residual = arguments_of(2, 20, 40, 7, 6, 3, 2, dtype)
+    check_any_strides(packing("relu", stride=2), x, weight, bias, residual)
+
+
+def check_any_strides(operator, x, weight, bias, residual):
     expected = operator(x, weight, bias, residual)
     assert expected.is_contiguous(memory_format=torch.channels_last)
     last = torch.channels_last
@@ -92,7 +123,7 @@ def test_takes_any_strides(dtype):
         assert torch.equal(operator(variant, weight, bias, residual), expected)
         assert torch.equal(operator(x, weight, bias, residual.contiguous(memory_format=last)), expected)
     empty = operator(x[:0], weight, bias, residual[:0])
-    assert empty.shape == (0, 40, 7, 6)
+    assert empty.shape == (0, *expected.shape[1:])
 
 
 def test_no_number_beyond_the_channels_is_used():
@@ -105,10 +136,11 @@ def test_no_number_beyond_the_channels_is_used():
 
 
 def test_gradcheck():
-    for activation in ("none", "relu"):
-        arguments = [x.requires_grad_() for x in arguments_of(2, 3, 5, 2, 3)]
-        assert torch.autograd.gradcheck(packing(activation), arguments)
-        assert torch.autograd.gradgradcheck(packing(activation), arguments)
+    for activation, shape in (("none", (2, 3, 5, 2, 3)), ("relu", (2, 3, 5, 2, 3)), ("relu", (1, 2, 3, 4, 5, 3, 2))):
+        arguments = [x.requires_grad_() for x in arguments_of(*shape)]
+        operator = packing(activation, stride=(*shape, 1, 1)[6])
+        assert torch.autograd.gradcheck(operator, arguments)
+        assert torch.autograd.gradgradcheck(operator, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -128,28 +160,31 @@ def test_bit_equal_for_any_number_of_threads(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     x, weight, bias, residual = arguments_of(1, 6, 5, 3, 3, dtype=torch.float32)
-    packed = ops.pack_pointwise_weight(weight)
+    packed = ops.pack_conv2d_weight(weight)
     with torch.autocast(x.device.type, dtype):
-        y = ops.pointwise_conv2d(x, packed, bias, residual)
-    assert torch.equal(y, ops.pointwise_conv2d(x.to(dtype), packed.to(dtype), bias, residual.to(dtype)))
+        y = ops.packed_conv2d(x, packed, bias, residual)
+    assert torch.equal(y, ops.packed_conv2d(x.to(dtype), packed.to(dtype), bias, residual.to(dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     x, weight, bias, residual = (y.requires_grad_() for y in arguments_of(2, 3, 5, 4, 3, dtype=dtype))
-    packed = ops.pack_pointwise_weight(weight.detach()).requires_grad_()
+    packed = ops.pack_conv2d_weight(weight.detach()).requires_grad_()
     checks = {} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
     for activation in ("none", "relu"):
-        arguments = (x, packed, bias, residual, activation)
-        torch.library.opcheck(torch.ops.mobilemamba.pointwise_conv2d, arguments, **checks)
+        arguments = (x, packed, bias, residual, 1, 1, activation)
+        torch.library.opcheck(torch.ops.mobilemamba.packed_conv2d, arguments, **checks)
+    x, weight, bias, _ = (y.requires_grad_() for y in arguments_of(2, 3, 5, 4, 3, 3, 2, dtype=dtype))
+    packed = ops.pack_conv2d_weight(weight.detach()).requires_grad_()
+    torch.library.opcheck(torch.ops.mobilemamba.packed_conv2d, (x, packed, bias, None, 3, 2, "relu"), **checks)
 
 
 def test_packing_is_exact():
     _, weight, _, _ = arguments_of(1, 33, 70, 1, 1)
-    packed = ops.pack_pointwise_weight(weight)
+    packed = ops.pack_conv2d_weight(weight)
     assert packed.shape == (3, 17, 32, 2)
     panels = packed.permute(0, 2, 1, 3).reshape(96, 34)
-    assert torch.equal(panels[:70, :33], weight)
+    assert torch.equal(panels[:70, :33], weight.flatten(1))
     assert not panels[70:].any()
     assert not panels[:, 33:].any()
 
@@ -166,6 +201,8 @@ REFUSED = [
     ("bias", lambda x: x.long(), "bias is Long, expected Float like input"),
     ("residual", lambda x: x[:, :3], r"residual has shape \[1, 3, 2, 2\], expected \[1, 40, 2, 2\]"),
     ("residual", lambda x: x.half(), "residual is Half, expected Float like input"),
+    ("kernel_size", lambda x: 2, "kernel_size is 2, expected an odd number"),
+    ("stride", lambda x: 0, "stride is 0, expected at least 1"),
     ("activation", lambda x: "silu", 'activation is "silu", expected "none" or "relu"'),
 ]
 
@@ -173,11 +210,11 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "change", "message"), REFUSED)
 def test_refuses(name, change, message):
     x, weight, bias, residual = arguments_of(1, 3, 40, 2, 2, dtype=torch.float32)
-    arguments = {"input": x, "weight": ops.pack_pointwise_weight(weight), "bias": bias, "residual": residual}
-    arguments["activation"] = "none"
+    arguments = {"input": x, "weight": ops.pack_conv2d_weight(weight), "bias": bias, "residual": residual}
+    arguments |= {"kernel_size": 1, "stride": 1, "activation": "none"}
     arguments[name] = change(arguments[name])
-    with pytest.raises(RuntimeError, match="^pointwise_conv2d: " + message):
-        ops.pointwise_conv2d(**arguments)
+    with pytest.raises(RuntimeError, match="^packed_conv2d: " + message):
+        ops.packed_conv2d(**arguments)
 
 
 # Packed weights in models --------------------------------------------------------------------------------------------
@@ -191,7 +228,7 @@ def fused() -> torch.nn.Module:
 
 @torch.no_grad()
 def test_packed_models_are_copied_pickled_saved_and_scripted(fused):
-    assert any(m.packed for m in fused.modules() if isinstance(m, PointwiseConv2d))
+    assert any(m.packed for m in fused.modules() if isinstance(m, DenseConv2d))
     x = torch.randn(2, 3, 40, 33)
     expected = fused(x)
     other = mobilemamba.nano(in_chans=3).fuse()

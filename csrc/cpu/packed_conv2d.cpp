@@ -1,0 +1,27 @@
+// The convolution on a packed weight on the CPU.
+#include "ops/packed_conv2d.h"
+
+#include <torch/library.h>
+
+#include "cpu/run.h"
+
+namespace mobilemamba::cpu {
+namespace {
+
+at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                   const std::optional<at::Tensor>& residual, int64_t kernel_size, int64_t stride,
+                   std::string_view activation) {
+  const PackedConvArguments arguments{input, weight, bias, residual, kernel_size, stride, activation};
+  if (input.scalar_type() == at::kDouble) return arguments.with_torch();
+  return arguments.with([](const PackedConvForward& p) {
+    run(p.dtype == DType::bfloat16 ? kernels().packed_conv_bfloat16 : kernels().packed_conv, p);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+  m.impl("packed_conv2d", forward);
+}
+
+}  // namespace mobilemamba::cpu

@@ -1,0 +1,24 @@
+// The convolution on a packed weight on CUDA: torch's own. Models keep their weights unpacked there.
+#include "ops/packed_conv2d.h"
+
+#include <torch/library.h>
+
+#include "cuda/run.h"
+
+namespace mobilemamba::cuda {
+namespace {
+
+at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                   const std::optional<at::Tensor>& residual, int64_t kernel_size, int64_t stride,
+                   std::string_view activation) {
+  const DeviceOf device(input);
+  return PackedConvArguments{input, weight, bias, residual, kernel_size, stride, activation}.with_torch();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
+  m.impl("packed_conv2d", forward);
+}
+
+}  // namespace mobilemamba::cuda

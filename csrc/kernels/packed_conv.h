@@ -1,0 +1,45 @@
+// The convolution on a packed weight: parameters of its kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common.h"
+#include "kernels/depthwise.h"
+
+namespace mobilemamba {
+
+/// A matrix product of patches and weight, with a row for each position of the output:
+/// output = activation(patches @ weight + bias) + residual, or, with `residual_inside`,
+/// activation(patches @ weight + bias + residual). Zero padding of kernel / 2 on every side.
+///
+/// A patch is (kernel, kernel, in_channels). The weight is packed in panels of 32 outputs,
+/// (ceil(out_channels / 32), ceil(patch / 2), 32, 2): two inputs of one output lie together, as instructions for 16-bit
+/// products want them, and those of 32 outputs fill whole vectors of any width. Missing inputs and outputs are zero.
+struct PackedConvForward {
+  DType dtype;
+  int64_t batch, in_channels, height, width, out_channels, kernel, stride;
+  Activation activation;  // none or relu
+  bool residual_inside;
+  Image input;
+  const void* weight;
+  const void* bias;      // (N), in the type of sums
+  const void* residual;  // null: none
+  int64_t residual_row;  // elements from position to position, as below
+  void* output;
+  int64_t output_row;
+
+  static constexpr int64_t panel = 32;
+  int64_t out_height() const { return (height + stride - 1) / stride; }
+  int64_t out_width() const { return (width + stride - 1) / stride; }
+  int64_t rows() const { return batch * out_height() * out_width(); }
+  int64_t patch() const { return kernel * kernel * in_channels; }
+  int64_t panels() const { return (out_channels + panel - 1) / panel; }
+  int64_t pairs() const { return (patch() + 1) / 2; }
+  /// Whether the patches lie in the input as they are, `input.column` apart.
+  bool in_place() const {
+    return kernel == 1 && stride == 1 && (height == 1 || input.row == width * input.column) &&
+           (batch == 1 || input.batch == height * width * input.column);
+  }
+};
+
+}  // namespace mobilemamba

@@ -1,0 +1,150 @@
+// Host side of the convolution on a packed weight; see the header.
+#include "ops/packed_conv2d.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/relu.h>
+#include <torch/library.h>
+
+#include "ops/common.h"
+
+namespace mobilemamba {
+
+at::Tensor packed_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                         const std::optional<at::Tensor>& residual, int64_t kernel_size, int64_t stride,
+                         std::string_view activation) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mobilemamba::packed_conv2d", "").typed<decltype(packed_conv2d)>();
+  return op.call(input, weight, bias, residual, kernel_size, stride, activation);
+}
+
+at::Tensor pack_conv2d_weight(const at::Tensor& weight) {
+  constexpr int64_t panel = PackedConvForward::panel;
+  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == weight.size(3) && weight.size(3) % 2 == 1,
+              "pack_conv2d_weight: weight has shape ", weight.sizes(),
+              ", expected 4 dimensions (out_channels, in_channels, k, k), k odd");
+  const at::Tensor rows = weight.permute({0, 2, 3, 1}).flatten(1);
+  const int64_t out = rows.size(0), in = rows.size(1), panels = (out + panel - 1) / panel, pairs = (in + 1) / 2;
+  const at::Tensor padded = at::constant_pad_nd(rows, {0, 2 * pairs - in, 0, panels * panel - out});
+  return padded.view({panels, panel, pairs, 2}).permute({0, 2, 1, 3}).contiguous();
+}
+
+TORCH_LIBRARY_IMPL(mobilemamba, CompositeImplicitAutograd, m) {
+  m.impl("pack_conv2d_weight", pack_conv2d_weight);
+}
+
+at::Tensor unpack_conv2d_weight(const at::Tensor& packed, int64_t out_channels, int64_t in_channels,
+                                int64_t kernel_size) {
+  const at::Tensor padded = packed.permute({0, 2, 1, 3}).reshape({packed.size(0) * packed.size(2), -1});
+  return padded.narrow(0, 0, out_channels)
+      .narrow(1, 0, kernel_size * kernel_size * in_channels)
+      .reshape({out_channels, kernel_size, kernel_size, in_channels})
+      .permute({0, 3, 1, 2});
+}
+
+namespace {
+
+std::vector<c10::SymInt> output_sizes(const PackedConvArguments& a) {
+  const auto strided = [&](int64_t dim) { return (a.input.sym_size(dim) + (a.stride - 1)) / a.stride; };
+  return {a.input.sym_size(0), a.bias.sym_size(0), strided(2), strided(3)};
+}
+
+}  // namespace
+
+void PackedConvArguments::check() const {
+  constexpr int64_t panel = PackedConvForward::panel;
+  const Checks check("packed_conv2d", "input", input);
+  check.dimensions("input", input, 4, "(batch, in_channels, height, width)");
+  check.dimensions("bias", bias, 1, "(out_channels)");
+  TORCH_CHECK(kernel_size >= 1 && kernel_size % 2 == 1, "packed_conv2d: kernel_size is ", kernel_size,
+              ", expected an odd number");
+  TORCH_CHECK(stride >= 1, "packed_conv2d: stride is ", stride, ", expected at least 1");
+  const c10::SymInt out = bias.sym_size(0), patch = input.sym_size(1) * (kernel_size * kernel_size);
+  check.shape("weight", weight, {(out + (panel - 1)) / panel, (patch + 1) / 2, panel, 2},
+              "(ceil(out_channels / 32), ceil(in_channels * kernel_size^2 / 2), 32, 2), as packed");
+  check.like_main("weight", weight);
+  check.parameter("bias", bias);
+  if (residual) {
+    check.shape("residual", *residual, output_sizes(*this), "(batch, out_channels, height, width) of the output");
+    check.like_main("residual", *residual);
+  }
+  TORCH_CHECK(activation == "none" || activation == "relu", "packed_conv2d: activation is \"", activation,
+              "\", expected \"none\" or \"relu\"");
+}
+
+at::Tensor PackedConvArguments::output() const {
+  return at::empty_symint(output_sizes(*this), input.options(), at::MemoryFormat::ChannelsLast);
+}
+
+at::Tensor PackedConvArguments::with_torch() const {
+  check();
+  const at::Tensor plain = unpack_conv2d_weight(weight, bias.size(0), input.size(1), kernel_size);
+  const at::Tensor bias_ = bias.to(input.scalar_type());
+  at::Tensor y;
+  if (kernel_size == 1 && stride == 1)
+    y = at::linear(input.permute({0, 2, 3, 1}), plain.flatten(1), bias_).permute({0, 3, 1, 2});
+  else
+    y = at::conv2d(input.contiguous(at::MemoryFormat::ChannelsLast), plain, bias_, stride, kernel_size / 2)
+            .contiguous(at::MemoryFormat::ChannelsLast);
+  if (activation == "relu") y.relu_();
+  return residual ? y.add_(*residual) : y;
+}
+
+namespace {
+
+/// A tensor whose positions are rows at equal distances, channels contiguous: the same one where it is so already.
+at::Tensor rows_of(const at::Tensor& x) {
+  const at::Tensor y = channels_contiguous(x);
+  const int64_t row = y.stride(3);
+  const bool uniform = (y.size(2) <= 1 || y.stride(2) == y.size(3) * row) &&
+                       (y.size(0) <= 1 || y.stride(0) == y.size(2) * y.size(3) * row) && y.size(3) > 1;
+  return uniform ? y : y.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+/// Elements from row to row; a size of 1 says nothing about its stride.
+int64_t row_stride(const at::Tensor& rows) {
+  return rows.size(3) > 1 ? rows.stride(3) : rows.size(1);
+}
+
+}  // namespace
+
+at::Tensor PackedConvArguments::with(void (*kernel)(const PackedConvForward&)) const {
+  check();
+  at::Tensor y = output();
+  if (y.numel() == 0) return y;
+  const bool one_to_one = kernel_size == 1 && stride == 1;
+  const at::Tensor x = one_to_one ? rows_of(input) : channels_contiguous(input), packed = weight.contiguous();
+  const at::Tensor sums_bias = bias.to(at::kFloat).contiguous();
+  const at::Tensor added = residual ? rows_of(*residual) : at::Tensor();
+  Image image = image_of(x);
+  if (one_to_one) {
+    image.column = row_stride(x);
+    image.row = x.size(3) * image.column;
+    image.batch = x.size(2) * image.row;
+  }
+  kernel({
+      .dtype = kernel_dtype(input.scalar_type()),
+      .batch = x.size(0),
+      .in_channels = x.size(1),
+      .height = x.size(2),
+      .width = x.size(3),
+      .out_channels = bias.size(0),
+      .kernel = kernel_size,
+      .stride = stride,
+      .activation = activation == "relu" ? Activation::relu : Activation::none,
+      .residual_inside = false,
+      .input = image,
+      .weight = packed.const_data_ptr(),
+      .bias = sums_bias.const_data_ptr(),
+      .residual = residual ? added.const_data_ptr() : nullptr,
+      .residual_row = residual ? row_stride(added) : 0,
+      .output = y.mutable_data_ptr(),
+      .output_row = y.size(1),
+  });
+  return y;
+}
+
+}  // namespace mobilemamba
