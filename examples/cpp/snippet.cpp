@@ -1,6 +1,7 @@
 // The README's program: loads a model and runs it, with no Python in the process.
 #include <torch/script.h>
 
+#include <algorithm>
 #include <iostream>
 
 int main(int count, char** arguments) {
