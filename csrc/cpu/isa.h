@@ -45,8 +45,8 @@ constinit const Kernels kernels = {
     table_entry<DepthwiseForwardKernel, DepthwiseForward>(),
     table_entry<DepthwiseBackwardInputKernel, DepthwiseBackwardInput>(),
     table_entry<DepthwiseBackwardWeightKernel, DepthwiseBackwardWeight>(),
-    {PackedConvTask::count, packed_conv_scratch_bytes, run_packed_conv},
-    {PackedConvTask::count, packed_conv_scratch_bytes, run_packed_conv},
+    {PackedConvKernel<float>::Task::count, packed_conv_scratch_bytes, run_packed_conv},
+    {PackedConvKernel<float>::Task::count, packed_conv_scratch_bytes, run_packed_conv},
 };
 
 }  // namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA

@@ -12,6 +12,7 @@
 
 #define MOBILEMAMBA_CPU_ISA amx
 #define MOBILEMAMBA_CPU_VECTOR_BYTES 64
+#define MOBILEMAMBA_CPU_ROUNDS_TO_BFLOAT16
 #include "cpu/kernels.h"
 
 namespace mobilemamba::cpu::amx {
@@ -56,6 +57,7 @@ struct alignas(64) TileShapes {
 struct TileKernel {
   static constexpr int64_t panel = PackedConvForward::panel;
   static constexpr int64_t step = 32;  // inputs
+  using Task = PackedConvTask<16>;
   using TilePatches = Patches<BFloat16, BFloat16, step, true>;
 
   struct Scratch {
@@ -70,7 +72,7 @@ struct TileKernel {
     TilePatches patches;
     TileShapes shapes;
     for (int64_t index = begin; index < end; ++index) {
-      const PackedConvTask task(p, index);
+      const Task task(p, index);
       patches.set(p, task.first, task.last, memory + sizeof(Scratch));
       const BFloat16* weight = static_cast<const BFloat16*>(p.weight) + task.channel * 2 * p.pairs();
       const int64_t whole = p.patch() / step * step, rest = (2 * p.pairs() - whole) * panel;
@@ -151,7 +153,7 @@ struct TileKernel {
 
 }  // namespace
 
-constinit const Kernel<PackedConvForward> packed_conv_bfloat16 = {PackedConvTask::count, TileKernel::scratch_bytes,
+constinit const Kernel<PackedConvForward> packed_conv_bfloat16 = {TileKernel::Task::count, TileKernel::scratch_bytes,
                                                                   TileKernel::run};
 
 }  // namespace mobilemamba::cpu::amx

@@ -14,6 +14,7 @@
 
 #define MOBILEMAMBA_CPU_ISA avx512bf16
 #define MOBILEMAMBA_CPU_VECTOR_BYTES 64
+#define MOBILEMAMBA_CPU_ROUNDS_TO_BFLOAT16
 #include "cpu/kernels.h"
 #include "cpu/packed_conv_kernels.h"
 
@@ -24,6 +25,7 @@ namespace {
 struct PairKernel {
   static constexpr int64_t panel = PackedConvForward::panel;
   static constexpr int vectors = 2, most_rows = 8;
+  using Task = PackedConvTask<most_rows>;
   typedef int32_t Pairs __attribute__((vector_size(64)));
 #ifdef __clang__
   typedef __bf16 Lanes __attribute__((vector_size(64)));
@@ -38,7 +40,7 @@ struct PairKernel {
   static void run(const PackedConvForward& p, int64_t begin, int64_t end, std::byte* scratch) {
     Patches<BFloat16, BFloat16, 2> patches;
     for (int64_t index = begin; index < end; ++index) {
-      const PackedConvTask task(p, index);
+      const Task task(p, index);
       patches.set(p, task.first, task.last, scratch);
       const auto input = [&](int64_t row) { return patches.data + (row - task.first) * patches.row; };
       int64_t row = task.first;
@@ -53,7 +55,7 @@ struct PairKernel {
 
   template <int rows>
   static void tile(const PackedConvForward& p, const BFloat16* input, int64_t input_row, int64_t row,
-                   const PackedConvTask& task) {
+                   const Task& task) {
     const BFloat16* weight = static_cast<const BFloat16*>(p.weight) + task.channel * 2 * p.pairs();
     Vec<float>::Raw sum[rows][vectors] = {};
     for (int r = 0; r < rows; ++r)
@@ -85,7 +87,7 @@ struct PairKernel {
 
 }  // namespace
 
-constinit const Kernel<PackedConvForward> packed_conv_bfloat16 = {PackedConvTask::count, PairKernel::scratch_bytes,
+constinit const Kernel<PackedConvForward> packed_conv_bfloat16 = {PairKernel::Task::count, PairKernel::scratch_bytes,
                                                                   PairKernel::run};
 
 }  // namespace mobilemamba::cpu::avx512bf16

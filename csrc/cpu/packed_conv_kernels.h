@@ -7,18 +7,24 @@
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
-/// Rows of a task: their patches stay in the second cache, while the panels of the weight pass by.
+/// Most rows of a task: their patches stay in the second cache, while the panels of the weight pass by.
 constexpr int64_t packed_conv_task_rows = 96;
 
-/// A task: these rows of the output, one panel of the weight.
+/// A task: these rows of the output, one panel of the weight. All tasks have about as many rows, a multiple of `step`.
+template <int64_t step>
 struct PackedConvTask {
+  static_assert(packed_conv_task_rows % step == 0);
   int64_t first, last, channel;
 
-  static int64_t count(const PackedConvForward& p) { return ceil_div(p.rows(), packed_conv_task_rows) * p.panels(); }
+  static int64_t rows(const PackedConvForward& p) {
+    return ceil_div(ceil_div(p.rows(), ceil_div(p.rows(), packed_conv_task_rows)), step) * step;
+  }
+
+  static int64_t count(const PackedConvForward& p) { return ceil_div(p.rows(), rows(p)) * p.panels(); }
 
   PackedConvTask(const PackedConvForward& p, int64_t index)
-      : first(index / p.panels() * packed_conv_task_rows),
-        last(min(first + packed_conv_task_rows, p.rows())),
+      : first(index / p.panels() * rows(p)),
+        last(min(first + rows(p), p.rows())),
         channel(index % p.panels() * PackedConvForward::panel) {}
 
   int channels(const PackedConvForward& p) const {
@@ -170,13 +176,14 @@ struct PackedConvKernel {
   static constexpr int vectors = 4;                                             // of a panel at a time
   static constexpr int step = vectors * V::size / 2;                            // outputs that are
   static constexpr int most_rows = MOBILEMAMBA_CPU_VECTOR_BYTES == 64 ? 6 : 3;  // as registers allow
+  using Task = PackedConvTask<most_rows>;
 
   static size_t scratch_bytes(const PackedConvForward& p) { return Patches<T, float, 2>::scratch_bytes(p); }
 
   static void run(const PackedConvForward& p, int64_t begin, int64_t end, std::byte* scratch) {
     Patches<T, float, 2> patches;
     for (int64_t index = begin; index < end; ++index) {
-      const PackedConvTask task(p, index);
+      const Task task(p, index);
       patches.set(p, task.first, task.last, scratch);
       const T* weight = static_cast<const T*>(p.weight) + task.channel * 2 * p.pairs();
       for (int64_t row = task.first; row < task.last; row += most_rows) {

@@ -165,6 +165,13 @@ MOBILEMAMBA_HOST_DEVICE Vec<float> widen(Bits16 packed, BFloat16) {
 
 /// Round to nearest even; NaN stays NaN.
 MOBILEMAMBA_HOST_DEVICE Bits16 narrow(Vec<float> x, BFloat16) {
+#ifdef MOBILEMAMBA_CPU_ROUNDS_TO_BFLOAT16  // in one instruction, which takes subnormal numbers for zero
+#ifdef __clang__
+  return (Bits16)__builtin_ia32_cvtneps2bf16_512(x.raw);
+#else
+  return (Bits16)__builtin_ia32_cvtneps2bf16_v16sf(x.raw);
+#endif
+#endif
   const Bits32 bits = (Bits32)x.raw;
   const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits32 nan = (bits >> 16) | 0x40;
@@ -196,16 +203,22 @@ MOBILEMAMBA_HOST_DEVICE Bits16 narrow(Vec<float> x, Half) {
 template <typename T, typename Raw>
 MOBILEMAMBA_HOST_DEVICE Raw load_raw(const T* from, int count) {
   Raw raw{};
-  if (count * sizeof(T) == sizeof(Raw))
-    __builtin_memcpy(&raw, from, sizeof(Raw));
+  if (count * sizeof(T) == sizeof(Raw)) __builtin_memcpy(&raw, from, sizeof(Raw));
+#if MOBILEMAMBA_CPU_VECTOR_BYTES == 64
+  else if constexpr (sizeof(T) == 4)
+    raw = (Raw)__builtin_ia32_loadups512_mask(from, (Vec<float>::Raw)raw, static_cast<uint16_t>((1u << count) - 1));
+#endif
   else
     __builtin_memcpy(&raw, from, count * sizeof(T));
   return raw;
 }
 template <typename T, typename Raw>
 MOBILEMAMBA_HOST_DEVICE void store_raw(T* to, const Raw& raw, int count) {
-  if (count * sizeof(T) == sizeof(Raw))
-    __builtin_memcpy(to, &raw, sizeof(Raw));
+  if (count * sizeof(T) == sizeof(Raw)) __builtin_memcpy(to, &raw, sizeof(Raw));
+#if MOBILEMAMBA_CPU_VECTOR_BYTES == 64
+  else if constexpr (sizeof(T) == 4)
+    __builtin_ia32_storeups512_mask(to, (Vec<float>::Raw)raw, static_cast<uint16_t>((1u << count) - 1));
+#endif
   else
     __builtin_memcpy(to, &raw, count * sizeof(T));
 }
