@@ -1,4 +1,4 @@
-"""The command line: ``mobilemamba train | classify | convert | info``.
+"""The command line: ``mobilemamba train | classify | export | convert | info``.
 
 What a user can get wrong is one line on stderr and exit code 2; anything else that fails shows its traceback.
 """
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="mobilemamba", description="MobileMamba: train, classify, convert, info.")
+    parser = Parser(prog="mobilemamba", description="MobileMamba: train, classify, export, convert, info.")
     parser.add_argument("--version", action="version", version=f"mobilemamba {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -53,6 +53,7 @@ def make_parser() -> Parser:
 
     add_classify_options(command("classify", classify, "Name what is in images."))
     add_train_options(command("train", train, "Train a model; a killed run goes on with --resume."))
+    add_export_options(command("export", export, "Write a model for programs without Python; checked after writing."))
     sub = command("convert", convert, "Convert a published checkpoint to safetensors, every key accounted for.")
     sub.add_argument("source", type=Path, metavar="IN", help="published checkpoint, or one of this package")
     sub.add_argument("target", type=Path, metavar="OUT", help="file to write")
@@ -64,14 +65,29 @@ def make_parser() -> Parser:
 
 def add_classify_options(parser: Parser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--model", metavar="NAME", help="preset (default: nano), or that of PATH")
-    parser.add_argument("--distilled", action="store_true", help="the weights that were trained with a teacher")
-    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="weights of your own")
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one in a line")
+    add_model_options(parser)
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes to print (default: 5)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+
+
+def add_export_options(parser: Parser) -> None:
+    from .export import DTYPES, FORMATS
+
+    parser.add_argument("target", type=Path, metavar="OUT", help="file to write")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="%(choices)s")
+    add_model_options(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="%(choices)s (default: float32)")
+    parser.add_argument("--trainable", action="store_true", help="keep BatchNorm; by default it is folded away")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda: where the file will run (default: cpu)")
+
+
+def add_model_options(parser: Parser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="preset (default: nano), or that of PATH")
+    parser.add_argument("--distilled", action="store_true", help="the weights that were trained with a teacher")
+    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="weights of your own")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one in a line")
 
 
 def add_train_options(parser: Parser) -> None:
@@ -120,12 +136,6 @@ def classify(args: argparse.Namespace) -> None:
     model, labels, preprocessing = open_model(args)
     if model.num_classes == 0:
         raise ValueError(f"{args.checkpoint}: expected a model with classes, got one without a head (num_classes=0)")
-    if args.labels:
-        labels = read_labels(args.labels)
-    if labels is not None and len(labels) != model.num_classes:
-        raise ValueError(
-            f"{args.labels or args.checkpoint}: expected {model.num_classes} labels, one in a line, got {len(labels)}"
-        )
     prepare = preprocessing.transforms()
     model = model.fuse().to(device)
     rows: list[torch.Tensor] = []
@@ -144,6 +154,24 @@ def classify(args: argparse.Namespace) -> None:
         ]
         results.append({"image": str(path), "predictions": predictions})
     print(json.dumps(results, indent=2) if args.json else "\n\n".join(map(table, results)))
+
+
+def export(args: argparse.Namespace) -> None:
+    from .export import export as write
+
+    device = checked_device(args.device)
+    model, labels, preprocessing = open_model(args)
+    difference = write(
+        model.to(device),
+        args.target,
+        args.format,
+        labels=labels,
+        preprocessing=preprocessing,
+        dtype=args.dtype,
+        fuse=not args.trainable,
+    )
+    size = args.target.stat().st_size / 1e6
+    print(f"{args.target}: {args.format}, {args.dtype}, {size:.1f} MB, logits within {difference:.1e} of the model's")
 
 
 def read_labels(path: Path) -> list[str]:
@@ -167,12 +195,17 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Sequence[str] | None, Any
     if args.checkpoint is None:
         name = args.model or "nano"
         model = zoo.create_model(name, pretrained="distilled" if args.distilled else True)
-        entry = weights.entry(name, args.distilled)
-        return model, entry.labels, entry.preprocessing
-    if args.distilled:
-        raise ValueError("--distilled goes with --model, expected either it or --checkpoint")
-    model, stored = zoo.open_model(args.checkpoint, args.model)
-    return model, stored.labels, stored.preprocessing
+        stored = weights.entry(name, args.distilled)
+    else:
+        if args.distilled:
+            raise ValueError("--distilled goes with --model, expected either it or --checkpoint")
+        model, stored = zoo.open_model(args.checkpoint, args.model)
+    labels = read_labels(args.labels) if args.labels else stored.labels
+    if labels is not None and len(labels) != model.num_classes:
+        raise ValueError(
+            f"{args.labels or args.checkpoint}: expected {model.num_classes} labels, one in a line, got {len(labels)}"
+        )
+    return model, labels, stored.preprocessing
 
 
 def checked_device(name: str) -> str:

@@ -71,3 +71,19 @@ def packed_conv2d(
     **__: Any,
 ) -> int:
     return 2 * prod(out_shape) * input[1] * kernel_size**2
+
+
+@register_flop_formula(NATIVE.mrffi)
+def mrffi(input: Shape, residual: Shape | None, weights: list[Shape], *_: Any, **__: Any) -> int:
+    batch, channels, height, width = input
+    inner, (outputs, local) = weights[3][0], (weights[12][0], weights[15][0])
+    rank, states, positions = weights[5][2], weights[7][2], batch * height * width
+    products = 2 * inner * outputs + 2 * (rank + 2 * states) * inner + inner * outputs + channels**2
+    kernels = inner * weights[2][3] ** 2 + local * (weights[14][3] ** 2 + 1)
+    sequence = scan([batch, inner, height * width], [batch, 2, rank, height * width], weights[7])
+    return 2 * positions * (products + kernels) + sequence + haar([batch, outputs, height, width], weights[13][3])
+
+
+@register_flop_formula(NATIVE.mrffi_backward)
+def mrffi_backward(grad_output: Shape, input: Shape, weights: list[Shape], *_: Any, **__: Any) -> int:
+    return 2 * mrffi(input, None, weights)

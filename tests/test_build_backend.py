@@ -1,6 +1,7 @@
 """The decisions of the build: torch of the target environment, CUDA or not, archs, errors. Nothing is compiled here."""
 
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -185,3 +186,18 @@ def test_sources_are_the_folders() -> None:
     assert cpu < cuda
     assert {path.rpartition(".")[2] for path in cuda - cpu} == {"cpp", "cu"}
     assert all(path.startswith("csrc/cuda/") for path in cuda - cpu)
+
+
+def test_cmake_globs_the_same_folders() -> None:
+    """Both builds take every source of a folder; here are the two rules, side by side."""
+    cmake = (BACKEND.parent / "CMakeLists.txt").read_text()
+    rules = dict(re.findall(r"^file\(GLOB_RECURSE (\w+) CONFIGURE_DEPENDS (.*)\)$", cmake, re.M))
+    found = {name: {str(p) for rule in rules[name].split() for p in expand(rule)} for name in rules}
+    assert found["sources"] - found["cuda_sources"] == set(build.sources(cuda=False))
+    assert found["sources"] | found["cuda_sources"] == set(build.sources(cuda=True))
+
+
+def expand(rule: str) -> list[Path]:
+    """The files of a CMake GLOB_RECURSE expression, relative to the checkout."""
+    folder, _, pattern = rule.rpartition("/")
+    return [path.relative_to(BACKEND.parent) for path in (BACKEND.parent / folder).rglob(pattern)]

@@ -62,6 +62,12 @@ def test_packed_conv(library):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
 
 
+def test_mrffi(library):
+    tests = str(ROOT / "tests" / "test_mrffi.py")
+    done = run_tests(library, tests, "-k", "in_float64 or in_lower_precision or any_strides or refuses")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+
+
 def run_program(library: Path, program: str, **settings: object) -> subprocess.CompletedProcess[str]:
     environment = host_library.environment(library, **settings)
     environment["PYTHONPATH"] = str(ROOT / "tests")

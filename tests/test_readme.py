@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The README's Python runs as it stands; its C++ is the example that tests/cpp compiles and runs."""
 
 import re
 from pathlib import Path
@@ -21,3 +21,8 @@ def test_python_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded == ["s6"]
     assert tuple(names["logits"].shape) == (1, 1000)
     assert [tuple(m.shape[1:]) for m in names["maps"]] == [(192, 14, 14), (384, 7, 7), (448, 4, 4)]
+
+
+def test_cpp_block_is_the_example() -> None:
+    blocks = re.findall(r"^```cpp\n(.*?)^```", README.read_text(), re.M | re.S)
+    assert blocks == [(README.parent / "examples" / "cpp" / "snippet.cpp").read_text()]

@@ -48,7 +48,11 @@ at::Tensor unpack_conv2d_weight(const at::Tensor& packed, int64_t out_channels, 
 namespace {
 
 std::vector<c10::SymInt> output_sizes(const PackedConvArguments& a) {
-  const auto strided = [&](int64_t dim) { return (a.input.sym_size(dim) + (a.stride - 1)) / a.stride; };
+  const auto strided = [&](int64_t dim) -> c10::SymInt {
+    const c10::SymInt size = a.input.sym_size(dim);
+    if (const auto known = size.maybe_as_int()) return (*known + a.stride - 1) / a.stride;
+    return (size - 1) / a.stride + 1;  // the form of torch's own convolution, of which it knows that it is at least 1
+  };
   return {a.input.sym_size(0), a.bias.sym_size(0), strided(2), strided(3)};
 }
 

@@ -1,0 +1,177 @@
+"""A model in one file for programs without Python: TorchScript, AOTInductor or ONNX, checked after it is written."""
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .files import atomic_write
+from .model import MobileMamba
+from .transforms import Preprocessing
+
+__all__ = ["DTYPES", "FORMATS", "export"]
+
+VERSION = 1  # of the records below; a reader refuses a newer one
+DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = ("torchscript", "aoti", "onnx")
+
+
+def export(
+    model: MobileMamba,
+    path: str | os.PathLike[str],
+    format: str,
+    *,
+    preprocessing: Preprocessing,
+    labels: Sequence[str] | None = None,
+    dtype: str = "float32",
+    fuse: bool = True,
+) -> float:
+    """Write ``model`` for inference on the device that it is on, for any batch and image size.
+
+    What a program needs beside the network is in the file, as records of text: ``mobilemamba.version``, ``.dtype``,
+    ``.device``, ``.labels`` (one in a line; empty where there are none), and the fields of :class:`Preprocessing`. They
+    are extra files of a TorchScript or ``.pt2`` archive, and metadata of ONNX.
+
+    Args:
+        format: ``"torchscript"``; ``"aoti"``, a ``.pt2`` package that AOTInductor compiled for this machine's
+            processor; ``"onnx"``, in standard operators (needs the extra ``onnx``; float32 only).
+        labels: names of the classes.
+        dtype: one of ``DTYPES``, of parameters, images and logits.
+        fuse: False keeps BatchNorm as it is, so that the module can be trained (TorchScript only).
+
+    Returns:
+        The largest difference between the file's logits and the model's, over the largest logit.
+
+    Raises:
+        ValueError: the options do not go together, or the file's logits are not the model's; no file is written then.
+    """
+    if format not in FORMATS or dtype not in DTYPES:
+        raise ValueError(f"expected one of {', '.join(FORMATS)} in {', '.join(DTYPES)}, got {format} in {dtype}")
+    if format == "aoti" and Path(path).suffix != ".pt2":
+        raise ValueError(f"{path}: expected a name that ends with .pt2, as torch expects it of an AOTInductor package")
+    if format == "onnx" and dtype != "float32":
+        raise ValueError(f"expected float32 for ONNX, got {dtype}; ONNX tools convert a float32 file")
+    if not fuse and format != "torchscript":
+        raise ValueError(f"a module that can be trained is expected as torchscript, got {format}")
+    device = next(model.parameters()).device
+    records = {
+        f"mobilemamba.{name}": " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in {
+            "version": VERSION,
+            "dtype": dtype,
+            "device": device.type,
+            **preprocessing.to_dict(),
+        }.items()
+    }
+    if any("\n" in label for label in labels or ()):
+        raise ValueError("expected labels of one line each")
+    records["mobilemamba.labels"] = "\n".join(labels or ())
+
+    eager = copy.deepcopy(model).eval()
+    # ONNX gets the layers before fuse(), whose operators are the CPU's; its exporter folds BatchNorm itself
+    written = eager.fuse() if fuse and format != "onnx" else eager
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / ("mobilemamba.pt2" if format == "aoti" else "mobilemamba")  # a name inside the file
+        run = {"torchscript": _torchscript, "aoti": _aoti, "onnx": _onnx}[format](
+            copy.deepcopy(written).to(getattr(torch, dtype)), file, records
+        )
+        difference = _difference(eager, run, preprocessing.crop, getattr(torch, dtype))
+        if not difference <= (1e-4 if dtype == "float32" else 0.1):
+            raise ValueError(
+                f"the logits of the {format} file differ from the model's by {difference:.1e} of the largest"
+            )
+        atomic_write(path, lambda temporary: shutil.copyfile(file, temporary))
+    return difference
+
+
+@torch.no_grad()
+def _difference(eager: MobileMamba, run: Callable[[Tensor], Tensor], pixels: int, dtype: torch.dtype) -> float:
+    """Over two batch and image sizes, neither of them that of the tracing."""
+    worst = 0.0
+    for batch, height, width in ((1, pixels, pixels), (3, pixels + 1, pixels // 2 + 1)):
+        generator = torch.Generator().manual_seed(batch)
+        images = torch.randn(batch, eager.in_chans, height, width, generator=generator)
+        images = images.to(next(eager.parameters()).device)
+        expected, actual = eager(images), run(images.to(dtype)).to(images)
+        worst = max(worst, float((actual - expected).abs().max() / expected.abs().max()))
+    return worst
+
+
+class NeedsLibrary(nn.Module):
+    """Never run. TorchScript reads it before the network, so that without the operators its error shows the text."""
+
+    def forward(self, images: Tensor, weight: Tensor) -> Tensor:
+        print("this file needs libmobilemamba: link MobileMamba::mobilemamba (C++), or import mobilemamba (Python)")
+        return torch.ops.mobilemamba.haar_conv2d(images, weight)
+
+
+class Exported(nn.Module):
+    """The network, after what to say where it cannot be loaded."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.needs = NeedsLibrary()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.network(images)
+
+
+def _torchscript(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[Tensor], Tensor]:
+    torch.jit.script(Exported(model)).save(str(path), _extra_files=records)
+    return torch.jit.load(str(path), map_location=next(model.parameters()).device)
+
+
+def _aoti(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[Tensor], Tensor]:
+    from torch.export.pt2_archive._package import package_pt2
+
+    images, shapes = _example(model)
+    with torch.no_grad():
+        program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
+        options = {"aot_inductor.package": True}
+        files = torch._inductor.aot_compile(program.module(), (images,), options=options)
+    package_pt2(path, aoti_files=files, extra_files=records)
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def _onnx(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[Tensor], Tensor]:
+    try:
+        import onnxruntime
+
+        from .onnx_operators import TRANSLATIONS
+    except ImportError as error:
+        raise ValueError(f"ONNX files need the extra onnx: pip install 'mobilemamba[onnx]' ({error})") from error
+
+    images, shapes = _example(model)
+    program = torch.onnx.export(
+        model,
+        (images,),
+        dynamo=True,
+        dynamic_shapes=shapes,
+        opset_version=18,
+        custom_translation_table=TRANSLATIONS,
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    program.model.metadata_props.update(records)
+    program.save(str(path), external_data=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy(force=True)})[0])
+
+
+def _example(model: MobileMamba) -> tuple[Tensor, tuple[dict[int, torch.export.Dim]]]:
+    """Images to trace with, and their dimensions that vary."""
+    # torch.export takes sizes of 1 for a case of its own and promises nothing where the last map has one; the files
+    # compute that as well, see tests/cpp
+    smallest = model.feature_info[-1]["reduction"] + 1
+    parameter = next(model.parameters())
+    images = torch.randn(2, model.in_chans, 2 * smallest, 3 * smallest, dtype=parameter.dtype, device=parameter.device)
+    varying = {0: torch.export.Dim("batch")}
+    varying.update({i: torch.export.Dim(name, min=smallest) for i, name in ((2, "height"), (3, "width"))})
+    return images, (varying,)

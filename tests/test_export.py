@@ -1,0 +1,135 @@
+"""Files for programs without Python: what is in them, that they compute the same, what is refused. C++: tests/cpp."""
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+import mobilemamba
+from mobilemamba import cli, weights
+from mobilemamba import export as exporting
+from mobilemamba.export import export
+
+NANO = weights.entry("nano")
+
+
+@pytest.fixture
+def model() -> mobilemamba.MobileMamba:
+    return mobilemamba.nano(pretrained=True).eval()
+
+
+def records(path) -> dict[str, str]:
+    with zipfile.ZipFile(path) as archive:
+        found = {name.partition("/extra/mobilemamba.")[2]: name for name in archive.namelist()}
+        return {name: archive.read(entry).decode() for name, entry in found.items() if name}
+
+
+@pytest.mark.parametrize("dtype", exporting.DTYPES)
+def test_torchscript(model, tmp_path, dtype):
+    path = tmp_path / "nano.pt"
+    export(model, path, "torchscript", preprocessing=NANO.preprocessing, labels=NANO.labels, dtype=dtype)
+    images = torch.randn(3, 1, 37, 19).to(getattr(torch, dtype))
+    torch.testing.assert_close(torch.jit.load(path)(images), model.fuse().to(images)(images))
+    assert records(path) == {
+        "version": "1",
+        "dtype": dtype,
+        "device": "cpu",
+        "labels": "\n".join(NANO.labels),
+        "resize": "28",
+        "crop": "28",
+        "interpolation": "bicubic",
+        "mean": "0.286",
+        "std": "0.353",
+    }
+
+
+def test_trainable_file_has_batchnorm_and_learns(model, tmp_path):
+    path = tmp_path / "nano.pt"
+    export(model, path, "torchscript", preprocessing=NANO.preprocessing, fuse=False)
+    loaded = torch.jit.load(path).train()
+    before = dict(loaded.named_buffers())["network.head.norm.running_mean"].clone()
+    loaded(torch.randn(4, 1, 28, 28)).sum().backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+    assert not torch.equal(dict(loaded.named_buffers())["network.head.norm.running_mean"], before)
+    assert records(path)["labels"] == ""
+
+
+def test_without_the_library_torchscript_says_what_to_link(model, tmp_path):
+    export(model, tmp_path / "nano.pt", "torchscript", preprocessing=NANO.preprocessing)
+    code = "import torch; torch.jit.load('nano.pt')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Unknown builtin op: mobilemamba::" in done.stderr
+    assert "needs libmobilemamba: link MobileMamba::mobilemamba (C++), or import mobilemamba (Python)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("nano", [(1, 28, 28), (5, 37, 19), (2, 1, 1)]), ("s6", [(1, 224, 224), (3, 160, 97), (1, 30, 33)])],
+)
+def test_onnx(tmp_path, name, sizes):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    torch.manual_seed(0)
+    model = mobilemamba.create_model(name, pretrained=name == "nano").eval()
+    if name != "nano":
+        for module in model.modules():  # as after training: branches that are not zero
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.3, 0.8)
+                nn.init.normal_(module.running_mean, 0, 0.1)
+    entry = weights.entry(name)
+    export(model, tmp_path / "model.onnx", "onnx", preprocessing=entry.preprocessing, labels=entry.labels)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    for batch, height, width in sizes:
+        images = torch.randn(batch, model.in_chans, height, width)
+        with torch.inference_mode():
+            expected = model(images)
+        actual = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    stored = session.get_modelmeta().custom_metadata_map
+    assert stored["mobilemamba.labels"] == "\n".join(entry.labels or ())
+    assert stored["mobilemamba.crop"] == str(entry.preprocessing.crop)
+
+
+def test_a_wrong_file_is_not_kept(model, tmp_path, monkeypatch):
+    def wrong(model, path, records):
+        path.touch()
+        return lambda images: model(images) + 1
+
+    monkeypatch.setattr(exporting, "_torchscript", wrong)
+    with pytest.raises(ValueError, match="the logits of the torchscript file differ from the model's by"):
+        export(model, tmp_path / "nano.pt", "torchscript", preprocessing=NANO.preprocessing)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", "--format", "torchscript", "nano.pt"]) == 0
+    assert capsys.readouterr().out.startswith("nano.pt: torchscript, float32, ")
+    assert records("nano.pt")["labels"].splitlines() == list(NANO.labels)
+    (tmp_path / "names").write_text("".join(f"name {i}\n" for i in range(10)))
+    assert cli.main(["export", "--format", "torchscript", "--labels", "names", "nano.pt"]) == 0
+    assert records("nano.pt")["labels"].startswith("name 0\nname 1\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "aoti", "nano.pt"], "expected a name that ends with .pt2"),
+        (["--format", "onnx", "--dtype", "bfloat16", "nano.onnx"], "expected float32 for ONNX, got bfloat16"),
+        (["--format", "onnx", "--trainable", "nano.onnx"], "can be trained is expected as torchscript, got onnx"),
+        (["--format", "torchscript", "none/nano.pt"], "none: no such folder"),
+        (["--format", "torchscript", "--checkpoint", "none.pt", "nano.pt"], "none.pt: no such checkpoint file"),
+        (["--format", "torchscript", "--labels", "/dev/null", "nano.pt"], "expected 10 labels, one in a line, got 0"),
+    ],
+)
+def test_refusals(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
