@@ -335,8 +335,9 @@ MrffiGradients mrffi_backward_composed(const at::Tensor& grad_output, const Mrff
   like(6, grad_dt_bias);
   like(7, grad_A_log);
   like(8, grad_D);
-  const at::Tensor grad_rows =
-      at::cat(std::vector<at::Tensor>{grad_delta, grad_B, grad_C}, 2).permute({0, 3, 1, 2}).reshape({x.size(0), 2 * rows});
+  const at::Tensor grad_rows = at::cat(std::vector<at::Tensor>{grad_delta, grad_B, grad_C}, 2)
+                                   .permute({0, 3, 1, 2})
+                                   .reshape({x.size(0), 2 * rows});
   matrix_grads(4, grad_rows, u);
   const at::Tensor grad_conv = grad_u.transpose(1, 2).flatten(0, 1) + at::matmul(grad_rows, x_weight);
   const auto [grad_before, grad_conv_weight, grad_conv_bias] =
