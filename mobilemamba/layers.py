@@ -139,7 +139,24 @@ class PatchEmbedding(nn.Sequential):
         convs = [layer for layer in self if not isinstance(layer, nn.ReLU)]
         for conv in convs[:-1]:
             conv.activation = "relu"
-        return nn.Sequential(*convs)
+        return FoldedPatchEmbedding(*convs)
+
+
+class FoldedPatchEmbedding(nn.Sequential):
+    """Strided convolutions. On the CPU four images at a time: what is between the layers then stays in the cache."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if torch.compiler.is_compiling():  # whose graphs have no loops over the batch
+                return self.layers(x)
+        if x.device.type != "cpu" or x.size(0) <= 4:
+            return self.layers(x)
+        return torch.cat([self.layers(part) for part in x.split(4)])
+
+    def layers(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 class ResidualDepthwise(ConvNorm):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+FILES = ("test_operators.py", "test_packed_conv.py", "test_mrffi.py")
 CAPABILITIES = {"default": "generic", "avx2": "avx2"}  # what ATEN_CPU_CAPABILITY says, and the kernels it should give
 
 
@@ -26,7 +27,7 @@ def test_operators_with_the_kernels_for(capability):
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(root)]
     tests = subprocess.run(
-        [*command, "-c", str(root / "pyproject.toml"), str(Path(__file__).with_name("test_operators.py"))],
+        [*command, "-c", str(root / "pyproject.toml"), *(str(Path(__file__).with_name(name)) for name in FILES)],
         env=environment,
         capture_output=True,
         text=True,

@@ -32,6 +32,19 @@ struct PackedConvTask {
   }
 };
 
+/// A copy in pieces whose size the compiler knows: patches are many and short, and a call for each takes longer. The
+/// last piece may repeat bytes of the one before.
+template <int64_t piece>
+MOBILEMAMBA_HOST_DEVICE void copy_pieces(const char* from, char* to, int64_t bytes) {
+  if (bytes >= piece) {
+    for (int64_t i = 0; i + piece <= bytes; i += piece)
+      __builtin_memcpy(to + i, from + i, piece);
+    __builtin_memcpy(to + bytes - piece, from + bytes - piece, piece);
+  } else if constexpr (piece > 2) {
+    copy_pieces<piece / 2>(from, to, bytes);
+  }
+}
+
 /// Copies whole and partial vectors of numbers, from one type to another.
 template <typename From, typename To>
 MOBILEMAMBA_HOST_DEVICE void copy_numbers(const From* from, To* to, int64_t count) {
@@ -43,8 +56,9 @@ MOBILEMAMBA_HOST_DEVICE void copy_numbers(const From* from, To* to, int64_t coun
     store(to + i, load(from + i, left), left);
   }
 }
-MOBILEMAMBA_HOST_DEVICE void copy_numbers(const BFloat16* from, BFloat16* to, int64_t count) {
-  __builtin_memcpy(to, from, count * sizeof(BFloat16));
+template <typename T>
+MOBILEMAMBA_HOST_DEVICE void copy_numbers(const T* from, T* to, int64_t count) {
+  copy_pieces<64>(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), count * sizeof(T));
 }
 
 /// The patches of a task's rows, one after another, in the type that the product takes. What is copied is filled up
@@ -112,7 +126,9 @@ struct Patches {
     }
   }
 
-  static void clear(To* to, int64_t count) { __builtin_memset(to, 0, count * sizeof(To)); }
+  static void clear(To* to, int64_t count) {
+    if (count > 0) __builtin_memset(to, 0, count * sizeof(To));
+  }
 };
 
 /// Two numbers, over and over. As integers: 0 + x is an instruction where x is a floating-point number.
