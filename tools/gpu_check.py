@@ -276,7 +276,7 @@ def table(columns: Any, rows: list[list[str]]) -> list[str]:
 def printed_by(*command: str) -> str:
     """What a command prints, or nothing where it fails."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
