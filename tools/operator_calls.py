@@ -25,6 +25,11 @@ def main() -> None:
                 weight, bias = leaf(33, 1, kernel, kernel, dtype=dtype), leaf(33, dtype=dtype)
                 residual = leaf(2, 33, -(-height // stride), -(-width // stride), dtype=dtype)
                 ops.depthwise_conv2d(image, weight, bias, residual, stride, "silu").sum().backward()
+        g, p, d, r, n, c = 16, 5, 40, 2, 1, 24  # global, local, inner, rank, state, channels
+        shapes = [(2 * d, g), (2 * d,), (d, 1, 3, 3), (d,), (2 * (r + 2 * n), d), (2, d, r), (2, d), (2, d, n), (2, d)]
+        shapes += [(d,), (d,), (g, d), (g,), (g, 4, 5, 5), (p, 1, 7, 7), (p,), (p,), (p,), (c, c), (c,)]
+        image = leaf(2, c, 7, 6, dtype=dtype)
+        ops.mrffi(image, image, [leaf(*shape, dtype=dtype) for shape in shapes]).sum().backward()
     torch.cuda.synchronize()
     print("done")
 
