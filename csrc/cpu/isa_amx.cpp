@@ -91,10 +91,7 @@ struct TileKernel {
           multiply<2>(input, patches.row, weight, ahead, whole, scratch, rest > 0);
         else
           multiply<1>(input, patches.row, weight, ahead, whole, scratch, rest > 0);
-        for (int r = 0; r < rows; ++r)
-          for (int v = 0; v < 2; ++v)
-            finish_vector<BFloat16>(p, load(scratch.sums[r] + v * 16, 16), row + r, task.channel, v * 16,
-                                    task.channels(p));
+        finish_rows<BFloat16>(p, scratch.sums, row, rows, task.channel, task.channels(p));
       }
     }
     _tile_release();

@@ -77,11 +77,9 @@ struct PairKernel {
           sum[r][v] = dot(sum[r][v], x, w[v]);
       }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v)
-        finish_vector<BFloat16>(p, Vec<float>(sum[r][v]), row + r, task.channel, v * 16, task.channels(p));
+    float sums[rows][panel];
+    __builtin_memcpy(sums, sum, sizeof sums);
+    finish_rows<BFloat16>(p, sums, row, rows, task.channel, task.channels(p));
   }
 };
 

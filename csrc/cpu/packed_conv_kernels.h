@@ -8,7 +8,7 @@
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
 /// Most rows of a task: their patches stay in the second cache, while the panels of the weight pass by.
-constexpr int64_t packed_conv_task_rows = 96;
+constexpr int64_t packed_conv_task_rows = 192;
 
 /// A task: these rows of the output, one panel of the weight. All tasks have about as many rows, a multiple of `step`.
 template <int64_t step>
@@ -131,30 +131,6 @@ struct Patches {
   }
 };
 
-/// Two numbers, over and over. As integers: 0 + x is an instruction where x is a floating-point number.
-MOBILEMAMBA_HOST_DEVICE Vec<float> repeat_pair(const float* from, bool second) {
-  typedef int64_t Pairs __attribute__((vector_size(MOBILEMAMBA_CPU_VECTOR_BYTES)));
-  const float pair[2] = {from[0], second ? from[1] : 0.0f};
-  int64_t both;
-  __builtin_memcpy(&both, second ? from : pair, sizeof both);
-  return Vec<float>((Vec<float>::Raw)(Pairs{} + both));
-}
-
-/// Sums of neighbouring numbers, first of a and then of b.
-MOBILEMAMBA_HOST_DEVICE Vec<float> add_neighbours(Vec<float> a, Vec<float> b) {
-#if MOBILEMAMBA_CPU_VECTOR_BYTES == 64
-#define MOBILEMAMBA_EVERY_SECOND(i) \
-  i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14, i + 16, i + 18, i + 20, i + 22, i + 24, i + 26, i + 28, i + 30
-#elif MOBILEMAMBA_CPU_VECTOR_BYTES == 32
-#define MOBILEMAMBA_EVERY_SECOND(i) i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14
-#else
-#define MOBILEMAMBA_EVERY_SECOND(i) i, i + 2, i + 4, i + 6
-#endif
-  return Vec<float>(__builtin_shufflevector(a.raw, b.raw, MOBILEMAMBA_EVERY_SECOND(0)) +
-                    __builtin_shufflevector(a.raw, b.raw, MOBILEMAMBA_EVERY_SECOND(1)));
-#undef MOBILEMAMBA_EVERY_SECOND
-}
-
 /// The lines that finish_row will read and write: rows are far apart, so the hardware sees no pattern in them.
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE void prefetch_row(const PackedConvForward& p, int64_t row, int64_t n) {
@@ -173,107 +149,151 @@ MOBILEMAMBA_HOST_DEVICE void finish_row(const PackedConvForward& p, Vec<float> s
   store(static_cast<T*>(p.output) + row * p.output_row + n, sum, count);
 }
 
-/// The same for one vector of a panel's `channels` outputs, which starts at `from`.
+/// The same for `rows` rows of a panel's `channels` outputs, whose sums lie in memory.
 template <typename T>
-MOBILEMAMBA_HOST_DEVICE void finish_vector(const PackedConvForward& p, Vec<float> sum, int64_t row, int64_t channel,
-                                           int from, int channels) {
-  const int left = channels - from;
-  if (left >= Vec<float>::size)  // at compile time: whole vectors cost nothing
-    finish_row<T>(p, sum, row, channel + from, Vec<float>::size);
-  else if (left > 0)
-    finish_row<T>(p, sum, row, channel + from, left);
+void finish_rows(const PackedConvForward& p, const float (*sums)[PackedConvForward::panel], int64_t row, int64_t rows,
+                 int64_t channel, int channels) {
+  int j = 0;
+  for (; j + Vec<float>::size <= channels; j += Vec<float>::size)
+    for (int64_t r = 0; r < rows; ++r)
+      finish_row<T>(p, load(sums[r] + j, Vec<float>::size), row + r, channel + j, Vec<float>::size);
+  if (j < channels)
+    for (int64_t r = 0; r < rows; ++r)
+      finish_row<T>(p, load(sums[r] + j, Vec<float>::size), row + r, channel + j, channels - j);
 }
 
+/// The numbers of even and of odd place in a and then b.
+MOBILEMAMBA_HOST_DEVICE void split_pairs(Vec<float> a, Vec<float> b, Vec<float>& even, Vec<float>& odd) {
+#if MOBILEMAMBA_CPU_VECTOR_BYTES == 64
+#define MOBILEMAMBA_EVERY_SECOND(i) \
+  i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14, i + 16, i + 18, i + 20, i + 22, i + 24, i + 26, i + 28, i + 30
+  even.raw = __builtin_shufflevector(a.raw, b.raw, MOBILEMAMBA_EVERY_SECOND(0));
+  odd.raw = __builtin_shufflevector(a.raw, b.raw, MOBILEMAMBA_EVERY_SECOND(1));
+#undef MOBILEMAMBA_EVERY_SECOND
+#elif MOBILEMAMBA_CPU_VECTOR_BYTES == 32  // in two steps, each of which is one instruction
+  const auto first = __builtin_shufflevector(a.raw, b.raw, 0, 2, 8, 10, 4, 6, 12, 14);
+  const auto second = __builtin_shufflevector(a.raw, b.raw, 1, 3, 9, 11, 5, 7, 13, 15);
+  even.raw = __builtin_shufflevector(first, first, 0, 1, 4, 5, 2, 3, 6, 7);
+  odd.raw = __builtin_shufflevector(second, second, 0, 1, 4, 5, 2, 3, 6, 7);
+#else
+  even.raw = __builtin_shufflevector(a.raw, b.raw, 0, 2, 4, 6);
+  odd.raw = __builtin_shufflevector(a.raw, b.raw, 1, 3, 5, 7);
+#endif
+}
+
+/// Products in the type of sums. A panel is taken in blocks of inputs that fit the first cache, where they lie input by
+/// input whatever the element type; all rows of the task pass over one block before the next.
 template <typename T>
 struct PackedConvKernel {
   static_assert(sizeof(T) <= 4);
   using V = Vec<float>;
   static constexpr int64_t panel = PackedConvForward::panel;
-  static constexpr int vectors = 4;                                             // of a panel at a time
-  static constexpr int step = vectors * V::size / 2;                            // outputs that are
-  static constexpr int most_rows = MOBILEMAMBA_CPU_VECTOR_BYTES == 64 ? 6 : 3;  // as registers allow
+  static constexpr int vectors = 2;  // of outputs at a time
+  static constexpr int step = vectors * V::size;
+  static constexpr int most_rows = MOBILEMAMBA_CPU_VECTOR_BYTES == 64 ? 12 : 6;  // as registers allow
+  static constexpr int64_t most_inputs = 128;                                    // of a block
   using Task = PackedConvTask<most_rows>;
 
-  static size_t scratch_bytes(const PackedConvForward& p) { return Patches<T, float, 2>::scratch_bytes(p); }
+  struct alignas(64) Scratch {
+    float block[most_inputs][panel];
+    float sums[packed_conv_task_rows][panel];  // of the blocks so far
+  };
 
-  static void run(const PackedConvForward& p, int64_t begin, int64_t end, std::byte* scratch) {
-    Patches<T, float, 2> patches;
+  static size_t scratch_bytes(const PackedConvForward& p) {
+    return sizeof(Scratch) + Patches<T, float, 1>::scratch_bytes(p);
+  }
+
+  static void run(const PackedConvForward& p, int64_t begin, int64_t end, std::byte* memory) {
+    Scratch& scratch = *reinterpret_cast<Scratch*>(memory);
+    Patches<T, float, 1> patches;
     for (int64_t index = begin; index < end; ++index) {
       const Task task(p, index);
-      patches.set(p, task.first, task.last, scratch);
+      patches.set(p, task.first, task.last, memory + sizeof(Scratch));
       const T* weight = static_cast<const T*>(p.weight) + task.channel * 2 * p.pairs();
-      for (int64_t row = task.first; row < task.last; row += most_rows) {
-        // each pass over the panel fetches a part of the next one
-        const int64_t pass = (row - task.first) / most_rows, lines = 2 * panel * sizeof(T) / 64;
-        const T* ahead = weight + (pass < lines ? 2 * p.pairs() * panel + pass * (64 / sizeof(T)) : 0);
-        const float* input = patches.data + (row - task.first) * patches.row;
-        for (int j = 0; j < task.channels(p); j += step) {
-          const Tile tile{p, input, patches.row, weight + j * 2, ahead, row, task.channel + j, task.channels(p) - j};
-          switch (min(most_rows, task.last - row)) {
-            case 6:
-              tile.template compute<6>();
-              break;
-            case 5:
-              tile.template compute<5>();
-              break;
-            case 4:
-              tile.template compute<4>();
-              break;
-            case 3:
-              tile.template compute<3>();
-              break;
-            case 2:
-              tile.template compute<2>();
-              break;
-            default:
-              tile.template compute<1>();
-          }
+      for (int64_t k = 0; k < p.patch(); k += most_inputs) {
+        const int64_t inputs = min(most_inputs, p.patch() - k);
+        const T* ahead = unpack(weight + k * panel, inputs, scratch);
+        for (int64_t row = task.first; row < task.last;) {
+          const int64_t left = task.last - row, rows = ceil_div(left, ceil_div(left, most_rows));  // about as many each
+          const float* input = patches.data + (row - task.first) * patches.row + k;
+          float(*sums)[panel] = scratch.sums + (row - task.first);
+          const bool last = k + inputs == p.patch();
+          if (last)
+            for (int64_t r = 0; r < rows; ++r)
+              prefetch_row<T>(p, row + r, task.channel);
+          for (int j = 0; j < task.channels(p); j += step)
+            multiply(static_cast<int>(rows), {input, patches.row, scratch.block[0] + j, inputs, ahead, k > 0, sums[0] + j});
+          if (last)
+            finish_rows<T>(p, sums, row, rows, task.channel, task.channels(p));
+          ahead = nullptr;
+          row += rows;
         }
       }
     }
   }
 
  private:
-  /// Up to most_rows rows by `step` outputs, whose sums fit the registers.
+  /// Puts a part of the panel's inputs into the block; returns what comes after it.
+  static const T* unpack(const T* weight, int64_t inputs, Scratch& scratch) {
+    for (int64_t k = 0; k < inputs; k += 2)  // an odd last one's partner is in the panel, as zeros
+      for (int64_t j = 0; j < panel; j += V::size, weight += 2 * V::size) {
+        V even, odd;
+        split_pairs(load(weight, V::size), load(weight + V::size, V::size), even, odd);
+        store(&scratch.block[k][j], even, V::size);
+        store(&scratch.block[k + 1][j], odd, V::size);
+      }
+    return weight;
+  }
+
+  /// Some rows by `step` outputs, whose sums fit the registers, over the inputs of a block.
   struct Tile {
-    const PackedConvForward& p;
     const float* input;
     int64_t input_row;
-    const T *weight, *ahead;
-    int64_t row, channel;
-    int channels;
-
-    template <int rows>
-    void compute() const {
-      V sum[rows][vectors];
-      for (int r = 0; r < rows; ++r)
-        for (int v = 0; v < vectors; ++v)
-          sum[r][v] = V(0.0f);
-      for (int r = 0; r < rows; ++r)
-        for (int v = 0; v < vectors / 2; ++v)
-          prefetch_row<T>(p, row + r, channel + v * V::size);
-      const auto add_pair = [&](int64_t k, bool second) __attribute__((always_inline)) {
-        V w[vectors];
-        __builtin_prefetch(ahead + k * panel);
-        for (int v = 0; v < vectors; ++v)
-          w[v] = load(weight + k * panel + v * V::size, V::size);
-        for (int r = 0; r < rows; ++r) {
-          const V x = repeat_pair(input + r * input_row + k, second);
-          for (int v = 0; v < vectors; ++v)
-            sum[r][v] = sum[r][v] + x * w[v];
-        }
-      };
-      const int64_t whole = p.patch() / 2 * 2;
-      for (int64_t k = 0; k < whole; k += 2)
-        add_pair(k, true);
-      if (whole < p.patch()) add_pair(whole, false);
-
-      for (int v = 0; v < vectors / 2; ++v)
-        for (int r = 0; r < rows; ++r)
-          finish_vector<T>(p, add_neighbours(sum[r][2 * v], sum[r][2 * v + 1]), row + r, channel, v * V::size,
-                           channels);
-    }
+    const float* weight;
+    int64_t inputs;
+    const T* ahead;  // what to fetch meanwhile; null: nothing
+    bool resume;     // whether there are sums of earlier blocks
+    float* sums;
   };
+
+  template <int rows = most_rows>
+  static void multiply(int count, const Tile& tile) {
+    if constexpr (rows > 1)
+      if (count < rows) return multiply<rows - 1>(count, tile);
+    multiply_rows<rows>(tile);
+  }
+
+  template <int rows>
+  __attribute__((noinline)) static void multiply_rows(const Tile& tile) {
+    V sum[rows][vectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v)
+        sum[r][v] = tile.resume ? load(tile.sums + r * panel + v * V::size, V::size) : V(0.0f);
+    const T* ahead = tile.ahead ? tile.ahead : reinterpret_cast<const T*>(tile.weight);
+    const int64_t ahead_step = tile.ahead ? 64 / sizeof(T) : 0, row = tile.input_row;
+    const float *input = tile.input, *weight = tile.weight;
+    for (int64_t k = 0; k < tile.inputs; ++k, ++input, weight += panel, ahead += ahead_step) {
+      __builtin_prefetch(ahead);
+      V w[vectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v)
+        w[v] = load(weight + v * V::size, V::size);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+        const V x(input[r * row]);
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v)
+          sum[r][v] = sum[r][v] + x * w[v];
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v)
+        store(tile.sums + r * panel + v * V::size, sum[r][v], V::size);
+  }
 };
 
 /// The kernel's functions for any element type but float64.
