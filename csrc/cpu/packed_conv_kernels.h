@@ -212,7 +212,9 @@ struct PackedConvKernel {
       const T* weight = static_cast<const T*>(p.weight) + task.channel * 2 * p.pairs();
       for (int64_t k = 0; k < p.patch(); k += most_inputs) {
         const int64_t inputs = min(most_inputs, p.patch() - k);
+        // each pass over the block fetches its share of what comes next, so that memory is busy all the time
         const T* ahead = unpack(weight + k * panel, inputs, scratch);
+        const int64_t share = most_inputs * panel / (ceil_div(task.last - task.first, most_rows) * (panel / step));
         for (int64_t row = task.first; row < task.last;) {
           const int64_t left = task.last - row, rows = ceil_div(left, ceil_div(left, most_rows));  // about as many each
           const float* input = patches.data + (row - task.first) * patches.row + k;
@@ -221,11 +223,11 @@ struct PackedConvKernel {
           if (last)
             for (int64_t r = 0; r < rows; ++r)
               prefetch_row<T>(p, row + r, task.channel);
-          for (int j = 0; j < task.channels(p); j += step)
-            multiply(static_cast<int>(rows), {input, patches.row, scratch.block[0] + j, inputs, ahead, k > 0, sums[0] + j});
+          for (int j = 0; j < task.channels(p); j += step, ahead += share)
+            multiply(static_cast<int>(rows), {input, patches.row, scratch.block[0] + j, inputs, ahead,
+                                              ceil_div(share, inputs), k > 0, sums[0] + j});
           if (last)
             finish_rows<T>(p, sums, row, rows, task.channel, task.channels(p));
-          ahead = nullptr;
           row += rows;
         }
       }
@@ -251,8 +253,9 @@ struct PackedConvKernel {
     int64_t input_row;
     const float* weight;
     int64_t inputs;
-    const T* ahead;  // what to fetch meanwhile; null: nothing
-    bool resume;     // whether there are sums of earlier blocks
+    const T* ahead;  // what to fetch meanwhile, so many elements with each input
+    int64_t ahead_step;
+    bool resume;  // whether there are sums of earlier blocks
     float* sums;
   };
 
@@ -271,8 +274,8 @@ struct PackedConvKernel {
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v)
         sum[r][v] = tile.resume ? load(tile.sums + r * panel + v * V::size, V::size) : V(0.0f);
-    const T* ahead = tile.ahead ? tile.ahead : reinterpret_cast<const T*>(tile.weight);
-    const int64_t ahead_step = tile.ahead ? 64 / sizeof(T) : 0, row = tile.input_row;
+    const T* ahead = tile.ahead;
+    const int64_t ahead_step = tile.ahead_step, row = tile.input_row;
     const float *input = tile.input, *weight = tile.weight;
     for (int64_t k = 0; k < tile.inputs; ++k, ++input, weight += panel, ahead += ahead_step) {
       __builtin_prefetch(ahead);
