@@ -7,8 +7,8 @@
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
-/// Most rows of a task: their patches stay in the second cache, while the panels of the weight pass by.
-constexpr int64_t packed_conv_task_rows = 192;
+/// Most rows of a task, and most numbers in their patches, which stay in the second cache while the weight passes by.
+constexpr int64_t packed_conv_task_rows = 192, packed_conv_task_numbers = 1 << 16;
 
 /// A task: these rows of the output, one panel of the weight. All tasks have about as many rows, a multiple of `step`.
 template <int64_t step>
@@ -17,7 +17,8 @@ struct PackedConvTask {
   int64_t first, last, channel;
 
   static int64_t rows(const PackedConvForward& p) {
-    return ceil_div(ceil_div(p.rows(), ceil_div(p.rows(), packed_conv_task_rows)), step) * step;
+    const int64_t most = min(packed_conv_task_rows, max(48, packed_conv_task_numbers / p.patch()));
+    return min(packed_conv_task_rows, ceil_div(ceil_div(p.rows(), ceil_div(p.rows(), most)), step) * step);
   }
 
   static int64_t count(const PackedConvForward& p) { return ceil_div(p.rows(), rows(p)) * p.panels(); }
