@@ -13,11 +13,13 @@ __all__ = [
     "DenseConv2d",
     "DepthwiseConv2d",
     "DropPath",
+    "FoldedLinear",
     "PatchEmbedding",
     "PatchMerging",
     "ResidualDepthwise",
     "SqueezeExcite",
     "fold_batchnorm",
+    "in_order",
 ]
 
 
@@ -30,6 +32,12 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
         setattr(module, name, fold_batchnorm(child))
     fold = getattr(module, "fold", None)
     return fold() if fold is not None else module
+
+
+def in_order(weight: Tensor, *dims: int) -> nn.Parameter:
+    """The same weight, in memory in the order of ``dims``: where that is a kernel's, it is read without a copy."""
+    inverse = sorted(range(len(dims)), key=lambda i: dims[i])
+    return nn.Parameter(weight.detach().permute(dims).contiguous().permute(inverse))
 
 
 class DenseConv2d(nn.Module):
@@ -61,12 +69,23 @@ class DenseConv2d(nn.Module):
         return y if residual is None else y.add_(residual)
 
 
+class FoldedLinear(nn.Module):
+    """A linear layer that ``pack`` takes part in. ``(B, C) -> (B, out)``."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.conv = DenseConv2d(weight[:, :, None, None], bias, 1, "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x[:, :, None, None]).flatten(1)
+
+
 class DepthwiseConv2d(nn.Module):
     """A folded depthwise convolution with activation and residual: one operator."""
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int, activation: str) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.weight, self.bias = in_order(weight, 1, 2, 3, 0), nn.Parameter(bias)
         self.stride, self.activation = stride, activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -199,6 +218,22 @@ class SqueezeExcite(nn.Module):
         hidden = F.linear(pooled, self.reduce.weight.flatten(1), self.reduce.bias).relu()
         gate = F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias).sigmoid()
         return x * gate[:, :, None, None]
+
+    @torch.no_grad()
+    def fold(self) -> nn.Module:
+        return FoldedSqueezeExcite(self)
+
+
+class FoldedSqueezeExcite(nn.Module):
+    """A :class:`SqueezeExcite` that ``pack`` takes part in. ``(B, C, H, W) -> (B, C, H, W)``."""
+
+    def __init__(self, layer: SqueezeExcite) -> None:
+        super().__init__()
+        self.reduce = DenseConv2d(layer.reduce.weight.detach(), layer.reduce.bias.detach(), 1, "relu")
+        self.expand = DenseConv2d(layer.expand.weight.detach(), layer.expand.bias.detach(), 1, "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True))).sigmoid()
 
 
 class PatchMerging(nn.Module):

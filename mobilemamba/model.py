@@ -13,6 +13,7 @@ from .layers import (
     ConvNorm,
     DenseConv2d,
     DropPath,
+    FoldedLinear,
     PatchEmbedding,
     PatchMerging,
     ResidualDepthwise,
@@ -109,12 +110,11 @@ class Classifier(nn.Module):
         return self.linear(self.norm(x))
 
     @torch.no_grad()
-    def fold(self) -> nn.Linear:
+    def fold(self) -> FoldedLinear:
         norm, linear = self.norm, self.linear
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        linear.bias += linear.weight @ (norm.bias - norm.running_mean * scale)
-        linear.weight *= scale
-        return linear
+        bias = linear.bias + linear.weight @ (norm.bias - norm.running_mean * scale)
+        return FoldedLinear(linear.weight * scale, bias)
 
 
 class DistilledClassifier(nn.Module):
@@ -132,11 +132,11 @@ class DistilledClassifier(nn.Module):
         return (labels + teacher) / 2
 
     @torch.no_grad()
-    def fold(self) -> nn.Linear:
-        labels, teacher = self.labels, self.teacher  # folded already: linear layers, so their mean is one as well
+    def fold(self) -> FoldedLinear:
+        labels, teacher = self.labels.conv, self.teacher.conv  # folded already, and their mean is a linear layer as well
         labels.weight.add_(teacher.weight).div_(2)
         labels.bias.add_(teacher.bias).div_(2)
-        return labels
+        return self.labels
 
 
 class MobileMamba(nn.Module):

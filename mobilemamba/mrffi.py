@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import ConvNorm
+from .layers import ConvNorm, in_order
 from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d, mrffi, pack_conv2d_weight
 
 __all__ = ["MRFFI", "SS2D", "HaarConv2d", "MultiKernelDepthwise", "WaveletMamba", "split_channels"]
@@ -215,17 +215,15 @@ class FoldedMRFFI(nn.Module):
         ss2d, wavelet, proj = block.global_part.ss2d, block.global_part.wavelet, block.proj
         self.eps, self.packed = ss2d.norm.eps, False
         self.in_weight, self.in_bias = _parameters(ss2d.in_proj.weight.flatten(1), ss2d.in_proj.bias)
-        self.conv_weight, self.conv_bias = _parameters(ss2d.conv.weight, ss2d.conv.bias)
-        self.x_weight, self.dt_weight, self.dt_bias = _parameters(
-            ss2d.x_proj.flatten(0, 1), ss2d.dt_weight, ss2d.dt_bias
-        )
-        self.A_log, self.D = ss2d.A_log, ss2d.D
+        self.conv_weight, self.conv_bias = in_order(ss2d.conv.weight, 1, 2, 3, 0), ss2d.conv.bias
+        (self.x_weight,) = _parameters(ss2d.x_proj.flatten(0, 1))
+        self.dt_weight, self.dt_bias = in_order(ss2d.dt_weight, 0, 2, 1), ss2d.dt_bias
+        self.A_log, self.D = in_order(ss2d.A_log, 0, 2, 1), ss2d.D
         self.norm_weight, self.norm_bias = ss2d.norm.weight, ss2d.norm.bias
         self.out_weight, self.out_bias = _parameters(ss2d.out_proj.weight.flatten(1), ss2d.out_proj.bias)
-        (self.wavelet_weight,) = _parameters(wavelet.weight.unflatten(0, (-1, 4)).squeeze(2))
-        self.local_weight, self.local_bias, self.local_scale, self.local_shift = block.local_part.folded(
-            ss2d.conv.weight
-        )
+        self.wavelet_weight = in_order(wavelet.weight.unflatten(0, (-1, 4)).squeeze(2), 1, 2, 3, 0)
+        local_weight, self.local_bias, self.local_scale, self.local_shift = block.local_part.folded(ss2d.conv.weight)
+        self.local_weight = in_order(local_weight, 1, 2, 3, 0)
         self.proj_weight, self.proj_bias = _parameters(proj.weight.flatten(1), proj.bias)
 
     @torch.no_grad()
