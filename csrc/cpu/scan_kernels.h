@@ -41,16 +41,30 @@ struct ChannelParams {
 
   V W(int64_t r) const { return load(weight + r * channels, count); }
   V A(int64_t n) const { return -exp(load(A_log + n * channels, count)); }
-  /// dt before softplus.
+  /// dt before softplus, at `positions` positions whose rows lie `row` apart.
+  template <int positions = 1>
+  MOBILEMAMBA_HOST_DEVICE void step_size(const Acc* rows, int64_t row, V* x) const {
+    V sum[positions];
+    for (int i = 0; i < positions; ++i)
+      sum[i] = bias;
+    for (int64_t r = 0; r < rank; ++r) {
+      const V w = W(r);
+      for (int i = 0; i < positions; ++i)
+        sum[i] = sum[i] + w * rows[i * row + r];
+    }
+    for (int i = 0; i < positions; ++i)
+      x[i] = sum[i];
+  }
   V step_size(const Acc* rows) const {
-    V x = bias;
-    for (int64_t r = 0; r < rank; ++r)
-      x = x + W(r) * rows[r];
+    V x;
+    step_size(rows, 0, &x);
     return x;
   }
 };
 
 constexpr int64_t forward_channels_per_task = 32;
+/// Positions that are taken together.
+constexpr int64_t block = 32;
 
 template <typename T>
 struct ScanForwardKernel {
@@ -92,35 +106,56 @@ struct ScanForwardKernel {
       run_states(p, batch, c, count, rows, y_first, h, A, p.state);
   }
 
+  /// One step of the formula for a block of positions after the other. Along the sequence only the states depend on
+  /// each other, but a processor that meets the steps of one position in a row has few other positions in sight.
   __attribute__((always_inline)) static void run_states(const ScanForward& p, int64_t batch, int64_t c, int count,
-                                                        const Acc* rows, V* y_first, V* h_many, V* A_many,
-                                                        int64_t state) {
+                                                        const Acc* rows, V* y_first, V* h, V* A, int64_t state) {
     const T* u = static_cast<const T*>(p.u) + batch * p.u_batch + c;
     T* y = static_cast<T*>(p.y) + batch * p.length * p.channels + c;
-    V h_one, A_one;
-    V *h = state == 1 ? &h_one : h_many, *A = state == 1 ? &A_one : A_many;
     for (int64_t k = 0; k < 2; ++k) {
       const ChannelParams<Acc> params(p, k, c, count);
       for (int64_t n = 0; n < state; ++n) {
         h[n] = V(Acc(0));
         A[n] = params.A(n);
       }
-      for (int64_t i = 0; i < p.length; ++i) {
-        const int64_t t = k == 0 ? i : p.length - 1 - i;
-        const Acc* row = rows + (k * p.length + t) * p.rows();
-        const Acc *b = row + p.rank, *c_row = b + state;
-        const V u_t = load(u + t * p.u_position, count);
-        const V dt = softplus(params.step_size(row));
-        const V dt_u = dt * u_t;
-        V y_t = params.D * u_t;
-        for (int64_t n = 0; n < state; ++n) {
-          h[n] = scan_step(h[n], exp(dt * A[n]), dt_u, b[n]);
-          y_t = y_t + h[n] * c_row[n];
+      for (int64_t begin = 0; begin < p.length; begin += block) {
+        const int64_t size = min(block, p.length - begin);
+        const auto position = [&](int64_t i) { return k == 0 ? begin + i : p.length - 1 - begin - i; };
+        const int64_t next = k == 0 ? p.rows() : -p.rows();
+        const Acc* first = rows + (k * p.length + position(0)) * p.rows();
+        const auto row = [&](int64_t i) { return first + i * next; };
+        V x[block], dt[block], dt_u[block], y_k[block];
+        int64_t done = 0;
+        for (; done + 4 <= size; done += 4)
+          params.template step_size<4>(row(done), next, x + done);
+        for (; done < size; ++done)
+          x[done] = params.step_size(row(done));
+        for (int64_t i = 0; i < size; ++i)
+          dt[i] = softplus(x[i]);
+        for (int64_t i = 0; i < size; ++i) {
+          const V u_t = load(u + position(i) * p.u_position, count);
+          dt_u[i] = dt[i] * u_t;
+          y_k[i] = params.D * u_t;
         }
-        if (k == 0)
-          y_first[t] = y_t;
-        else
-          store(y + t * p.channels, y_first[t] + y_t, count);
+        for (int64_t n = 0; n < state; ++n) {
+          V decay[block];
+          for (int64_t i = 0; i < size; ++i)
+            decay[i] = exp_nonpositive(dt[i] * A[n]);
+          const int64_t b = p.rank + n, c_n = b + state;
+          V h_n = h[n];
+          for (int64_t i = 0; i < size; ++i) {
+            h_n = scan_step(h_n, decay[i], dt_u[i], row(i)[b]);
+            y_k[i] = y_k[i] + h_n * row(i)[c_n];
+          }
+          h[n] = h_n;
+        }
+        for (int64_t i = 0; i < size; ++i) {
+          const int64_t t = position(i);
+          if (k == 0)
+            y_first[t] = y_k[i];
+          else
+            store(y + t * p.channels, y_first[t] + y_k[i], count);
+        }
       }
     }
   }
@@ -248,7 +283,7 @@ struct ScanBackwardKernel {
       const V dt = softplus(params.step_size(row));
       const V dt_u = dt * load(u + t * p.u_position, count);
       for (int64_t n = 0; n < p.state; ++n)
-        s.h[n] = scan_step(s.h[n], exp(dt * channels.A[n]), dt_u, row[p.rank + n]);
+        s.h[n] = scan_step(s.h[n], exp_nonpositive(dt * channels.A[n]), dt_u, row[p.rank + n]);
     }
   }
 
@@ -272,7 +307,7 @@ struct ScanBackwardKernel {
       s.dt[i] = softplus(s.x[i]);
       const V dt_u = s.dt[i] * load(u + t * p.u_position, count);
       for (int64_t n = 0; n < state; ++n) {
-        s.decay[i * state + n] = exp(s.dt[i] * channels.A[n]);
+        s.decay[i * state + n] = exp_nonpositive(s.dt[i] * channels.A[n]);
         if (i + 1 < length)
           s.h[(i + 1) * state + n] = scan_step(s.h[i * state + n], s.decay[i * state + n], dt_u, row[p.rank + n]);
       }

@@ -88,7 +88,9 @@ MOBILEMAMBA_HOST_DEVICE Vec<T> max(Vec<T> a, Vec<T> b) {
 
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE Vec<T> abs(Vec<T> a) {
-  return select(a < Vec<T>(T(0)), -a, a);
+  typedef typename Vec<T>::RawInt Bits;
+  const Bits sign = (Bits)Vec<T>(T(-0.0)).raw;
+  return Vec<T>((typename Vec<T>::Raw)((Bits)a.raw & ~sign));
 }
 
 template <typename T>
@@ -101,26 +103,42 @@ MOBILEMAMBA_HOST_DEVICE T sum(Vec<T> a) {
   return lanes[0];
 }
 
-/// e^x to about 1 ulp: x = n ln 2 + r, a degree-6 polynomial for e^r, n into the exponent. Overflows to infinity,
-/// underflows to zero below -87.3 (the smallest normal number).
+/// e^r to about 1 ulp for |r| <= ln 2 / 2.
+MOBILEMAMBA_HOST_DEVICE Vec<float> exp_of_remainder(Vec<float> r) {
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * r * r + r + 1.0f;
+}
+
+/// e^x to about 1 ulp: x = n ln 2 + r, a polynomial for e^r, n into the exponent. Overflows to infinity, underflows to
+/// zero below -87.3 (the smallest normal number).
 MOBILEMAMBA_HOST_DEVICE Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   const V low = V(-87.33654f), high = V(88.72284f);
   const V clamped = select(x < low, low, select(high < x, high, x));
   const V magic = V(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds to the nearest integer
   const V n = clamped * 1.44269504f + magic - magic;
-  const V r = clamped - n * 0.693359375f - n * -2.12194440e-4f;
-  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  const V p = exp_of_remainder(clamped - n * 0.693359375f - n * -2.12194440e-4f);
   // 2^n in two factors, since n reaches 128
   const V::RawInt whole = __builtin_convertvector(n.raw, V::RawInt), half = whole >> 1;
   const V::RawInt first = (half + 127) << 23, second = (whole - half + 127) << 23;
-  p = V(p.raw * (V::Raw)first * (V::Raw)second);
-  return select(high < x, V(__builtin_inff()), select(x < low, V(0.0f), p));
+  const V y = V(p.raw * (V::Raw)first * (V::Raw)second);
+  return select(high < x, V(__builtin_inff()), select(x < low, V(0.0f), y));
+}
+
+/// The same for x <= 0, in half the time.
+MOBILEMAMBA_HOST_DEVICE Vec<float> exp_nonpositive(Vec<float> x) {
+  using V = Vec<float>;
+  const V low = V(-87.33654f), magic = V(12582912.0f);
+  const Mask<float> underflow = x < low;
+  const V clamped = select(underflow, low, x);
+  const V sum = clamped * 1.44269504f + magic, n = sum - magic;  // the sum's last bits are those of n
+  const V p = exp_of_remainder(clamped - n * 0.693359375f - n * -2.12194440e-4f);
+  const V::RawInt power = ((V::RawInt)sum.raw + 127) << 23;
+  return select(underflow, V(0.0f), V(p.raw * (V::Raw)power));
 }
 
 /// log(1 + x) for x in [0, 1], to about 1 ulp, as 2 atanh(x / (2 + x)).
@@ -139,6 +157,10 @@ MOBILEMAMBA_HOST_DEVICE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < x.size; ++i)
     x.raw[i] = __builtin_exp(x.raw[i]);
   return x;
+}
+
+MOBILEMAMBA_HOST_DEVICE Vec<double> exp_nonpositive(Vec<double> x) {
+  return exp(x);
 }
 
 MOBILEMAMBA_HOST_DEVICE Vec<double> log1p(Vec<double> x) {

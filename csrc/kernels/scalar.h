@@ -13,6 +13,10 @@ MOBILEMAMBA_HOST_DEVICE float exp(float x) {
 MOBILEMAMBA_HOST_DEVICE double exp(double x) {
   return ::exp(x);
 }
+template <typename T>
+MOBILEMAMBA_HOST_DEVICE T exp_nonpositive(T x) {  // for vectors there is a quicker one
+  return exp(x);
+}
 MOBILEMAMBA_HOST_DEVICE float log1p(float x) {
   return ::log1pf(x);
 }
