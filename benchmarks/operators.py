@@ -97,36 +97,57 @@ def depthwise_case(size: str, channels: int, side: int, kernel: int, stride: int
     return Case(name, f"{channels} x {size}", draw, forward, backward, plain)
 
 
-def packed_case(size: str, inputs: int, outputs: int, side: int, kernel: int, stride: int, options: str) -> Case:
-    """As a fused model has it on the CPU, with "relu", "residual" or neither: weights are of the images' type."""
-    activation = "relu" if options == "relu" else "none"
+def packed_case(size: str, inputs: int, outputs: int, side: int, kernel: int, stride: int, activation: str) -> Case:
+    """As a fused model has it on the CPU: weights are of the images' type."""
 
     def draw_weight() -> Tensor:
         return torch.randn(outputs, inputs, kernel, kernel) / (inputs * kernel**2) ** 0.5
 
     def draw(batch: int, dtype: torch.dtype) -> list[Tensor]:
         weight = ops.pack_conv2d_weight(draw_weight().to(dtype))
-        arguments = [image(batch, inputs, side, dtype), weight, torch.randn(outputs)]
-        return [*arguments, image(batch, outputs, side, dtype)] if options == "residual" else arguments
+        return [image(batch, inputs, side, dtype), weight, torch.randn(outputs)]
 
     def for_plain(arguments: list[Tensor]) -> list[Tensor]:
-        x, _packed, *others = arguments
+        x, _packed, bias = arguments
         weight = draw_weight()
-        return [x, weight.flatten(1) if kernel == 1 else weight.contiguous(memory_format=torch.channels_last), *others]
+        return [x, weight.flatten(1) if kernel == 1 else weight.contiguous(memory_format=torch.channels_last), bias]
 
-    def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if kernel == 1:
             y = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
         else:
             y = F.conv2d(x, weight, bias, stride, kernel // 2)
-        y = y.relu() if activation == "relu" else y
-        return y if residual is None else y + residual
+        return y.relu() if activation == "relu" else y
 
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        return ops.packed_conv2d(x, weight, bias, residual, kernel, stride, activation)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.packed_conv2d(x, weight, bias, None, kernel, stride, activation)
 
-    name = f"packed_conv2d, k {kernel}, stride {stride}, {options}"
+    name = f"packed_conv2d, k {kernel}, stride {stride}, {activation}"
     return Case(name, f"{inputs} to {outputs} x {size}", draw, forward, None, plain, for_plain)
+
+
+def ffn_case(size: str, width: int, side: int) -> Case:
+    """As a fused model has it on the CPU at the end of a block: matrices are packed and of the images' type."""
+
+    def draw_weights() -> list[Tensor]:
+        shapes = (2 * width, width), (width, 2 * width)
+        return [torch.randn(out, inputs) / inputs**0.5 for out, inputs in shapes]
+
+    def draw(batch: int, dtype: torch.dtype) -> list[Tensor]:
+        expand, project = (ops.pack_conv2d_weight(w[:, :, None, None].to(dtype)) for w in draw_weights())
+        images = [image(batch, width, side, dtype) for _ in range(2)]
+        return [*images, expand, torch.randn(2 * width), project, torch.randn(width)]
+
+    def for_plain(arguments: list[Tensor]) -> list[Tensor]:
+        x, residual, _expand, expand_bias, _project, project_bias = arguments
+        expand, project = draw_weights()
+        return [x, residual, expand, expand_bias, project, project_bias]
+
+    def plain(x: Tensor, residual: Tensor, *weights: Tensor) -> Tensor:
+        hidden = F.linear(x.permute(0, 2, 3, 1), *weights[:2]).relu_()
+        return F.linear(hidden, *weights[2:]).permute(0, 3, 1, 2).add_(x).add_(residual)
+
+    return Case("ffn", f"{width} x {size}", draw, ops.ffn, None, plain, for_plain)
 
 
 def cases(model_name: str, device: torch.device) -> Iterator[Case]:
@@ -153,11 +174,13 @@ def cases(model_name: str, device: torch.device) -> Iterator[Case]:
         yield depthwise_case(size, ss2d.inner, side, 3, 1, "silu")
         yield depthwise_case(size, width, side, 3, 1, "none")
         if device.type == "cpu":
-            yield packed_case(size, width, 2 * width, side, 1, 1, "relu")
-            yield packed_case(size, 2 * width, width, side, 1, 1, "residual")
+            yield ffn_case(size, width, side)
         if i:
-            before = sides[i - 1]
-            yield depthwise_case(f"{before} x {before}", 4 * widths[i - 1], before, 3, 2, "relu")
+            before, hidden = sides[i - 1], 4 * widths[i - 1]
+            if device.type == "cpu":
+                yield packed_case(f"{before} x {before}", widths[i - 1], hidden, before, 1, 1, "relu")
+                yield packed_case(size, hidden, width, side, 1, 1, "none")
+            yield depthwise_case(f"{before} x {before}", hidden, before, 3, 2, "relu")
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------

@@ -63,6 +63,14 @@ Tensor packed_conv(const Tensor& input, const Tensor& weight, const Tensor& bias
 }
 
 template <c10::DeviceType device, c10::DispatchKey key>
+Tensor feed_forward(const Tensor& input, const std::optional<Tensor>& residual, const Tensor& expand_weight,
+                    const Tensor& expand_bias, const Tensor& project_weight, const Tensor& project_bias) {
+  const c10::impl::ExcludeDispatchKeyGuard below(key);
+  return ffn(cast<device>(input), cast<device>(residual), cast<device>(expand_weight), parameter<device>(expand_bias),
+             cast<device>(project_weight), parameter<device>(project_bias));
+}
+
+template <c10::DeviceType device, c10::DispatchKey key>
 Tensor mixer(const Tensor& input, const std::optional<Tensor>& residual, at::TensorList weights, double eps) {
   const c10::impl::ExcludeDispatchKeyGuard below(key);
   std::vector<Tensor> cast_weights;
@@ -74,6 +82,7 @@ Tensor mixer(const Tensor& input, const std::optional<Tensor>& residual, at::Ten
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mobilemamba, AutocastCPU, m) {
+  m.impl("ffn", feed_forward<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("mrffi", mixer<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("bidirectional_scan", scan<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("haar_conv2d", haar<at::kCPU, c10::DispatchKey::AutocastCPU>);
@@ -82,6 +91,7 @@ TORCH_LIBRARY_IMPL(mobilemamba, AutocastCPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(mobilemamba, AutocastCUDA, m) {
+  m.impl("ffn", feed_forward<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("mrffi", mixer<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("bidirectional_scan", scan<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("haar_conv2d", haar<at::kCUDA, c10::DispatchKey::AutocastCUDA>);

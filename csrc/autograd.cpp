@@ -161,6 +161,39 @@ struct PackedConv : torch::autograd::Function<PackedConv> {
   }
 };
 
+struct Ffn : torch::autograd::Function<Ffn> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const std::optional<Tensor>& residual,
+                        const Tensor& expand_weight, const Tensor& expand_bias, const Tensor& project_weight,
+                        const Tensor& project_bias) {
+    ctx->save_for_backward({input, expand_weight, expand_bias, project_weight, project_bias});
+    ctx->saved_data["has_residual"] = residual.has_value();
+    return below_autograd(ffn, input, residual, expand_weight, expand_bias, project_weight, project_bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list s = ctx->get_saved_variables();
+    auto [grad_input, grad_expand_weight, grad_expand_bias, grad_project_weight, grad_project_bias] =
+        ffn_backward(grads[0], s[0], s[1], s[2], s[3], s[4]);
+    return {grad_input,          ctx->saved_data["has_residual"].toBool() ? grads[0] : Tensor(),
+            grad_expand_weight,  grad_expand_bias,
+            grad_project_weight, grad_project_bias};
+  }
+};
+
+struct FfnBackward : torch::autograd::Function<FfnBackward> {
+  static variable_list forward(AutogradContext*, const Tensor& grad_output, const Tensor& input,
+                               const Tensor& expand_weight, const Tensor& expand_bias, const Tensor& project_weight,
+                               const Tensor& project_bias) {
+    auto [grad_input, grad_expand_weight, grad_expand_bias, grad_project_weight, grad_project_bias] =
+        below_autograd(ffn_backward, grad_output, input, expand_weight, expand_bias, project_weight, project_bias);
+    return {grad_input, grad_expand_weight, grad_expand_bias, grad_project_weight, grad_project_bias};
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "ffn: second derivatives are not available, only the first");
+  }
+};
+
 struct Mrffi : torch::autograd::Function<Mrffi> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const std::optional<Tensor>& residual,
                         at::TensorList weights, double eps) {
@@ -196,6 +229,19 @@ struct MrffiBackward : torch::autograd::Function<MrffiBackward> {
     TORCH_CHECK(false, "mrffi: second derivatives are not available, only the first");
   }
 };
+
+Tensor feed_forward(const Tensor& input, const std::optional<Tensor>& residual, const Tensor& expand_weight,
+                    const Tensor& expand_bias, const Tensor& project_weight, const Tensor& project_bias) {
+  return Ffn::apply(input, residual, expand_weight, expand_bias, project_weight, project_bias);
+}
+
+FfnGradients feed_forward_backward(const Tensor& grad_output, const Tensor& input, const Tensor& expand_weight,
+                                   const Tensor& expand_bias, const Tensor& project_weight,
+                                   const Tensor& project_bias) {
+  const variable_list g =
+      FfnBackward::apply(grad_output, input, expand_weight, expand_bias, project_weight, project_bias);
+  return {g[0], g[1], g[2], g[3], g[4]};
+}
 
 Tensor mixer(const Tensor& input, const std::optional<Tensor>& residual, at::TensorList weights, double eps) {
   return Mrffi::apply(input, residual, weights, eps);
@@ -247,6 +293,8 @@ Tensor packed_conv(const Tensor& input, const Tensor& weight, const Tensor& bias
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mobilemamba, Autograd, m) {
+  m.impl("ffn", feed_forward);
+  m.impl("ffn_backward", feed_forward_backward);
   m.impl("mrffi", mixer);
   m.impl("mrffi_backward", mixer_backward);
   m.impl("bidirectional_scan", scan);

@@ -26,6 +26,15 @@ TORCH_LIBRARY(mobilemamba, m) {
       "int stride=1, str activation=\"none\") -> Tensor",
       tags);
   m.def("pack_conv2d_weight(Tensor weight) -> Tensor", tags);
+  m.def(
+      "ffn(Tensor input, Tensor? residual, Tensor expand_weight, Tensor expand_bias, Tensor project_weight, "
+      "Tensor project_bias) -> Tensor",
+      tags);
+  m.def(
+      "ffn_backward(Tensor grad_output, Tensor input, Tensor expand_weight, Tensor expand_bias, "
+      "Tensor project_weight, Tensor project_bias) -> (Tensor grad_input, Tensor grad_expand_weight, "
+      "Tensor grad_expand_bias, Tensor grad_project_weight, Tensor grad_project_bias)",
+      tags);
   // weights: MrffiWeights' members in order (ops/mrffi.h, mobilemamba/ops.py)
   m.def("mrffi(Tensor input, Tensor? residual, Tensor[] weights, float eps=1e-5) -> Tensor", tags);
   m.def(

@@ -3,6 +3,7 @@
 
 #include "ops/bidirectional_scan.h"
 #include "ops/depthwise_conv2d.h"
+#include "ops/ffn.h"
 #include "ops/haar_conv2d.h"
 #include "ops/mrffi.h"
 #include "ops/packed_conv2d.h"
@@ -57,6 +58,22 @@ at::Tensor packed_conv(const at::Tensor& input, const at::Tensor& weight, const 
   return arguments.output();
 }
 
+at::Tensor feed_forward(const at::Tensor& input, const std::optional<at::Tensor>& residual,
+                        const at::Tensor& expand_weight, const at::Tensor& expand_bias,
+                        const at::Tensor& project_weight, const at::Tensor& project_bias) {
+  const FfnArguments arguments{input, {expand_weight, expand_bias, project_weight, project_bias}};
+  arguments.check(residual);
+  return arguments.output();
+}
+
+FfnGradients feed_forward_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                   const at::Tensor& expand_weight, const at::Tensor& expand_bias,
+                                   const at::Tensor& project_weight, const at::Tensor& project_bias) {
+  const FfnArguments arguments{input, {expand_weight, expand_bias, project_weight, project_bias}};
+  arguments.check_backward(grad_output);
+  return arguments.gradients();
+}
+
 at::Tensor mixer(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
                  double eps) {
   const MrffiArguments arguments{input, weights, eps};
@@ -74,6 +91,8 @@ MrffiGradients mixer_backward(const at::Tensor& grad_output, const at::Tensor& i
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mobilemamba, Meta, m) {
+  m.impl("ffn", feed_forward);
+  m.impl("ffn_backward", feed_forward_backward);
   m.impl("mrffi", mixer);
   m.impl("mrffi_backward", mixer_backward);
   m.impl("bidirectional_scan", scan);

@@ -61,6 +61,19 @@ MOBILEMAMBA_API at::Tensor packed_conv2d(const at::Tensor& input, const at::Tens
 /// The packed form of a weight (out, in, k, k).
 MOBILEMAMBA_API at::Tensor pack_conv2d_weight(const at::Tensor& weight);
 
+/// The feed-forward layer with BatchNorm folded: input + project(ReLU(expand(input))) + residual, where given.
+/// input (B, C, H, W); expand_weight (F, C); expand_bias (F); project_weight (C, F); project_bias (C); matrices also
+/// packed, as kernels of size 1. Returns (B, C, H, W), channels-last in memory.
+MOBILEMAMBA_API at::Tensor ffn(const at::Tensor& input, const std::optional<at::Tensor>& residual,
+                               const at::Tensor& expand_weight, const at::Tensor& expand_bias,
+                               const at::Tensor& project_weight, const at::Tensor& project_bias);
+
+/// The gradients of ffn's input, weights and biases, in their order. The gradient of its residual is grad_output.
+using FfnGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+MOBILEMAMBA_API FfnGradients ffn_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                          const at::Tensor& expand_weight, const at::Tensor& expand_bias,
+                                          const at::Tensor& project_weight, const at::Tensor& project_bias);
+
 /// MobileMamba's mixer with BatchNorm folded, and `residual` added where given; see mobilemamba/ops.py for the formula
 /// and the order of the weights. input (B, C, H, W). Returns (B, C, H, W), channels-last in memory.
 MOBILEMAMBA_API at::Tensor mrffi(const at::Tensor& input, const std::optional<at::Tensor>& residual,

@@ -73,6 +73,16 @@ def packed_conv2d(
     return 2 * prod(out_shape) * input[1] * kernel_size**2
 
 
+@register_flop_formula(NATIVE.ffn)
+def ffn(input: Shape, residual: Shape | None, expand_weight: Shape, expand_bias: Shape, *_: Any, **__: Any) -> int:
+    return 2 * 2 * prod(input) * expand_bias[0]
+
+
+@register_flop_formula(NATIVE.ffn_backward)
+def ffn_backward(grad_output: Shape, input: Shape, expand_weight: Shape, expand_bias: Shape, *_: Any, **__: Any) -> int:
+    return 2 * ffn(input, None, expand_weight, expand_bias)
+
+
 @register_flop_formula(NATIVE.mrffi)
 def mrffi(input: Shape, residual: Shape | None, weights: list[Shape], *_: Any, **__: Any) -> int:
     batch, channels, height, width = input

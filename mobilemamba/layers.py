@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import depthwise_conv2d, pack_conv2d_weight, packed_conv2d
+from .ops import depthwise_conv2d, ffn, pack_conv2d_weight, packed_conv2d
 
 __all__ = [
     "FFN",
@@ -13,7 +13,9 @@ __all__ = [
     "DenseConv2d",
     "DepthwiseConv2d",
     "DropPath",
+    "FoldedFFN",
     "FoldedLinear",
+    "Packable",
     "PatchEmbedding",
     "PatchMerging",
     "ResidualDepthwise",
@@ -40,22 +42,35 @@ def in_order(weight: Tensor, *dims: int) -> nn.Parameter:
     return nn.Parameter(weight.detach().permute(dims).contiguous().permute(inverse))
 
 
-class DenseConv2d(nn.Module):
-    """A folded convolution with activation and residual.
+class Packable(nn.Module):
+    """A folded layer that can put its ``matrices``, parameters by name, into the order in which the CPU kernel reads
+    them. These are then their only copies."""
 
-    ``pack`` puts the weight into the order in which the CPU kernel reads it. It is the only copy of the weight.
-    """
+    matrices: tuple[str, ...]
 
-    def __init__(self, weight: Tensor, bias: Tensor, stride: int, activation: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-        self.kernel_size, self.stride, self.activation = weight.size(3), stride, activation
         self.packed = False
 
     @torch.no_grad()
     def pack(self) -> None:
         if not self.packed:
-            self.weight, self.packed = nn.Parameter(pack_conv2d_weight(self.weight)), True
+            for name in self.matrices:
+                weight = getattr(self, name)
+                kernel = weight if weight.dim() == 4 else weight[:, :, None, None]
+                setattr(self, name, nn.Parameter(pack_conv2d_weight(kernel), weight.requires_grad))
+            self.packed = True
+
+
+class DenseConv2d(Packable):
+    """A folded convolution with activation and residual."""
+
+    matrices = ("weight",)
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int, activation: str) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.kernel_size, self.stride, self.activation = weight.size(3), stride, activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.packed:
@@ -203,6 +218,23 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.expand(x), x)
+
+    def fold(self) -> nn.Module:
+        return FoldedFFN(self.expand, self.project)
+
+
+class FoldedFFN(Packable):
+    """An :class:`FFN` whose convolutions are folded, with one more residual, as one operator."""
+
+    matrices = ("expand_weight", "project_weight")
+
+    def __init__(self, expand: DenseConv2d, project: DenseConv2d) -> None:
+        super().__init__()
+        self.expand_weight, self.expand_bias = nn.Parameter(expand.weight.detach().flatten(1)), expand.bias
+        self.project_weight, self.project_bias = nn.Parameter(project.weight.detach().flatten(1)), project.bias
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ffn(x, residual, self.expand_weight, self.expand_bias, self.project_weight, self.project_bias)
 
 
 class SqueezeExcite(nn.Module):

@@ -11,15 +11,15 @@ from torch.utils.checkpoint import checkpoint
 from .layers import (
     FFN,
     ConvNorm,
-    DenseConv2d,
     DropPath,
     FoldedLinear,
+    Packable,
     PatchEmbedding,
     PatchMerging,
     ResidualDepthwise,
     fold_batchnorm,
 )
-from .mrffi import MRFFI, FoldedMRFFI
+from .mrffi import MRFFI
 
 __all__ = ["MobileMamba"]
 
@@ -45,6 +45,23 @@ class Block(nn.Module):
         y = self.ffn0(self.depthwise0(x))
         y = self.mixer(y, y)
         return x + self.drop_path(self.ffn1(self.depthwise1(y)))
+
+    def fold(self) -> nn.Module:
+        return FoldedBlock(self)
+
+
+class FoldedBlock(nn.Module):
+    """A :class:`Block` whose layers are folded: the residual around ``g`` is added by its last layer."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.depthwise0, self.ffn0, self.mixer = block.depthwise0, block.ffn0, block.mixer
+        self.depthwise1, self.ffn1 = block.depthwise1, block.ffn1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ffn0(self.depthwise0(x))
+        y = self.mixer(y, y)
+        return self.ffn1(self.depthwise1(y), x)
 
 
 class Transition(nn.Sequential):
@@ -75,7 +92,7 @@ class Stage(nn.Module):
         return x
 
     @torch.jit.unused
-    def _checkpointed(self, block: Block, x: Tensor) -> Tensor:
+    def _checkpointed(self, block: nn.Module, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # which decides by itself what to recompute
             return block(x)
         return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block)))
@@ -284,6 +301,6 @@ class MobileMamba(nn.Module):
         fused = fold_batchnorm(copy.deepcopy(self).eval())
         fused.distillation = False
         for module in fused.modules():
-            if isinstance(module, DenseConv2d | FoldedMRFFI) and next(module.parameters()).device.type == "cpu":
+            if isinstance(module, Packable) and next(module.parameters()).device.type == "cpu":
                 module.pack()
         return fused.requires_grad_(False)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import ConvNorm, in_order
-from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d, mrffi, pack_conv2d_weight
+from .layers import ConvNorm, Packable, in_order
+from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d, mrffi
 
 __all__ = ["MRFFI", "SS2D", "HaarConv2d", "MultiKernelDepthwise", "WaveletMamba", "split_channels"]
 
@@ -204,7 +204,7 @@ class MRFFI(nn.Module):
         return FoldedMRFFI(self)
 
 
-class FoldedMRFFI(nn.Module):
+class FoldedMRFFI(Packable):
     """An :class:`MRFFI` whose parts are folded, as one operator. ``(B, C, H, W) -> (B, C, H, W)``."""
 
     matrices = ("in_weight", "x_weight", "out_weight", "proj_weight")
@@ -213,7 +213,7 @@ class FoldedMRFFI(nn.Module):
     def __init__(self, block: MRFFI) -> None:
         super().__init__()
         ss2d, wavelet, proj = block.global_part.ss2d, block.global_part.wavelet, block.proj
-        self.eps, self.packed = ss2d.norm.eps, False
+        self.eps = ss2d.norm.eps
         self.in_weight, self.in_bias = _parameters(ss2d.in_proj.weight.flatten(1), ss2d.in_proj.bias)
         self.conv_weight, self.conv_bias = in_order(ss2d.conv.weight, 1, 2, 3, 0), ss2d.conv.bias
         (self.x_weight,) = _parameters(ss2d.x_proj.flatten(0, 1))
@@ -225,14 +225,6 @@ class FoldedMRFFI(nn.Module):
         local_weight, self.local_bias, self.local_scale, self.local_shift = block.local_part.folded(ss2d.conv.weight)
         self.local_weight = in_order(local_weight, 1, 2, 3, 0)
         self.proj_weight, self.proj_bias = _parameters(proj.weight.flatten(1), proj.bias)
-
-    @torch.no_grad()
-    def pack(self) -> None:
-        if not self.packed:
-            for name in self.matrices:
-                weight = getattr(self, name)[:, :, None, None]
-                setattr(self, name, nn.Parameter(pack_conv2d_weight(weight), weight.requires_grad))
-            self.packed = True
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         weights = [

@@ -12,6 +12,7 @@ from . import _native  # noqa: F401  (registers the operators)
 __all__ = [
     "bidirectional_scan",
     "depthwise_conv2d",
+    "ffn",
     "haar_conv2d",
     "pack_conv2d_weight",
     "packed_conv2d",
@@ -169,6 +170,45 @@ def packed_conv2d(
             and what was expected.
     """
     return torch.ops.mobilemamba.packed_conv2d(input, weight, bias, residual, kernel_size, stride, activation)
+
+
+def ffn(
+    input: Tensor,
+    residual: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    project_weight: Tensor,
+    project_bias: Tensor,
+) -> Tensor:
+    """The feed-forward layer with BatchNorm folded, with its own residual and one more.
+
+    At each position ``output = input + project_weight @ relu(expand_weight @ input + expand_bias) + project_bias +
+    residual``. On the CPU both products are made of some positions before the next ones, where there are enough for all
+    threads, so that what is between them stays in the cache.
+
+    Args:
+        input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides, channels-last
+            is the fast layout.
+        residual: added last; of the shape and dtype of ``input``.
+        expand_weight: ``(hidden, channels)``, in the dtype of ``input``, with ``hidden`` at least 1.
+        expand_bias: ``(hidden,)``, in the dtype of ``input``, or float32 beside a float16 or bfloat16 ``input``.
+        project_weight: ``(channels, hidden)``, in the dtype of ``input``. Both matrices may also be packed (by
+            :func:`pack_conv2d_weight`, as kernels of size 1), which is the fast form on the CPU.
+        project_bias: ``(channels,)``, like ``expand_bias``.
+
+    Returns:
+        ``(batch, channels, height, width)`` in the dtype of ``input``, channels-last in memory. Sums are kept in
+        float32 (float64 for float64), hidden numbers in the dtype of ``input``. Differentiable once, in reverse mode,
+        in every tensor; deterministic. The backward pass computes the hidden numbers again, so that nothing but the
+        arguments is kept for it.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
+            expected.
+
+    Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
+    """
+    return torch.ops.mobilemamba.ffn(input, residual, expand_weight, expand_bias, project_weight, project_bias)
 
 
 def mrffi(input: Tensor, residual: Tensor | None, weights: list[Tensor], eps: float = 1e-5) -> Tensor:

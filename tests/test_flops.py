@@ -47,6 +47,16 @@ def test_packed(kernel: int, stride: int) -> None:
     assert flops(lambda: ops.packed_conv2d(x, packed, bias, kernel_size=kernel, stride=stride)) == expected
 
 
+def test_ffn() -> None:
+    x, *weights = leaves((2, 33, 5, 4), (70, 33), (70,), (33, 70), (33,))
+    packed = [ops.pack_conv2d_weight(w[:, :, None, None]) if w.dim() == 2 else w for w in weights]
+    rows = x.permute(0, 2, 3, 1)
+    expected = flops(lambda: F.linear(F.linear(rows, *weights[:2]).relu(), *weights[2:]))
+    assert flops(lambda: ops.ffn(x, None, *weights)) == expected > 0
+    assert flops(lambda: ops.ffn(x, x, *packed)) == expected
+    assert flops(with_backward(lambda: ops.ffn(x, None, *weights))) == 3 * expected
+
+
 @pytest.mark.parametrize("size", [(8, 6), (7, 5)])
 def test_haar(size: tuple[int, int]) -> None:
     x, weight = leaves((2, 3, *size), (12, 1, 5, 5))

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from test_ffn import arguments_of as ffn_arguments
 from test_operators import depthwise_arguments, haar_arguments, scan_arguments
 
 import mobilemamba
@@ -98,7 +99,13 @@ def test_operators_give_the_same_gradients(mode):
     def depthwise_strided(image, weight, bias, residual):
         return torch.sin(ops.depthwise_conv2d(image, weight, bias, residual, 2, "relu"))
 
+    def feed_forward(x, residual, expand_weight, expand_bias, project_weight, project_bias):
+        y = ops.ffn(x, residual, expand_weight, expand_bias, project_weight, project_bias)
+        return torch.sin(y) + ops.ffn(x, None, expand_weight, expand_bias, project_weight, project_bias)
+
+    ffn_sizes = [[x.requires_grad_() for x in ffn_arguments(n, 5, 3, 4, 9)] for n in (2, 3, 4)]
     for function, arguments in (
+        (feed_forward, ffn_sizes),
         (scan, [scan_arguments(2, 5, n, 3, requires_grad=True) for n in (7, 9, 4)]),
         (haar, [haar_arguments(2, 3, n, 6, 3, requires_grad=True) for n in (7, 8, 5)]),
         (depthwise, [depthwise_arguments(2, 3, n, 6, 3, requires_grad=True) for n in (7, 8, 5)]),
@@ -143,6 +150,20 @@ def test_depthwise_exported():
     for size in ((3, 3, 8, 15), (2, 3, 3, 5)):
         arguments = depthwise_arguments(*size, 3)[:3]
         assert torch.equal(program.module()(*arguments), Depthwise()(*arguments))
+
+
+class FeedForward(torch.nn.Module):
+    def forward(self, *arguments):
+        return ops.ffn(*arguments)
+
+
+def test_ffn_exported():
+    batch, height = torch.export.Dim("b"), torch.export.Dim("h")
+    varying = {0: batch, 2: height}
+    shapes = {"arguments": (varying, varying, None, None, None, None)}
+    program = torch.export.export(FeedForward(), tuple(ffn_arguments(2, 5, 3, 4, 9)), dynamic_shapes=shapes)
+    for arguments in (ffn_arguments(3, 5, 7, 4, 9), ffn_arguments(5, 5, 2, 4, 9)):
+        assert torch.equal(program.module()(*arguments), FeedForward()(*arguments))
 
 
 @pytest.fixture(scope="module")

@@ -62,8 +62,9 @@ def test_packed_conv(library):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
 
 
-def test_mrffi(library):
-    tests = str(ROOT / "tests" / "test_mrffi.py")
+@pytest.mark.parametrize("name", ["ffn", "mrffi"])
+def test_folded_layers(library, name):
+    tests = str(ROOT / "tests" / f"test_{name}.py")
     done = run_tests(library, tests, "-k", "in_float64 or in_lower_precision or any_strides or refuses")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("test_operators.py", "test_packed_conv.py", "test_mrffi.py")
+FILES = ("test_operators.py", "test_packed_conv.py", "test_ffn.py", "test_mrffi.py")
 CAPABILITIES = {"default": "generic", "avx2": "avx2"}  # what ATEN_CPU_CAPABILITY says, and the kernels it should give
 
 

@@ -112,7 +112,7 @@ def tests(stage: Stage) -> Result:
     missing = [name for name in ("pytest", "hypothesis", "numpy") if importlib.util.find_spec(name) is None]
     if missing:
         return {"status": "failed", "summary": f"not installed: {', '.join(missing)}; expected mobilemamba[test]"}
-    files = [f"tests/test_{name}.py" for name in ("operators", "mrffi", "parity", "model", "graphs")]
+    files = [f"tests/test_{name}.py" for name in ("operators", "ffn", "mrffi", "parity", "model", "graphs")]
     total = dict.fromkeys(OUTCOMES, 0)
     failures: list[str] = []
     endings: list[str] = []

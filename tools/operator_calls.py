@@ -30,6 +30,8 @@ def main() -> None:
         shapes += [(d,), (d,), (g, d), (g,), (g, 4, 5, 5), (p, 1, 7, 7), (p,), (p,), (p,), (c, c), (c,)]
         image = leaf(2, c, 7, 6, dtype=dtype)
         ops.mrffi(image, image, [leaf(*shape, dtype=dtype) for shape in shapes]).sum().backward()
+        shapes = [(2 * c, c), (2 * c,), (c, 2 * c), (c,)]
+        ops.ffn(image, image, *[leaf(*shape, dtype=dtype) for shape in shapes]).sum().backward()
     torch.cuda.synchronize()
     print("done")
 

@@ -8,8 +8,12 @@
 
 namespace mobilemamba::cpu {
 
+const Kernel<PackedConvForward>& packed_conv_kernel(DType type) {
+  return type == DType::bfloat16 ? kernels().packed_conv_bfloat16 : kernels().packed_conv;
+}
+
 void run_packed_conv(const PackedConvForward& p) {
-  run(p.dtype == DType::bfloat16 ? kernels().packed_conv_bfloat16 : kernels().packed_conv, p);
+  run(packed_conv_kernel(p.dtype), p);
 }
 
 namespace {

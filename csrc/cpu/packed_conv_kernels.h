@@ -137,6 +137,7 @@ template <typename T>
 MOBILEMAMBA_HOST_DEVICE void prefetch_row(const PackedConvForward& p, int64_t row, int64_t n) {
   __builtin_prefetch(static_cast<T*>(p.output) + row * p.output_row + n, 1);
   if (p.residual) __builtin_prefetch(static_cast<const T*>(p.residual) + row * p.residual_row + n);
+  if (p.second_residual) __builtin_prefetch(static_cast<const T*>(p.second_residual) + row * p.second_residual_row + n);
 }
 
 /// The epilogue, and the store of `count` outputs of a row.
@@ -147,6 +148,8 @@ MOBILEMAMBA_HOST_DEVICE void finish_row(const PackedConvForward& p, Vec<float> s
   if (residual && p.residual_inside) sum = sum + load(residual, count);
   if (p.activation == Activation::relu) sum = max(sum, Vec<float>(0.0f));
   if (residual && !p.residual_inside) sum = sum + load(residual, count);
+  if (p.second_residual)
+    sum = sum + load(static_cast<const T*>(p.second_residual) + row * p.second_residual_row + n, count);
   store(static_cast<T*>(p.output) + row * p.output_row + n, sum, count);
 }
 

@@ -10,7 +10,8 @@ namespace mobilemamba {
 
 /// A matrix product of patches and weight, with a row for each position of the output:
 /// output = activation(patches @ weight + bias) + residual, or, with `residual_inside`,
-/// activation(patches @ weight + bias + residual). Zero padding of kernel / 2 on every side.
+/// activation(patches @ weight + bias + residual); a second residual may follow. Zero padding of kernel / 2 on every
+/// side.
 ///
 /// A patch is (kernel, kernel, in_channels). The weight is packed in panels of 32 outputs,
 /// (ceil(out_channels / 32), ceil(patch / 2), 32, 2): two inputs of one output lie together, as instructions for 16-bit
@@ -22,9 +23,11 @@ struct PackedConvForward {
   bool residual_inside;
   Image input;
   const void* weight;
-  const void* bias;      // (N), in the type of sums
-  const void* residual;  // null: none
-  int64_t residual_row;  // elements from position to position, as below
+  const void* bias;                       // (N), in the type of sums
+  const void* residual;                   // null: none
+  int64_t residual_row;                   // elements from position to position, as below
+  const void* second_residual = nullptr;  // null: none; added last in any case
+  int64_t second_residual_row = 0;
   void* output;
   int64_t output_row;
 

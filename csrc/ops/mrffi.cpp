@@ -17,7 +17,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "ops/common.h"
-#include "ops/packed_conv2d.h"
+#include "ops/matrix.h"
 
 namespace mobilemamba {
 
@@ -84,14 +84,6 @@ void MrffiArguments::check(const std::optional<at::Tensor>& residual) const {
   check.at_least_one("a rank R", rank, "dt_weight", w.dt_weight);
   check.at_least_one("a state size N", state, "A_log", w.A_log);
 
-  const auto matrix = [&](const char* name, const at::Tensor& weight, const c10::SymInt& out, const c10::SymInt& in) {
-    constexpr int64_t panel = PackedConvForward::panel;
-    if (weight.dim() == 4)
-      check.shape(name, weight, {(out + (panel - 1)) / panel, (in + 1) / 2, panel, 2}, "as packed");
-    else
-      check.shape(name, weight, {out, in}, "(out, in)");
-    check.like_main(name, weight);
-  };
   const auto parameter = [&](const char* name, const at::Tensor& tensor, c10::SymIntArrayRef sizes,
                              const char* layout) {
     check.shape(name, tensor, sizes, layout);
@@ -105,25 +97,25 @@ void MrffiArguments::check(const std::optional<at::Tensor>& residual) const {
     TORCH_SYM_CHECK((k % 2).sym_eq(1), "mrffi: ", name, " has shape ", weight.sym_sizes(),
                     ", expected an odd kernel size k");
   };
-  matrix("in_weight", w.in_weight, inner * 2, global);
+  check_matrix(check, "in_weight", w.in_weight, inner * 2, global);
   parameter("in_bias", w.in_bias, {inner * 2}, "(2 * D)");
   kernel("conv_weight", w.conv_weight, inner, 1, "(D, 1, k, k)");
   parameter("conv_bias", w.conv_bias, {inner}, "(D)");
-  matrix("x_weight", w.x_weight, (rank + state * 2) * 2, inner);
+  check_matrix(check, "x_weight", w.x_weight, (rank + state * 2) * 2, inner);
   parameter("dt_weight", w.dt_weight, {2, inner, rank}, "(2, D, R)");
   parameter("dt_bias", w.dt_bias, {2, inner}, "(2, D)");
   parameter("A_log", w.A_log, {2, inner, state}, "(2, D, N)");
   parameter("D", w.D, {2, inner}, "(2, D)");
   parameter("norm_weight", w.norm_weight, {inner}, "(D)");
   parameter("norm_bias", w.norm_bias, {inner}, "(D)");
-  matrix("out_weight", w.out_weight, global, inner);
+  check_matrix(check, "out_weight", w.out_weight, global, inner);
   parameter("out_bias", w.out_bias, {global}, "(G)");
   kernel("wavelet_weight", w.wavelet_weight, global, 4, "(G, 4, k, k)");
   kernel("local_weight", w.local_weight, local, 1, "(P, 1, k, k)");
   parameter("local_bias", w.local_bias, {local}, "(P)");
   parameter("local_scale", w.local_scale, {local}, "(P)");
   parameter("local_shift", w.local_shift, {local}, "(P)");
-  matrix("proj_weight", w.proj_weight, channels, channels);
+  check_matrix(check, "proj_weight", w.proj_weight, channels, channels);
   parameter("proj_bias", w.proj_bias, {channels}, "(C)");
   if (residual) {
     check.shape("residual", *residual, input.sym_sizes(), "(batch, channels, height, width)");
@@ -151,17 +143,6 @@ MrffiGradients MrffiArguments::gradients() const {
 
 namespace {
 
-/// (batch, channels, height, width), channels contiguous and positions at equal distances, as a matrix of its
-/// positions.
-at::Tensor positions(const at::Tensor& image) {
-  return image.permute({0, 2, 3, 1}).flatten(0, 2);
-}
-
-/// The matrix as images of `like`'s batch and size.
-at::Tensor image(const at::Tensor& positions, const at::Tensor& like) {
-  return positions.view({like.size(0), like.size(2), like.size(3), positions.size(1)}).permute({0, 3, 1, 2});
-}
-
 /// What the scan takes of the projection (positions, 2 * (R + 2N)): delta, B and C.
 std::array<at::Tensor, 3> scan_rows(const at::Tensor& projected, int64_t batch, int64_t rank, int64_t state) {
   const at::Tensor rows = projected.view({batch, -1, 2, rank + 2 * state}).permute({0, 2, 3, 1});
@@ -172,20 +153,10 @@ at::Tensor sequence(const at::Tensor& positions, int64_t batch) {
   return positions.view({batch, -1, positions.size(1)}).transpose(1, 2);
 }
 
-/// The matrix (out, in) of a weight that may be packed.
-at::Tensor matrix_of(const at::Tensor& weight, int64_t out, int64_t in) {
-  return weight.dim() == 2 ? weight : unpack_conv2d_weight(weight, out, in, 1).flatten(1);
-}
-
-at::Tensor packed_like(const at::Tensor& grad, const at::Tensor& weight) {
-  return weight.dim() == 2 ? grad : pack_conv2d_weight(grad.unsqueeze(2).unsqueeze(3));
-}
-
 }  // namespace
 
 void product_with_torch(const Product& p, at::Tensor output) {
-  const at::Tensor weight = matrix_of(p.weight, output.size(1), p.input.size(1));
-  at::Tensor y = at::linear(p.input, weight, p.bias.defined() ? p.bias.to(weight.scalar_type()) : p.bias);
+  at::Tensor y = linear_with_torch(p.input, p.weight, p.bias, output.size(1));
   if (p.residual && p.residual_inside) y.add_(*p.residual);
   if (p.relu) y.relu_();
   if (p.residual && !p.residual_inside) y.add_(*p.residual);
@@ -291,11 +262,10 @@ MrffiGradients mrffi_backward_composed(const at::Tensor& grad_output, const Mrff
   // and back
   std::vector<at::Tensor> grads(MrffiWeights::count);
   const auto like = [&](size_t i, const at::Tensor& grad) {
-    const at::Tensor& weight = arguments.weights[i];
-    grads[i] = grad.to(weight.scalar_type()).reshape(weight.sizes()).contiguous();
+    grads[i] = parameter_gradient(grad, arguments.weights[i]);
   };
   const auto matrix_grads = [&](size_t i, const at::Tensor& grad, const at::Tensor& from) {
-    grads[i] = packed_like(at::matmul(grad.t(), from), arguments.weights[i]);
+    grads[i] = matrix_gradient(at::matmul(grad.t(), from), arguments.weights[i]);
   };
   const at::Tensor grad = positions(grad_output.contiguous(at::MemoryFormat::ChannelsLast));
   matrix_grads(18, grad, mixed);

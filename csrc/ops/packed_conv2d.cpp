@@ -29,7 +29,8 @@ at::Tensor pack_conv2d_weight(const at::Tensor& weight) {
   const at::Tensor rows = weight.permute({0, 2, 3, 1}).flatten(1);
   const int64_t out = rows.size(0), in = rows.size(1), panels = (out + panel - 1) / panel, pairs = (in + 1) / 2;
   const at::Tensor padded = at::constant_pad_nd(rows, {0, 2 * pairs - in, 0, panels * panel - out});
-  return padded.view({panels, panel, pairs, 2}).permute({0, 2, 1, 3}).contiguous();
+  // a copy in any case: contiguous() would keep the strides of dimensions of size 1, which Meta does not foresee
+  return padded.view({panels, panel, pairs, 2}).permute({0, 2, 1, 3}).clone(at::MemoryFormat::Contiguous);
 }
 
 TORCH_LIBRARY_IMPL(mobilemamba, CompositeImplicitAutograd, m) {
