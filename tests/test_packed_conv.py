@@ -101,6 +101,22 @@ def test_on_random_shapes(batch, inputs, outputs, height, width, kernel, stride,
     assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else LOW_PRECISION[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inputs", [127, 128, 129, 256, 300, 1500])
+@pytest.mark.parametrize("rows", [1, 13, 193, 400])
+def test_where_the_kernel_divides_inputs_and_rows(rows, inputs, dtype):
+    arguments = arguments_of(1, inputs, 45, rows, 1, dtype=dtype)
+    y, expected = packing("relu")(*arguments), plain("relu")(*[x.double() for x in arguments])
+    assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else LOW_PRECISION[dtype])
+
+
+def test_without_inputs():
+    weight = ops.pack_conv2d_weight(torch.zeros(5, 0, 1, 1))
+    bias = torch.randn(5)
+    y = ops.packed_conv2d(torch.zeros(2, 0, 3, 4), weight, bias)
+    assert torch.equal(y, bias[:, None, None].expand(2, 5, 3, 4))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_takes_any_strides(dtype):
     x, weight, bias, residual = arguments_of(2, 20, 40, 7, 6, dtype=dtype)

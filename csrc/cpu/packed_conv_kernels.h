@@ -17,7 +17,7 @@ struct PackedConvTask {
   int64_t first, last, channel;
 
   static int64_t rows(const PackedConvForward& p) {
-    const int64_t most = min(packed_conv_task_rows, max(48, packed_conv_task_numbers / p.patch()));
+    const int64_t most = min(packed_conv_task_rows, max(48, packed_conv_task_numbers / max(1, p.patch())));
     return min(packed_conv_task_rows, ceil_div(ceil_div(p.rows(), ceil_div(p.rows(), most)), step) * step);
   }
 
@@ -214,7 +214,7 @@ struct PackedConvKernel {
       const Task task(p, index);
       patches.set(p, task.first, task.last, memory + sizeof(Scratch));
       const T* weight = static_cast<const T*>(p.weight) + task.channel * 2 * p.pairs();
-      for (int64_t k = 0; k < p.patch(); k += most_inputs) {
+      for (int64_t k = 0; k == 0 || k < p.patch(); k += most_inputs) {  // once where there are no inputs at all
         const int64_t inputs = min(most_inputs, p.patch() - k);
         // each pass over the block fetches its share of what comes next, so that memory is busy all the time
         const T* ahead = unpack(weight + k * panel, inputs, scratch);
@@ -222,16 +222,15 @@ struct PackedConvKernel {
         for (int64_t row = task.first; row < task.last;) {
           const int64_t left = task.last - row, rows = ceil_div(left, ceil_div(left, most_rows));  // about as many each
           const float* input = patches.data + (row - task.first) * patches.row + k;
-          float(*sums)[panel] = scratch.sums + (row - task.first);
+          float (*sums)[panel] = scratch.sums + (row - task.first);
           const bool last = k + inputs == p.patch();
           if (last)
             for (int64_t r = 0; r < rows; ++r)
               prefetch_row<T>(p, row + r, task.channel);
           for (int j = 0; j < task.channels(p); j += step, ahead += share)
             multiply(static_cast<int>(rows), {input, patches.row, scratch.block[0] + j, inputs, ahead,
-                                              ceil_div(share, inputs), k > 0, sums[0] + j});
-          if (last)
-            finish_rows<T>(p, sums, row, rows, task.channel, task.channels(p));
+                                              ceil_div(share, max(1, inputs)), k > 0, sums[0] + j});
+          if (last) finish_rows<T>(p, sums, row, rows, task.channel, task.channels(p));
           row += rows;
         }
       }
