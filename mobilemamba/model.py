@@ -150,10 +150,7 @@ class DistilledClassifier(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> FoldedLinear:
-        labels, teacher = (
-            self.labels.conv,
-            self.teacher.conv,
-        )  # folded already; the mean of linear layers is one
+        labels, teacher = self.labels.conv, self.teacher.conv  # folded already; the mean of linear layers is one
         labels.weight.add_(teacher.weight).div_(2)
         labels.bias.add_(teacher.bias).div_(2)
         return self.labels
