@@ -152,7 +152,7 @@ def test_takes_any_strides(shape, dtype, function):
         assert torch.equal(function(change(x), residual, *weights), expected)
         assert torch.equal(function(x, change(residual), *weights), expected)
     strided = [torch.stack([w, w], -1)[..., 0] for w in weights]
-    assert relative_error(function(x, residual, *strided), expected.double()) < LOW_PRECISION[dtype]
+    assert torch.equal(function(x, residual, *strided), expected)
     assert function(x[:0], residual[:0], *weights).shape == (0, *x.shape[1:])
 
 

@@ -64,7 +64,7 @@ struct ChannelParams {
 
 constexpr int64_t forward_channels_per_task = 32;
 /// Positions that are taken together.
-constexpr int64_t block = 32;
+constexpr int64_t forward_positions = 32;
 
 template <typename T>
 struct ScanForwardKernel {
@@ -118,13 +118,13 @@ struct ScanForwardKernel {
         h[n] = V(Acc(0));
         A[n] = params.A(n);
       }
-      for (int64_t begin = 0; begin < p.length; begin += block) {
-        const int64_t size = min(block, p.length - begin);
+      for (int64_t begin = 0; begin < p.length; begin += forward_positions) {
+        const int64_t size = min(forward_positions, p.length - begin);
         const auto position = [&](int64_t i) { return k == 0 ? begin + i : p.length - 1 - begin - i; };
         const int64_t next = k == 0 ? p.rows() : -p.rows();
         const Acc* first = rows + (k * p.length + position(0)) * p.rows();
         const auto row = [&](int64_t i) { return first + i * next; };
-        V x[block], dt[block], dt_u[block], y_k[block];
+        V x[forward_positions], dt[forward_positions], dt_u[forward_positions], y_k[forward_positions];
         int64_t done = 0;
         for (; done + 4 <= size; done += 4)
           params.template step_size<4>(row(done), next, x + done);
@@ -138,7 +138,7 @@ struct ScanForwardKernel {
           y_k[i] = params.D * u_t;
         }
         for (int64_t n = 0; n < state; ++n) {
-          V decay[block];
+          V decay[forward_positions];
           for (int64_t i = 0; i < size; ++i)
             decay[i] = exp_nonpositive(dt[i] * A[n]);
           const int64_t b = p.rank + n, c_n = b + state;

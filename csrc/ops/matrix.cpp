@@ -26,7 +26,7 @@ void check_matrix(const Checks& check, const char* name, const at::Tensor& weigh
 }
 
 at::Tensor matrix_of(const at::Tensor& weight, int64_t out, int64_t in) {
-  return weight.dim() == 2 ? weight : unpack_conv2d_weight(weight, out, in, 1).flatten(1);
+  return weight.dim() == 2 ? weight.contiguous() : unpack_conv2d_weight(weight, out, in, 1).flatten(1);
 }
 
 at::Tensor linear_with_torch(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, int64_t out) {

@@ -17,7 +17,7 @@ at::Tensor image(const at::Tensor& positions, const at::Tensor& like);
 void check_matrix(const Checks& check, const char* name, const at::Tensor& weight, const c10::SymInt& out,
                   const c10::SymInt& in);
 
-/// The plain form of a weight (out, in).
+/// The plain form of a weight (out, in), contiguous: torch's product may sum in another order where it is not.
 at::Tensor matrix_of(const at::Tensor& weight, int64_t out, int64_t in);
 
 /// input @ weight + bias by torch, for a matrix (rows, in) and a weight (out, in). An undefined bias is none.
