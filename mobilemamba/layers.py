@@ -1,5 +1,7 @@
 """The small layers that the network is built from: convolution with BatchNorm, FFN, patch merging, drop path."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,9 +15,9 @@ __all__ = [
     "DenseConv2d",
     "DepthwiseConv2d",
     "DropPath",
+    "Folded",
     "FoldedFFN",
     "FoldedLinear",
-    "Packable",
     "PatchEmbedding",
     "PatchMerging",
     "ResidualDepthwise",
@@ -42,15 +44,30 @@ def in_order(weight: Tensor, *dims: int) -> nn.Parameter:
     return nn.Parameter(weight.detach().permute(dims).contiguous().permute(inverse))
 
 
-class Packable(nn.Module):
-    """A folded layer that can put its ``matrices``, parameters by name, into the order in which the CPU kernel reads
-    them. These are then their only copies."""
+class Folded(nn.Module):
+    """A folded layer: ``matrices`` names the parameters that are multiplied in the type of the images.
 
-    matrices: tuple[str, ...]
+    The others are few, and what rounding them costs in accuracy buys no time: they stay float32 where the layer goes to
+    16 bits. ``pack`` puts the matrices into the order in which the CPU kernel reads them, as their only copies.
+    """
+
+    matrices: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
         self.packed = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Folded":
+        small = [p for name, p in self.named_parameters(recurse=False) if name not in self.matrices]
+        kept = {id(tensor) for p in small for tensor in (p, p.grad)}
+
+        def apply(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if id(tensor) in kept and result.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(result.device, torch.float32)
+            return result
+
+        return super()._apply(apply, recurse)
 
     @torch.no_grad()
     def pack(self) -> None:
@@ -62,7 +79,7 @@ class Packable(nn.Module):
             self.packed = True
 
 
-class DenseConv2d(Packable):
+class DenseConv2d(Folded):
     """A folded convolution with activation and residual."""
 
     matrices = ("weight",)
@@ -75,10 +92,11 @@ class DenseConv2d(Packable):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.packed:
             return packed_conv2d(x, self.weight, self.bias, residual, self.kernel_size, self.stride, self.activation)
+        bias = self.bias.to(x.dtype)
         if self.kernel_size == 1 and self.stride == 1:
-            y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+            y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), bias).permute(0, 3, 1, 2)
         else:
-            y = F.conv2d(x, self.weight, self.bias, self.stride, self.kernel_size // 2)
+            y = F.conv2d(x, self.weight, bias, self.stride, self.kernel_size // 2)
         if self.activation == "relu":
             y = y.relu_()
         return y if residual is None else y.add_(residual)
@@ -95,7 +113,7 @@ class FoldedLinear(nn.Module):
         return self.conv(x[:, :, None, None]).flatten(1)
 
 
-class DepthwiseConv2d(nn.Module):
+class DepthwiseConv2d(Folded):
     """A folded depthwise convolution with activation and residual: one operator."""
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int, activation: str) -> None:
@@ -223,7 +241,7 @@ class FFN(nn.Module):
         return FoldedFFN(self.expand, self.project)
 
 
-class FoldedFFN(Packable):
+class FoldedFFN(Folded):
     """An :class:`FFN` whose convolutions are folded, with one more residual, as one operator."""
 
     matrices = ("expand_weight", "project_weight")

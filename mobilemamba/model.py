@@ -12,8 +12,8 @@ from .layers import (
     FFN,
     ConvNorm,
     DropPath,
+    Folded,
     FoldedLinear,
-    Packable,
     PatchEmbedding,
     PatchMerging,
     ResidualDepthwise,
@@ -301,6 +301,6 @@ class MobileMamba(nn.Module):
         fused = fold_batchnorm(copy.deepcopy(self).eval())
         fused.distillation = False
         for module in fused.modules():
-            if isinstance(module, Packable) and next(module.parameters()).device.type == "cpu":
+            if isinstance(module, Folded) and next(module.parameters()).device.type == "cpu":
                 module.pack()
         return fused.requires_grad_(False)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import ConvNorm, Packable, in_order
+from .layers import ConvNorm, Folded, in_order
 from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d, mrffi
 
 __all__ = ["MRFFI", "SS2D", "HaarConv2d", "MultiKernelDepthwise", "WaveletMamba", "split_channels"]
@@ -204,7 +204,7 @@ class MRFFI(nn.Module):
         return FoldedMRFFI(self)
 
 
-class FoldedMRFFI(Packable):
+class FoldedMRFFI(Folded):
     """An :class:`MRFFI` whose parts are folded, as one operator. ``(B, C, H, W) -> (B, C, H, W)``."""
 
     matrices = ("in_weight", "x_weight", "out_weight", "proj_weight")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mobilemamba
 from mobilemamba import ops
-from mobilemamba.layers import Packable
+from mobilemamba.layers import Folded
 
 SHAPES = [  # batch, in_channels, out_channels, height, width, kernel_size, stride
     (2, 6, 5, 3, 4, 1, 1),
@@ -244,7 +244,7 @@ def fused() -> torch.nn.Module:
 
 @torch.no_grad()
 def test_packed_models_are_copied_pickled_saved_and_scripted(fused):
-    assert all(m.packed for m in fused.modules() if isinstance(m, Packable))
+    assert all(m.packed for m in fused.modules() if isinstance(m, Folded))
     x = torch.randn(2, 3, 40, 33)
     expected = fused(x)
     other = mobilemamba.nano(in_chans=3).fuse()

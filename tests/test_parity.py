@@ -99,11 +99,12 @@ def test_float32(case: Case, model: MobileMamba, folded: bool) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_fused_under_autocast(case: Case, model: MobileMamba, dtype: torch.dtype) -> None:
+def test_fused_in_16_bits(case: Case, model: MobileMamba, dtype: torch.dtype) -> None:
     network, shape = model.fuse().float(), case.inputs()[0]
     expected = case.figures[f"logits/{'x'.join(map(str, shape))}"]
     with torch.autocast(DEVICE.type, dtype=dtype):
         assert worst(network(make_input(shape).float()), expected) < 3e-2
+    assert worst(network.to(dtype)(make_input(shape).to(dtype)), expected) < 3e-2
 
 
 @torch.no_grad()
