@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,15 @@ def check_torch_version(version: str) -> None:
         raise SystemExit(
             f"mobilemamba: the environment has torch {version}; expected {TORCH_MINIMUM} or later. "
             "Upgrade it (pip install --upgrade torch), then install again"
+        )
+
+
+def check_compiler(command: str) -> None:
+    """Refuse a C++ compiler, as $CXX gives it, that is not there."""
+    program = shlex.split(command)[0]
+    if shutil.which(program) is None:
+        raise SystemExit(
+            f"mobilemamba: no C++ compiler {program!r}; install one (apt install g++), or set CXX to one that there is"
         )
 
 
@@ -119,6 +129,7 @@ def build_ext_class() -> type[build_ext]:
             print(f"mobilemamba: building for torch {torch.__version__}, {plan}", flush=True)
             if not is_ninja_available():
                 raise SystemExit("mobilemamba: no ninja to build with; install it (pip install ninja)")
+            check_compiler(os.environ.get("CXX") or "c++")
             (library,) = self.extensions
             describe(library, plan, include_paths("cpu"), library_paths("cpu"))
             super().run()

@@ -24,6 +24,7 @@ __all__ = [
     "SqueezeExcite",
     "fold_batchnorm",
     "in_order",
+    "is_short",
 ]
 
 
@@ -44,11 +45,17 @@ def in_order(weight: Tensor, *dims: int) -> nn.Parameter:
     return nn.Parameter(weight.detach().permute(dims).contiguous().permute(inverse))
 
 
+def is_short(tensor: Tensor) -> bool:
+    """Whether its numbers have 16 bits."""
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
 class Folded(nn.Module):
     """A folded layer: ``matrices`` names the parameters that are multiplied in the type of the images.
 
     The others are few, and what rounding them costs in accuracy buys no time: they stay float32 where the layer goes to
-    16 bits. ``pack`` puts the matrices into the order in which the CPU kernel reads them, as their only copies.
+    16 bits. ``pack`` puts the matrices into the order in which the CPU kernel reads them, as their only copies. No
+    memory format changes how a parameter lies.
     """
 
     matrices: tuple[str, ...] = ()
@@ -63,8 +70,11 @@ class Folded(nn.Module):
 
         def apply(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if id(tensor) in kept and result.dtype in (torch.float16, torch.bfloat16):
-                return tensor.to(result.device, torch.float32)
+            if id(tensor) in kept and is_short(result) and not is_short(tensor):
+                result = tensor.to(result.device, torch.float32)
+            if result.shape == tensor.shape and result.stride() != tensor.stride():
+                as_it_was = torch.empty_strided(tensor.shape, tensor.stride(), dtype=result.dtype, device=result.device)
+                result = as_it_was.copy_(result)
             return result
 
         return super()._apply(apply, recurse)
@@ -80,7 +90,7 @@ class Folded(nn.Module):
 
 
 class DenseConv2d(Folded):
-    """A folded convolution with activation and residual."""
+    """A folded convolution with activation."""
 
     matrices = ("weight",)
 
@@ -89,17 +99,15 @@ class DenseConv2d(Folded):
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
         self.kernel_size, self.stride, self.activation = weight.size(3), stride, activation
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.packed:
-            return packed_conv2d(x, self.weight, self.bias, residual, self.kernel_size, self.stride, self.activation)
+            return packed_conv2d(x, self.weight, self.bias, None, self.kernel_size, self.stride, self.activation)
         bias = self.bias.to(x.dtype)
         if self.kernel_size == 1 and self.stride == 1:
             y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), bias).permute(0, 3, 1, 2)
         else:
             y = F.conv2d(x, self.weight, bias, self.stride, self.kernel_size // 2)
-        if self.activation == "relu":
-            y = y.relu_()
-        return y if residual is None else y.add_(residual)
+        return y.relu_() if self.activation == "relu" else y
 
 
 class FoldedLinear(nn.Module):
@@ -114,15 +122,15 @@ class FoldedLinear(nn.Module):
 
 
 class DepthwiseConv2d(Folded):
-    """A folded depthwise convolution with activation and residual: one operator."""
+    """A folded depthwise convolution with activation: one operator."""
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int, activation: str) -> None:
         super().__init__()
         self.weight, self.bias = in_order(weight, 1, 2, 3, 0), nn.Parameter(bias)
         self.stride, self.activation = stride, activation
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return depthwise_conv2d(x, self.weight, self.bias, residual, self.stride, self.activation)
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.bias, None, self.stride, self.activation)
 
 
 class ChannelAffine(nn.Module):

@@ -18,6 +18,7 @@ from .layers import (
     PatchMerging,
     ResidualDepthwise,
     fold_batchnorm,
+    is_short,
 )
 from .mrffi import MRFFI
 
@@ -244,6 +245,8 @@ class MobileMamba(nn.Module):
             raise ValueError(
                 f"input: expected images of shape (batch, {self.in_chans}, height, width), got {list(x.shape)}"
             )
+        if not x.is_floating_point():
+            raise ValueError(f"input: expected images of a floating-point type, scaled and normalised, got {x.dtype}")
         if x.size(2) < 1 or x.size(3) < 1:
             raise ValueError(f"input: expected height and width of at least 1, got {list(x.shape)}")
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
@@ -296,9 +299,15 @@ class MobileMamba(nn.Module):
 
         Exact in real arithmetic: BatchNorm into its convolution or linear layer, the residual of a depthwise
         convolution into its centre tap, ``base_scale`` into ``out_proj``, the wavelet scale into the wavelet kernel,
-        two heads into one.
+        two heads into one. A model in 16 bits is folded in float32; its biases, depthwise kernels and scan parameters
+        stay so.
+
+        The copy can be moved, cast, copied, pickled, scripted, compiled and exported. Its parameters lie in the orders
+        of the kernels, which safetensors does not store: keep the model that it is made from.
         """
-        fused = fold_batchnorm(copy.deepcopy(self).eval())
+        first = next(self.parameters())
+        fused = copy.deepcopy(self).eval()
+        fused = fold_batchnorm(fused.float()).to(first.dtype) if is_short(first) else fold_batchnorm(fused)
         fused.distillation = False
         for module in fused.modules():
             if isinstance(module, Folded) and next(module.parameters()).device.type == "cpu":

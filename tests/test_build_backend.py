@@ -43,6 +43,12 @@ def cuda_home(tmp_path: Path) -> Path:
     return tmp_path / "cuda"
 
 
+def test_a_missing_compiler_is_named() -> None:
+    with pytest.raises(SystemExit, match="no C\\+\\+ compiler 'no-such-c\\+\\+'; install one"):
+        build.check_compiler("no-such-c++ -pipe")
+    build.check_compiler(f"'{sys.executable}' -O2")  # any program that there is
+
+
 def test_default_archs_end_with_ptx() -> None:
     archs = toolkit.choose_archs("", CUDA_13)
     assert archs == ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")

@@ -218,6 +218,7 @@ def test_refused_arguments(nano):
     refused = [
         (lambda: create_model("s7"), "unknown model 's7'; did you mean s6"),
         (lambda: nano(torch.randn(2, 3, 28, 28)), r"expected images of shape (batch, 1, height, width), got [2, 3, 28"),
+        (lambda: nano(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)), "floating-point type, scaled and normalised, got"),
         (lambda: nano(torch.randn(1, 28, 28)), "expected images of shape (batch, 1, height, width), got [1, 28, 28]"),
         (lambda: nano(torch.randn(1, 1, 0, 28)), "expected height and width of at least 1, got [1, 1, 0, 28]"),
         (lambda: mobilemamba.nano(num_classes=-1), "num_classes must not be negative, got -1"),

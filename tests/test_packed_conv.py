@@ -264,3 +264,37 @@ def test_packed_models_change_their_type(fused, dtype):
     y, expected = model(x.to(dtype)), fused(x)
     assert y.dtype == dtype
     assert ((y - expected).double().abs().max() / expected.std()).item() < (1e-4 if dtype == torch.float64 else 3e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_parameters_stay_float32(fused, dtype):
+    """However a fused model comes to 16 bits; and none leaves the order or the memory that it has."""
+
+    def types(model):
+        return {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+    def matrices(model):
+        parts = [(name, m) for name, m in model.named_modules() if isinstance(m, Folded)]
+        return {f"{name}.{matrix}" for name, m in parts for matrix in m.matrices}
+
+    torch.manual_seed(0)
+    network = mobilemamba.nano(in_chans=3)
+    wanted = {name: dtype if name in matrices(fused) else torch.float32 for name in types(fused)}
+    lowered = network.fuse().to(dtype)
+    assert set(wanted.values()) == {dtype, torch.float32}
+    for model in (lowered, network.to(dtype).fuse(), copy.deepcopy(fused).to("cpu", dtype), lowered.to("cpu")):
+        assert types(model) == wanted
+    assert set(types(copy.deepcopy(lowered).float()).values()) == {torch.float32}
+    assert set(types(copy.deepcopy(lowered).double()).values()) == {torch.float64}
+
+    strides = [parameter.stride() for parameter in fused.parameters()]
+    moved = copy.deepcopy(fused).to(dtype, memory_format=torch.channels_last)
+    assert [parameter.stride() for parameter in moved.parameters()] == strides
+    assert all(parameter.is_shared() for parameter in copy.deepcopy(lowered).share_memory().parameters())
+
+    # rounded parameters that somebody has assigned are not changed behind their back
+    short = {name: tensor.to(dtype) for name, tensor in fused.state_dict().items()}
+    moved.load_state_dict(short, assign=True)
+    assert set(types(moved.to("cpu")).values()) == {dtype}
+    assert all(parameter.is_shared() for parameter in moved.share_memory().parameters())

@@ -1,5 +1,5 @@
-// CPU kernels of the convolution on a packed weight: a matrix product with the weight's panels in order, an epilogue on
-// registers.
+// CPU kernels of the convolution on a packed weight: a matrix product of patches and panels of the weight, and an
+// epilogue on its sums while they are in the first cache.
 #pragma once
 
 #include "cpu/vec.h"
@@ -197,19 +197,18 @@ struct PackedConvKernel {
   static constexpr int most_rows = MOBILEMAMBA_CPU_VECTOR_BYTES == 64 ? 12 : 6;  // as registers allow
   static constexpr int64_t most_inputs = 128;                                    // of a block
   using Task = PackedConvTask<most_rows>;
+  using FloatPatches = Patches<T, float, 1>;
 
   struct alignas(64) Scratch {
     float block[most_inputs][panel];
     float sums[packed_conv_task_rows][panel];  // of the blocks so far
   };
 
-  static size_t scratch_bytes(const PackedConvForward& p) {
-    return sizeof(Scratch) + Patches<T, float, 1>::scratch_bytes(p);
-  }
+  static size_t scratch_bytes(const PackedConvForward& p) { return sizeof(Scratch) + FloatPatches::scratch_bytes(p); }
 
   static void run(const PackedConvForward& p, int64_t begin, int64_t end, std::byte* memory) {
     Scratch& scratch = *reinterpret_cast<Scratch*>(memory);
-    Patches<T, float, 1> patches;
+    FloatPatches patches;
     for (int64_t index = begin; index < end; ++index) {
       const Task task(p, index);
       patches.set(p, task.first, task.last, memory + sizeof(Scratch));
@@ -269,6 +268,8 @@ struct PackedConvKernel {
     multiply_rows<rows>(tile);
   }
 
+  // GCC keeps all sums in registers only where it unrolls early, as it is told to here, and where nothing in this
+  // function indexes them by a variable; one sum in memory halves the speed.
   template <int rows>
   __attribute__((noinline)) static void multiply_rows(const Tile& tile) {
     V sum[rows][vectors];

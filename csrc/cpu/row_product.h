@@ -13,7 +13,7 @@ class RowProduct {
   /// `weight` (out, in), plain or packed; an undefined `bias` is zero.
   RowProduct(const at::Tensor& weight, const at::Tensor& bias, int64_t in, int64_t out);
 
-  /// output = input @ weight + bias, for rows at equal distances in elements.
+  /// output = input @ weight.t() + bias, for rows at equal distances in elements.
   PackedConvForward of(int64_t rows, const void* input, int64_t input_row, void* output, int64_t output_row) const;
 
  private:

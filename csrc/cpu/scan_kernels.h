@@ -106,8 +106,8 @@ struct ScanForwardKernel {
       run_states(p, batch, c, count, rows, y_first, h, A, p.state);
   }
 
-  /// One step of the formula for a block of positions after the other. Along the sequence only the states depend on
-  /// each other, but a processor that meets the steps of one position in a row has few other positions in sight.
+  /// Each step of the formula is taken for a block of positions before the next step: only the states depend on each
+  /// other along the sequence, but a processor that meets all steps of one position in a row sees few others.
   __attribute__((always_inline)) static void run_states(const ScanForward& p, int64_t batch, int64_t c, int count,
                                                         const Acc* rows, V* y_first, V* h, V* A, int64_t state) {
     const T* u = static_cast<const T*>(p.u) + batch * p.u_batch + c;

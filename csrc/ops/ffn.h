@@ -13,7 +13,7 @@ struct FfnWeights {
 };
 
 /// The layer on contiguous matrices (rows, channels), a row for each position:
-/// output = input + relu(input @ expand_weight + expand_bias) @ project_weight + project_bias + residual.
+/// output = input + relu(input @ expand_weight.t() + expand_bias) @ project_weight.t() + project_bias + residual.
 struct FfnRows {
   const at::Tensor& input;
   const std::optional<at::Tensor>& residual;

@@ -20,7 +20,7 @@ void check_matrix(const Checks& check, const char* name, const at::Tensor& weigh
 /// The plain form of a weight (out, in), contiguous: torch's product may sum in another order where it is not.
 at::Tensor matrix_of(const at::Tensor& weight, int64_t out, int64_t in);
 
-/// input @ weight + bias by torch, for a matrix (rows, in) and a weight (out, in). An undefined bias is none.
+/// input @ weight.t() + bias by torch, for a matrix (rows, in) and a weight (out, in). An undefined bias is none.
 at::Tensor linear_with_torch(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, int64_t out);
 
 /// The gradient of a weight, in its form and type, from that of its plain form.
