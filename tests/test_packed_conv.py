@@ -102,12 +102,23 @@ def test_on_random_shapes(batch, inputs, outputs, height, width, kernel, stride,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("inputs", [127, 128, 129, 256, 300, 1500])
+@pytest.mark.parametrize("inputs", [191, 192, 193, 320, 321, 385, 1500])
 @pytest.mark.parametrize("rows", [1, 13, 193, 400])
 def test_where_the_kernel_divides_inputs_and_rows(rows, inputs, dtype):
     arguments = arguments_of(1, inputs, 45, rows, 1, dtype=dtype)
     y, expected = packing("relu")(*arguments), plain("relu")(*[x.double() for x in arguments])
     assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else LOW_PRECISION[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inputs", [1, 3, 21, 32, 33, 63, 65, 107, 161])
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (5, 3)])
+def test_where_the_kernel_divides_patches(kernel, stride, inputs, dtype):
+    """Into lines, which reach over the border or not, and pieces of them."""
+    for width in (1, 2, 9, 30):
+        arguments = arguments_of(2, inputs, 24, 8, width, kernel, stride, dtype)
+        y, expected = packing("relu", stride)(*arguments), plain("relu", stride)(*[x.double() for x in arguments])
+        assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else LOW_PRECISION[dtype])
 
 
 def test_without_inputs():
