@@ -112,7 +112,7 @@ def test_where_the_kernel_divides_inputs_and_rows(rows, inputs, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inputs", [1, 3, 21, 32, 33, 63, 65, 107, 161])
-@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (5, 3)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 3)])
 def test_where_the_kernel_divides_patches(kernel, stride, inputs, dtype):
     """Into lines, which reach over the border or not, and pieces of them."""
     for width in (1, 2, 9, 30):
