@@ -1,12 +1,18 @@
-// The MRFFI block on the CPU.
+// The MRFFI block on the CPU: of large batches each thread takes some images through the whole block, so that what is
+// between its layers stays in the cache, and no thread waits for the others after each layer.
 #include "ops/mrffi.h"
 
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "cpu/backends.h"
 #include "cpu/row_product.h"
 #include "cpu/run.h"
 #include "ops/common.h"
+#include "ops/packed_conv2d.h"
 
 namespace mobilemamba::cpu {
 namespace {
@@ -25,6 +31,23 @@ void product(const Product& p, at::Tensor output) {
   run_packed_conv(params);
 }
 
+/// About the fewest positions of a part, which pay for the pass over the weights.
+constexpr int64_t part_least_positions = 128;
+
+/// Parts of about equal size, as many for each thread; one part, which all threads work on, where some would have much
+/// less to do than others. It says nothing about the results: no number depends on what other images there are.
+void in_parts(int64_t batch, int64_t positions, c10::function_ref<void(int64_t, int64_t)> run) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t threads = at::get_num_threads(), most = std::max(threads, batch * positions / part_least_positions);
+  const int64_t count = ceil_div(batch, most / threads * threads), parts = ceil_div(batch, count);
+  if (10 * batch < 9 * count * ceil_div(parts, threads) * threads) return run(0, batch);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // as on the thread that is here
+    for (int64_t i = begin; i < end; ++i)
+      run(i * count, std::min(count, batch - i * count));
+  });
+}
+
 MrffiBackend backend() {
   return {
       .scan = scan,
@@ -32,12 +55,22 @@ MrffiBackend backend() {
       .depthwise = depthwise,
       .gate = [](const GateForward& p) { run(kernels().gate_forward, p); },
       .product = product,
+      .in_parts = in_parts,
   };
 }
 
 at::Tensor forward(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
                    double eps) {
-  return backend().mrffi({input, weights, eps}, residual);
+  std::vector<at::Tensor> packed = weights.vec();
+  const auto plain = [&](size_t i) {
+    return MrffiWeights::is_matrix(i) && packed[i].dim() == 2 && input.scalar_type() != at::kDouble;
+  };
+  for (size_t i = 0, checked = 0; i < packed.size(); ++i)
+    if (plain(i)) {  // once for all parts
+      if (!checked++) MrffiArguments{input, weights, eps}.check(residual);
+      packed[i] = pack_conv2d_weight(packed[i].unsqueeze(2).unsqueeze(3));
+    }
+  return backend().mrffi({input, packed, eps}, residual);
 }
 
 MrffiGradients backward(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights, double eps) {

@@ -17,6 +17,7 @@ MrffiBackend backend() {
       .depthwise = depthwise,
       .gate = [](const GateForward& p) { check_launch(gate_forward(p, c10::cuda::getCurrentCUDAStream())); },
       .product = product_with_torch,
+      .in_parts = [](int64_t batch, int64_t, c10::function_ref<void(int64_t, int64_t)> run) { run(0, batch); },
   };
 }
 

@@ -167,8 +167,21 @@ at::Tensor MrffiBackend::mrffi(const MrffiArguments& arguments, const std::optio
   arguments.check(residual);
   at::Tensor output = arguments.output();
   if (output.numel() == 0) return output;
+  const at::Tensor input = arguments.input.contiguous(at::MemoryFormat::ChannelsLast);
+  const std::optional<at::Tensor> added =
+      residual ? std::make_optional(residual->contiguous(at::MemoryFormat::ChannelsLast)) : std::nullopt;
+  in_parts(input.size(0), input.size(2) * input.size(3), [&](int64_t first, int64_t count) {
+    const auto part = [&](const at::Tensor& images) { return images.narrow(0, first, count); };
+    run({part(input), arguments.weights, arguments.eps}, added ? std::make_optional(part(*added)) : std::nullopt,
+        part(output));
+  });
+  return output;
+}
+
+void MrffiBackend::run(const MrffiArguments& arguments, const std::optional<at::Tensor>& residual,
+                       const at::Tensor& output) const {
   const MrffiWeights w(arguments.weights);
-  const at::Tensor input = arguments.input.contiguous(at::MemoryFormat::ChannelsLast), x = positions(input);
+  const at::Tensor &input = arguments.input, x = positions(input);
   const int64_t rows = x.size(0), batch = input.size(0), channels = x.size(1), inner = w.inner(), global = w.global();
   const int64_t local = w.local(), rank = w.dt_weight.size(2), state = w.A_log.size(2);
   const at::ScalarType sums = accumulate_type(x.scalar_type());
@@ -209,10 +222,8 @@ at::Tensor MrffiBackend::mrffi(const MrffiArguments& arguments, const std::optio
     at::clamp_min_out(mixed_identity, x.narrow(1, global + local, rest), 0);
   }
 
-  std::optional<at::Tensor> added;
-  if (residual) added = positions(residual->contiguous(at::MemoryFormat::ChannelsLast));
+  const std::optional<at::Tensor> added = residual ? std::make_optional(positions(*residual)) : std::nullopt;
   product({mixed, w.proj_weight, w.proj_bias, added, false, false}, positions(output));
-  return output;
 }
 
 MrffiGradients mrffi_backward_composed(const at::Tensor& grad_output, const MrffiArguments& arguments) {

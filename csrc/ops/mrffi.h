@@ -1,6 +1,8 @@
 // Host side of the MRFFI block that its backends share: checks, outputs, composition.
 #pragma once
 
+#include <c10/util/FunctionRef.h>
+
 #include <array>
 
 #include "kernels/gate.h"
@@ -63,8 +65,14 @@ struct MrffiBackend {
   void (*gate)(const GateForward&);
   /// Writes to `output`, which may be the residual.
   void (*product)(const Product&, at::Tensor output);
+  /// Calls `run` with parts of a batch, each by its first image and how many they are, in any order or at once.
+  void (*in_parts)(int64_t batch, int64_t positions, c10::function_ref<void(int64_t, int64_t)> run);
 
   at::Tensor mrffi(const MrffiArguments& arguments, const std::optional<at::Tensor>& residual) const;
+
+ private:
+  /// All images are channels-last.
+  void run(const MrffiArguments& arguments, const std::optional<at::Tensor>& residual, const at::Tensor& output) const;
 };
 
 /// The product by torch.
