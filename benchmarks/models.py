@@ -12,8 +12,8 @@ other things as well; or with ``--turn N`` one that is not timed and N that are,
 At batch 1 that makes a difference of several ms. The peers (peers.py) are timm's, each at its own resolution, with
 BatchNorm fused where timm does it, channels last, which was the faster layout of every one of them; eager, and under
 torch.compile: on the CPU with inductor's freezing, which folds BatchNorm for the others too, on CUDA in the mode
-max-autotune, with CUDA graphs. 16-bit types are the type of weights and images, but autocast's for the plain rendition
-and in training.
+max-autotune, with CUDA graphs. The fused network is there as a TorchScript module too, as C++ programs run it. 16-bit
+types are the type of weights and images, but autocast's for the plain rendition and in training.
 
 MACs are torch's flop counter's, halved. Peak MiB is what the tensors take that one call allocates, weights not
 included: on the CPU as torch's allocator tells the profiler, where libraries' own buffers do not show. On CUDA every
@@ -131,6 +131,7 @@ def our_contestants(name: str, setting: Setting) -> Iterator[Contestant]:
         for eager in contestants:
             yield make(f"{eager.name}, CUDA graph", graph_of(eager.call))
     if setting.compiled == "all":
+        yield make(f"mobilemamba.{name}().fuse(), scripted", partial(forward, torch.jit.script(fused), x))
         yield make(f"mobilemamba.{name}().fuse(), compiled", partial(forward, setting.compile(fused), x))
 
 

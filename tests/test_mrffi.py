@@ -153,16 +153,24 @@ def test_autocast(dtype):
     assert torch.equal(y, operator(x.to(dtype), residual.to(dtype), *lowered))
 
 
-def test_bit_equal_for_any_number_of_threads():
-    arguments = arguments_of(2, 14, 14, 48, 20, 10, 96, 3, 1, 7, 5, dtype=torch.float32)
+@pytest.mark.parametrize("form", [operator, packing])
+@pytest.mark.parametrize(
+    "shape", [(2, 14, 14, 48, 20, 10, 96, 3, 1, 7, 5), (7, 4, 5, 16, 5, 3, 24, 2, 1, 3, 3)], ids=str
+)
+def test_bit_equal_for_any_number_of_threads_and_however_the_batch_is_cut(shape, form):
+    """With parameters that want gradients, in which no thread may see a graph to record; and in inference mode."""
+    x, residual, *weights = (tensor.requires_grad_() for tensor in arguments_of(*shape, dtype=torch.float32))
     threads, results = torch.get_num_threads(), []
     try:
-        for n in (1, 2, 3):
+        for n in (1, 2, 3, 4):
             torch.set_num_threads(n)
-            results.append(packing(*arguments))
+            results.append(form(x, residual, *weights).detach())
+            with torch.inference_mode():
+                results.append(form(x, residual, *weights))
+        single = [form(x[i : i + 1], residual[i : i + 1], *weights) for i in range(len(x))]
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(result, results[0]) for result in results)
+    assert all(torch.equal(result, results[0]) for result in [*results, torch.cat(single)])
 
 
 REFUSED = [

@@ -59,18 +59,21 @@ MrffiBackend backend() {
   };
 }
 
+/// The weights with matrices as the products take them, so that no part has to pack them.
+std::vector<at::Tensor> packed(const MrffiArguments& arguments) {
+  std::vector<at::Tensor> weights = arguments.weights.vec();
+  for (size_t i = 0; i < weights.size(); ++i)
+    if (MrffiWeights::is_matrix(i) && weights[i].dim() == 2)
+      weights[i] = pack_conv2d_weight(weights[i].unsqueeze(2).unsqueeze(3));
+  return weights;
+}
+
 at::Tensor forward(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
                    double eps) {
-  std::vector<at::Tensor> packed = weights.vec();
-  const auto plain = [&](size_t i) {
-    return MrffiWeights::is_matrix(i) && packed[i].dim() == 2 && input.scalar_type() != at::kDouble;
-  };
-  for (size_t i = 0, checked = 0; i < packed.size(); ++i)
-    if (plain(i)) {  // once for all parts
-      if (!checked++) MrffiArguments{input, weights, eps}.check(residual);
-      packed[i] = pack_conv2d_weight(packed[i].unsqueeze(2).unsqueeze(3));
-    }
-  return backend().mrffi({input, packed, eps}, residual);
+  const MrffiArguments arguments{input, weights, eps};
+  arguments.check(residual);
+  if (input.scalar_type() == at::kDouble) return backend().mrffi(arguments, residual);  // its products are torch's
+  return backend().mrffi({input, packed(arguments), eps}, residual);
 }
 
 MrffiGradients backward(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights, double eps) {

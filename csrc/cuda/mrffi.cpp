@@ -24,7 +24,9 @@ MrffiBackend backend() {
 at::Tensor forward(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
                    double eps) {
   const DeviceOf device(input);
-  return backend().mrffi({input, weights, eps}, residual);
+  const MrffiArguments arguments{input, weights, eps};
+  arguments.check(residual);
+  return backend().mrffi(arguments, residual);
 }
 
 MrffiGradients backward(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights, double eps) {

@@ -164,7 +164,6 @@ void product_with_torch(const Product& p, at::Tensor output) {
 }
 
 at::Tensor MrffiBackend::mrffi(const MrffiArguments& arguments, const std::optional<at::Tensor>& residual) const {
-  arguments.check(residual);
   at::Tensor output = arguments.output();
   if (output.numel() == 0) return output;
   const at::Tensor input = arguments.input.contiguous(at::MemoryFormat::ChannelsLast);

@@ -68,6 +68,7 @@ struct MrffiBackend {
   /// Calls `run` with parts of a batch, each by its first image and how many they are, in any order or at once.
   void (*in_parts)(int64_t batch, int64_t positions, c10::function_ref<void(int64_t, int64_t)> run);
 
+  /// For arguments that are checked.
   at::Tensor mrffi(const MrffiArguments& arguments, const std::optional<at::Tensor>& residual) const;
 
  private:
