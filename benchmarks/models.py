@@ -16,8 +16,9 @@ max-autotune, with CUDA graphs. The fused network is there as a TorchScript modu
 types are the type of weights and images, but autocast's for the plain rendition and in training.
 
 MACs are torch's flop counter's, halved. Peak MiB is what the tensors take that one call allocates, weights not
-included: on the CPU as torch's allocator tells the profiler, where libraries' own buffers do not show. On CUDA every
-call is waited for, and batch 1 is also replayed as a CUDA graph. ``--train`` times training steps, with AdamW.
+included: on the CPU as torch's allocator tells the profiler, where libraries' own buffers do not show, nor what mrffi's
+threads allocate for their images. On CUDA every call is waited for, and batch 1 is also replayed as a CUDA graph.
+``--train`` times training steps, with AdamW.
 """
 
 import argparse

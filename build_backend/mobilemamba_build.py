@@ -46,7 +46,7 @@ def check_torch_version(version: str) -> None:
 
 def check_compiler(command: str) -> None:
     """Refuse a C++ compiler, as $CXX gives it, that is not there."""
-    program = shlex.split(command)[0]
+    program = (shlex.split(command) or [""])[0]
     if shutil.which(program) is None:
         raise SystemExit(
             f"mobilemamba: no C++ compiler {program!r}; install one (apt install g++), or set CXX to one that there is"
@@ -129,7 +129,7 @@ def build_ext_class() -> type[build_ext]:
             print(f"mobilemamba: building for torch {torch.__version__}, {plan}", flush=True)
             if not is_ninja_available():
                 raise SystemExit("mobilemamba: no ninja to build with; install it (pip install ninja)")
-            check_compiler(os.environ.get("CXX") or "c++")
+            check_compiler(os.environ.get("CXX", "c++"))
             (library,) = self.extensions
             describe(library, plan, include_paths("cpu"), library_paths("cpu"))
             super().run()

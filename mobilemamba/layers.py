@@ -1,5 +1,6 @@
 """The small layers that the network is built from: convolution with BatchNorm, FFN, patch merging, drop path."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -192,31 +193,35 @@ class ConvNorm(nn.Module):
         return DenseConv2d(weight, bias, conv.stride[0], self.activation)
 
 
-class PatchEmbedding(nn.Sequential):
-    """Strided 3x3 convolutions with BatchNorm, and ReLU between them."""
+class InParts(nn.Sequential):
+    """Layers in sequence. On the CPU for some images at a time, so that what is between the layers stays near."""
 
-    def fold(self) -> nn.Module:
-        convs = [layer for layer in self if not isinstance(layer, nn.ReLU)]
-        for conv in convs[:-1]:
-            conv.activation = "relu"
-        return FoldedPatchEmbedding(*convs)
-
-
-class FoldedPatchEmbedding(nn.Sequential):
-    """Strided convolutions. On the CPU four images at a time: what is between the layers then stays in the cache."""
+    def __init__(self, layers: dict[str, nn.Module], images: int = 4) -> None:
+        super().__init__(OrderedDict(layers))
+        self.images = images
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if torch.compiler.is_compiling():  # whose graphs have no loops over the batch
                 return self.layers(x)
-        if x.device.type != "cpu" or x.size(0) <= 4:
+        if x.device.type != "cpu" or x.size(0) <= self.images:
             return self.layers(x)
-        return torch.cat([self.layers(part) for part in x.split(4)])
+        return torch.cat([self.layers(part) for part in x.split(self.images)])
 
     def layers(self, x: Tensor) -> Tensor:
         for layer in self:
             x = layer(x)
         return x
+
+
+class PatchEmbedding(nn.Sequential):
+    """Strided 3x3 convolutions with BatchNorm, and ReLU between them."""
+
+    def fold(self) -> nn.Module:
+        convs = {name: layer for name, layer in self.named_children() if not isinstance(layer, nn.ReLU)}
+        for conv in list(convs.values())[:-1]:
+            conv.activation = "relu"
+        return InParts(convs)
 
 
 class ResidualDepthwise(ConvNorm):
@@ -307,6 +312,9 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.squeeze_excite(self.depthwise(self.expand(x))))
+
+    def fold(self) -> nn.Module:
+        return InParts(dict(self.named_children()), images=8)  # fewer, and squeeze-excite reads its weights too often
 
 
 class DropPath(nn.Module):

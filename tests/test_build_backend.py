@@ -46,6 +46,8 @@ def cuda_home(tmp_path: Path) -> Path:
 def test_a_missing_compiler_is_named() -> None:
     with pytest.raises(SystemExit, match="no C\\+\\+ compiler 'no-such-c\\+\\+'; install one"):
         build.check_compiler("no-such-c++ -pipe")
+    with pytest.raises(SystemExit, match="no C\\+\\+ compiler ''"):
+        build.check_compiler(" ")
     build.check_compiler(f"'{sys.executable}' -O2")  # any program that there is
 
 

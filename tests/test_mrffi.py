@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from devices import randn
+from devices import cpu_only, randn
 from test_operators import LOW_PRECISION, check_against_reference, relative_error
 from torch import Tensor
 
@@ -153,13 +153,15 @@ def test_autocast(dtype):
     assert torch.equal(y, operator(x.to(dtype), residual.to(dtype), *lowered))
 
 
+@cpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", [operator, packing])
 @pytest.mark.parametrize(
-    "shape", [(2, 14, 14, 48, 20, 10, 96, 3, 1, 7, 5), (7, 4, 5, 16, 5, 3, 24, 2, 1, 3, 3)], ids=str
+    "shape", [(2, 14, 14, 48, 20, 10, 96, 3, 1, 7, 5), (38, 4, 5, 16, 5, 3, 24, 2, 1, 3, 3)], ids=str
 )
-def test_bit_equal_for_any_number_of_threads_and_however_the_batch_is_cut(shape, form):
+def test_bit_equal_for_any_number_of_threads_and_however_the_batch_is_cut(shape, form, dtype):
     """With parameters that want gradients, in which no thread may see a graph to record; and in inference mode."""
-    x, residual, *weights = (tensor.requires_grad_() for tensor in arguments_of(*shape, dtype=torch.float32))
+    x, residual, *weights = (tensor.requires_grad_() for tensor in arguments_of(*shape, dtype=dtype))
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3, 4):

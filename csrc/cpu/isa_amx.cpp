@@ -58,7 +58,7 @@ struct TileKernel {
   static constexpr int64_t panel = PackedConvForward::panel;
   static constexpr int64_t step = 32;  // inputs
   using Task = PackedConvTask<16>;
-  using TilePatches = Patches<BFloat16, BFloat16, step, true>;
+  using TilePatches = Patches<BFloat16, step, true>;
 
   struct Scratch {
     float sums[32][panel];

@@ -35,10 +35,10 @@ struct PairKernel {
   static constexpr auto dot = [](auto sum, Lanes a, Lanes b) { return __builtin_ia32_dpbf16ps_v16sf(sum, a, b); };
 #endif
 
-  static size_t scratch_bytes(const PackedConvForward& p) { return Patches<BFloat16, BFloat16, 2>::scratch_bytes(p); }
+  static size_t scratch_bytes(const PackedConvForward& p) { return Patches<BFloat16, 2>::scratch_bytes(p); }
 
   static void run(const PackedConvForward& p, int64_t begin, int64_t end, std::byte* scratch) {
-    Patches<BFloat16, BFloat16, 2> patches;
+    Patches<BFloat16, 2> patches;
     for (int64_t index = begin; index < end; ++index) {
       const Task task(p, index);
       patches.set(p, task.first, task.last, scratch);

@@ -31,31 +31,38 @@ void product(const Product& p, at::Tensor output) {
   run_packed_conv(params);
 }
 
-/// About the fewest positions of a part, which pay for the pass over the weights.
-constexpr int64_t part_least_positions = 128;
+/// About the positions of a part, and the fewest of a thread's share, which pay for a pass over the weights.
+constexpr int64_t part_positions = 128, share_least_positions = 48;
 
-/// Parts of about equal size, as many for each thread; one part, which all threads work on, where some would have much
-/// less to do than others. It says nothing about the results: no number depends on what other images there are.
+/// Each thread takes its share of the images, in parts of about equal size. All threads work on all images where their
+/// shares would be small, or much larger for some than for others. It says nothing about the results: no number depends
+/// on what other images there are.
 void in_parts(int64_t batch, int64_t positions, c10::function_ref<void(int64_t, int64_t)> run) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t threads = at::get_num_threads(), most = std::max(threads, batch * positions / part_least_positions);
-  const int64_t count = ceil_div(batch, most / threads * threads), parts = ceil_div(batch, count);
-  if (10 * batch < 9 * count * ceil_div(parts, threads) * threads) return run(0, batch);
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView guard;  // as on the thread that is here
-    for (int64_t i = begin; i < end; ++i)
-      run(i * count, std::min(count, batch - i * count));
+  const int64_t threads = at::get_num_threads(), share = (batch + threads - 1) / threads;
+  if (share * positions < share_least_positions || 10 * batch < 9 * share * threads) return run(0, batch);
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // threads do not inherit what the caller excludes from dispatch
+    const int64_t images = end - begin, parts = std::clamp<int64_t>(images * positions / part_positions, 1, images);
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t first = begin + images * i / parts, last = begin + images * (i + 1) / parts;
+      run(first, last - first);
+    }
   });
 }
 
-MrffiBackend backend() {
+/// For torch's products, whose sums may depend on how many rows there are.
+void whole(int64_t batch, int64_t, c10::function_ref<void(int64_t, int64_t)> run) {
+  run(0, batch);
+}
+
+MrffiBackend backend(at::ScalarType type) {
   return {
       .scan = scan,
       .haar = haar,
       .depthwise = depthwise,
       .gate = [](const GateForward& p) { run(kernels().gate_forward, p); },
       .product = product,
-      .in_parts = in_parts,
+      .in_parts = type == at::kDouble ? whole : in_parts,
   };
 }
 
@@ -72,8 +79,9 @@ at::Tensor forward(const at::Tensor& input, const std::optional<at::Tensor>& res
                    double eps) {
   const MrffiArguments arguments{input, weights, eps};
   arguments.check(residual);
-  if (input.scalar_type() == at::kDouble) return backend().mrffi(arguments, residual);  // its products are torch's
-  return backend().mrffi({input, packed(arguments), eps}, residual);
+  const MrffiBackend on_cpu = backend(input.scalar_type());
+  if (input.scalar_type() == at::kDouble) return on_cpu.mrffi(arguments, residual);
+  return on_cpu.mrffi({input, packed(arguments), eps}, residual);
 }
 
 MrffiGradients backward(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights, double eps) {

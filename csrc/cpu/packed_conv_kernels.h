@@ -2,13 +2,14 @@
 // epilogue on its sums while they are in the first cache.
 #pragma once
 
+#include "cpu/patches.h"
 #include "cpu/vec.h"
 #include "kernels/packed_conv.h"
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
-/// Most rows of a task, and most numbers in their patches, which stay in the second cache while the weight passes by.
-constexpr int64_t packed_conv_task_rows = 192, packed_conv_task_numbers = 1 << 16;
+/// Most numbers in the patches of a task, which stay in the second cache while the weight passes by.
+constexpr int64_t packed_conv_task_numbers = 1 << 16;
 
 /// A task: these rows of the output, one panel of the weight. All tasks have about as many rows, a multiple of `step`.
 template <int64_t step>
@@ -33,106 +34,7 @@ struct PackedConvTask {
   }
 };
 
-/// A copy in pieces whose size the compiler knows: patches are many and short, and a call for each takes longer. The
-/// last piece may repeat bytes of the one before.
-template <int64_t piece>
-MOBILEMAMBA_HOST_DEVICE void copy_pieces(const char* from, char* to, int64_t bytes) {
-  if (bytes >= piece) {
-    for (int64_t i = 0; i + piece <= bytes; i += piece)
-      __builtin_memcpy(to + i, from + i, piece);
-    __builtin_memcpy(to + bytes - piece, from + bytes - piece, piece);
-  } else if constexpr (piece > 2) {
-    copy_pieces<piece / 2>(from, to, bytes);
-  }
-}
-
-/// Copies whole and partial vectors of numbers, from one type to another.
-template <typename From, typename To>
-MOBILEMAMBA_HOST_DEVICE void copy_numbers(const From* from, To* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + Vec<float>::size <= count; i += Vec<float>::size)
-    store(to + i, load(from + i, Vec<float>::size), Vec<float>::size);
-  if (i < count) {
-    const int left = static_cast<int>(count - i);
-    store(to + i, load(from + i, left), left);
-  }
-}
-template <typename T>
-MOBILEMAMBA_HOST_DEVICE void copy_numbers(const T* from, T* to, int64_t count) {
-  copy_pieces<64>(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), count * sizeof(T));
-}
-
-/// The patches of a task's rows, one after another, in the type that the product takes. What is copied is filled up
-/// with zeros to a multiple of `step` numbers; with `always_whole`, patches of other sizes are copied for that.
-template <typename From, typename To, int64_t step, bool always_whole = false>
-struct Patches {
-  const To* data;
-  int64_t row;  // elements from patch to patch
-  int64_t gathered = -1;
-
-  static bool in_place(const PackedConvForward& p) {
-    return sizeof(From) == sizeof(To) && p.in_place() && (!always_whole || p.patch() % step == 0);
-  }
-
-  static int64_t whole(const PackedConvForward& p) { return ceil_div(p.patch(), step) * step; }
-
-  static size_t scratch_bytes(const PackedConvForward& p) {
-    return in_place(p) ? 0 : ceil_div(packed_conv_task_rows * whole(p) * sizeof(To), 64) * 64;
-  }
-
-  /// For the rows [first, last), with scratch memory that keeps what was gathered last.
-  void set(const PackedConvForward& p, int64_t first, int64_t last, std::byte* scratch) {
-    if (in_place(p)) {
-      row = p.input.column;
-      data = reinterpret_cast<const To*>(static_cast<const From*>(p.input.data) + first * row);
-      return;
-    }
-    data = reinterpret_cast<const To*>(scratch);
-    row = whole(p);
-    if (gathered != first) gather(p, gathered = first, last, reinterpret_cast<To*>(scratch));
-  }
-
- private:
-  static void gather(const PackedConvForward& p, int64_t first, int64_t last, To* to) {
-    const int64_t width = p.out_width(), pad = p.kernel / 2, channels = p.in_channels;
-    int64_t x = first % width, y = first / width % p.out_height(), batch = first / width / p.out_height();
-    for (int64_t i = first; i < last; ++i, to += whole(p)) {
-      const From* image = static_cast<const From*>(p.input.data) + batch * p.input.batch;
-      const int64_t column = x * p.stride - pad;
-      const int64_t begin = max(0, -column), end = min(p.kernel, p.width - column);  // columns inside
-      for (int64_t ky = 0; ky < p.kernel; ++ky) {
-        const int64_t line = y * p.stride - pad + ky;
-        To* part = to + ky * p.kernel * channels;
-        if (line < 0 || line >= p.height) {
-          clear(part, p.kernel * channels);
-          continue;
-        }
-        const From* from = image + line * p.input.row + (column + begin) * p.input.column;
-        clear(part, begin * channels);
-        if (p.input.column == channels)
-          copy_numbers(from, part + begin * channels, (end - begin) * channels);
-        else
-          for (int64_t kx = begin; kx < end; ++kx)
-            copy_numbers(from + (kx - begin) * p.input.column, part + kx * channels, channels);
-        clear(part + end * channels, (p.kernel - end) * channels);
-      }
-      clear(to + p.patch(), whole(p) - p.patch());
-      if (++x == width) {
-        x = 0;
-        if (++y == p.out_height()) {
-          y = 0;
-          ++batch;
-        }
-      }
-    }
-  }
-
-  static void clear(To* to, int64_t count) {
-    if (count > 0) __builtin_memset(to, 0, count * sizeof(To));
-  }
-};
-
-/// The lines that finish_row will read and write: rows are far apart, so the hardware sees no pattern in them.
+/// The lines that the epilogue will read and write: rows are far apart, so the hardware sees no pattern in them.
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE void prefetch_row(const PackedConvForward& p, int64_t row, int64_t n) {
   __builtin_prefetch(static_cast<T*>(p.output) + row * p.output_row + n, 1);
@@ -201,110 +103,6 @@ MOBILEMAMBA_HOST_DEVICE void split_pairs(Vec<float> a, Vec<float> b, Vec<float>&
   odd.raw = __builtin_shufflevector(a.raw, b.raw, 1, 3, 5, 7);
 #endif
 }
-
-/// The patches of a task's rows as pointers to their parts, for a kernel that can follow them. A part is what lies
-/// together in the input: a line of the patch, or all of it where it has one line. Parts are read where they are, but
-/// for those that reach over the border or are of another type: these are copied.
-template <typename T>
-class PatchParts {
- public:
-  static int64_t count(const PackedConvForward& p) { return p.in_place() ? 1 : p.kernel; }
-  static int64_t inputs(const PackedConvForward& p) { return p.patch() / count(p); }
-
-  static size_t scratch_bytes(const PackedConvForward& p) {
-    const size_t copies = lies(p) && p.in_place() ? 0 : (packed_conv_task_rows * p.patch() + inputs(p)) * sizeof(float);
-    return (count(p) * packed_conv_task_rows * sizeof(float*) + copies + 63) / 64 * 64;
-  }
-
-  /// For the rows [first, last), with scratch memory that keeps what it was set to last.
-  void set(const PackedConvForward& p, int64_t first, int64_t last, std::byte* scratch) {
-    if (first == first_) return;
-    first_ = first;
-    parts_ = reinterpret_cast<const float**>(scratch);
-    float* copies = reinterpret_cast<float*>(scratch + count(p) * packed_conv_task_rows * sizeof(float*));
-    if (p.in_place())
-      set_rows(p, last - first, copies);
-    else
-      set_lines(p, last - first, copies);
-  }
-
-  /// To a part of the patch of a row, and of those that follow.
-  const float* const* of(int64_t row, int64_t part) const {
-    return parts_ + part * packed_conv_task_rows + row - first_;
-  }
-
- private:
-  /// Whether parts can be read where they are.
-  static bool lies(const PackedConvForward& p) {
-    return sizeof(T) == sizeof(float) && (p.in_place() || p.input.column == p.in_channels);
-  }
-
-  void set_rows(const PackedConvForward& p, int64_t rows, float* copies) {
-    const T* from = static_cast<const T*>(p.input.data) + first_ * p.input.column;
-    for (int64_t r = 0; r < rows; ++r, from += p.input.column) {
-      if constexpr (sizeof(T) == sizeof(float)) {
-        parts_[r] = from;
-      } else {
-        copy_numbers(from, copies, p.in_channels);
-        parts_[r] = copies;
-        copies += p.in_channels;
-      }
-    }
-  }
-
-  void set_lines(const PackedConvForward& p, int64_t rows, float* copies) {
-    const int64_t width = p.out_width(), pad = p.kernel / 2, length = inputs(p);
-    const float* zeros = copies;
-    clear(copies, length);
-    copies += length;
-    // columns of the output whose patches lie within the image from side to side
-    const int64_t inner = lies(p) ? ceil_div(pad, p.stride) : width;
-    const int64_t inner_end = max(inner, (p.width - p.kernel + pad) / p.stride + 1);
-    for (int64_t r = 0; r < rows;) {  // a line of the output, or as much of it as the task has
-      const int64_t line = (first_ + r) / width, begin = (first_ + r) % width, end = min(width, begin + rows - r);
-      const T* image = static_cast<const T*>(p.input.data) + line / p.out_height() * p.input.batch;
-      for (int64_t part = 0; part < p.kernel; ++part) {
-        const float** to = parts_ + part * packed_conv_task_rows + r - begin;
-        const int64_t y = line % p.out_height() * p.stride - pad + part;
-        if (y < 0 || y >= p.height) {
-          for (int64_t x = begin; x < end; ++x)
-            to[x] = zeros;
-          continue;
-        }
-        const T* from = image + y * p.input.row - pad * p.input.column;
-        for (int64_t x = begin; x < end;) {
-          if constexpr (sizeof(T) == sizeof(float))
-            for (; x >= inner && x < min(end, inner_end); ++x)
-              to[x] = from + x * p.stride * p.input.column;
-          if (x == end) break;
-          copy_line(p, x * p.stride - pad, from + x * p.stride * p.input.column, copies);
-          to[x++] = copies;
-          copies += length;
-        }
-      }
-      r += end - begin;
-    }
-  }
-
-  /// A line of a patch from the image's column `column` on, part of which may be outside.
-  static void copy_line(const PackedConvForward& p, int64_t column, const T* from, float* to) {
-    const int64_t channels = p.in_channels, begin = max(0, -column), end = min(p.kernel, p.width - column);
-    clear(to, begin * channels);
-    if (p.input.column == channels)
-      copy_numbers(from + begin * channels, to + begin * channels, (end - begin) * channels);
-    else
-      for (int64_t kx = begin; kx < end; ++kx)
-        copy_numbers(from + kx * p.input.column, to + kx * channels, channels);
-    clear(to + end * channels, (p.kernel - end) * channels);
-  }
-
-  static void clear(float* to, int64_t count) {
-    if (count > 0) __builtin_memset(to, 0, count * sizeof(float));
-  }
-
-  const float** parts_ = nullptr;
-  int64_t first_ = -1;
-};
 
 /// Products in the type of sums. A panel is unpacked in blocks of inputs, of which as many outputs as one pass takes
 /// fit the first cache; all rows of the task pass over one block before the next.

@@ -50,7 +50,7 @@ struct MrffiArguments {
   MrffiGradients gradients() const;
 };
 
-/// relu(input @ weight + bias + residual), each a (rows, channels) matrix with contiguous channels.
+/// relu(input @ weight.t() + bias + residual), each a (rows, channels) matrix with contiguous channels.
 struct Product {
   const at::Tensor &input, &weight, &bias;
   const std::optional<at::Tensor>& residual;

@@ -1,0 +1,217 @@
+// Patches of an image, as the kernels of the convolution on a packed weight take them.
+#pragma once
+
+#include "cpu/vec.h"
+#include "kernels/packed_conv.h"
+
+namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
+
+/// Most rows of a task, each of which has a patch.
+constexpr int64_t packed_conv_task_rows = 192;
+
+/// A copy in pieces whose size the compiler knows: patches are many and short, and a call for each takes longer. The
+/// last piece may repeat bytes of the one before.
+template <int64_t piece>
+MOBILEMAMBA_HOST_DEVICE void copy_pieces(const char* from, char* to, int64_t bytes) {
+  if (bytes >= piece) {
+    for (int64_t i = 0; i + piece <= bytes; i += piece)
+      __builtin_memcpy(to + i, from + i, piece);
+    __builtin_memcpy(to + bytes - piece, from + bytes - piece, piece);
+  } else if constexpr (piece > 2) {
+    copy_pieces<piece / 2>(from, to, bytes);
+  }
+}
+
+/// Copies whole and partial vectors of numbers, from one type to another.
+template <typename From, typename To>
+MOBILEMAMBA_HOST_DEVICE void copy_numbers(const From* from, To* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + Vec<float>::size <= count; i += Vec<float>::size)
+    store(to + i, load(from + i, Vec<float>::size), Vec<float>::size);
+  if (i < count) {
+    const int left = static_cast<int>(count - i);
+    store(to + i, load(from + i, left), left);
+  }
+}
+template <typename T>
+MOBILEMAMBA_HOST_DEVICE void copy_numbers(const T* from, T* to, int64_t count) {
+  copy_pieces<64>(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), count * sizeof(T));
+}
+
+/// The patches of a task's rows, one after another. What is copied is filled up with zeros to a multiple of `step`
+/// numbers; with `always_whole`, patches of other sizes are copied for that.
+template <typename T, int64_t step, bool always_whole = false>
+struct Patches {
+  const T* data;
+  int64_t row;  // elements from patch to patch
+  int64_t gathered = -1;
+
+  static bool in_place(const PackedConvForward& p) { return p.in_place() && (!always_whole || p.patch() % step == 0); }
+
+  static int64_t whole(const PackedConvForward& p) { return ceil_div(p.patch(), step) * step; }
+
+  static size_t scratch_bytes(const PackedConvForward& p) {
+    return in_place(p) ? 0 : ceil_div(packed_conv_task_rows * whole(p) * sizeof(T), 64) * 64;
+  }
+
+  /// For the rows [first, last), with scratch memory that keeps what was gathered last.
+  void set(const PackedConvForward& p, int64_t first, int64_t last, std::byte* scratch) {
+    if (in_place(p)) {
+      row = p.input.column;
+      data = static_cast<const T*>(p.input.data) + first * row;
+      return;
+    }
+    data = reinterpret_cast<const T*>(scratch);
+    row = whole(p);
+    if (gathered != first) gather(p, gathered = first, last, reinterpret_cast<T*>(scratch));
+  }
+
+ private:
+  static void gather(const PackedConvForward& p, int64_t first, int64_t last, T* to) {
+    const int64_t width = p.out_width(), pad = p.kernel / 2, channels = p.in_channels;
+    int64_t x = first % width, y = first / width % p.out_height(), batch = first / width / p.out_height();
+    for (int64_t i = first; i < last; ++i, to += whole(p)) {
+      const T* image = static_cast<const T*>(p.input.data) + batch * p.input.batch;
+      const int64_t column = x * p.stride - pad;
+      const int64_t begin = max(0, -column), end = min(p.kernel, p.width - column);  // columns inside
+      for (int64_t ky = 0; ky < p.kernel; ++ky) {
+        const int64_t line = y * p.stride - pad + ky;
+        T* part = to + ky * p.kernel * channels;
+        if (line < 0 || line >= p.height) {
+          clear(part, p.kernel * channels);
+          continue;
+        }
+        const T* from = image + line * p.input.row + (column + begin) * p.input.column;
+        clear(part, begin * channels);
+        if (p.input.column == channels)
+          copy_numbers(from, part + begin * channels, (end - begin) * channels);
+        else
+          for (int64_t kx = begin; kx < end; ++kx)
+            copy_numbers(from + (kx - begin) * p.input.column, part + kx * channels, channels);
+        clear(part + end * channels, (p.kernel - end) * channels);
+      }
+      clear(to + p.patch(), whole(p) - p.patch());
+      if (++x == width) {
+        x = 0;
+        if (++y == p.out_height()) {
+          y = 0;
+          ++batch;
+        }
+      }
+    }
+  }
+
+  static void clear(T* to, int64_t count) {
+    if (count > 0) __builtin_memset(to, 0, count * sizeof(T));
+  }
+};
+
+/// The patches of a task's rows as pointers to their parts, for a kernel that can follow them. A part is a line of the
+/// patch, or all of it where it has one line. Parts are read where they are. Copied are those that reach over the
+/// border to the left or right, and all where the input has another type or its columns do not lie together; lines
+/// above and below the image are one line of zeros.
+template <typename T>
+class PatchParts {
+ public:
+  static int64_t count(const PackedConvForward& p) { return p.in_place() ? 1 : p.kernel; }
+  static int64_t inputs(const PackedConvForward& p) { return p.patch() / count(p); }
+
+  static size_t scratch_bytes(const PackedConvForward& p) {
+    const size_t copies = sizeof(T) == sizeof(float) && p.in_place()
+                              ? 0
+                              : (packed_conv_task_rows * p.patch() + inputs(p)) * sizeof(float);
+    return (count(p) * packed_conv_task_rows * sizeof(float*) + copies + 63) / 64 * 64;
+  }
+
+  /// For the rows [first, last), with scratch memory that keeps what it was set to last.
+  void set(const PackedConvForward& p, int64_t first, int64_t last, std::byte* scratch) {
+    if (first == first_) return;
+    first_ = first;
+    parts_ = reinterpret_cast<const float**>(scratch);
+    float* copies = reinterpret_cast<float*>(scratch + count(p) * packed_conv_task_rows * sizeof(float*));
+    if (p.in_place())
+      set_rows(p, last - first, copies);
+    else
+      set_lines(p, last - first, copies);
+  }
+
+  /// To a part of the patch of a row, and of those that follow.
+  const float* const* of(int64_t row, int64_t part) const {
+    return parts_ + part * packed_conv_task_rows + row - first_;
+  }
+
+ private:
+  /// Whether parts within the image can be read where they are.
+  static bool readable(const PackedConvForward& p) {
+    return sizeof(T) == sizeof(float) && (p.in_place() || p.input.column == p.in_channels);
+  }
+
+  void set_rows(const PackedConvForward& p, int64_t rows, float* copies) {
+    const T* from = static_cast<const T*>(p.input.data) + first_ * p.input.column;
+    for (int64_t r = 0; r < rows; ++r, from += p.input.column) {
+      if constexpr (sizeof(T) == sizeof(float)) {
+        parts_[r] = from;
+      } else {
+        copy_numbers(from, copies, p.in_channels);
+        parts_[r] = copies;
+        copies += p.in_channels;
+      }
+    }
+  }
+
+  void set_lines(const PackedConvForward& p, int64_t rows, float* copies) {
+    const int64_t width = p.out_width(), pad = p.kernel / 2, length = inputs(p);
+    const float* zeros = copies;
+    clear(copies, length);
+    copies += length;
+    // columns of the output whose patches lie within the image from side to side
+    const int64_t inner = readable(p) ? ceil_div(pad, p.stride) : width;
+    const int64_t inner_end = max(inner, (p.width - p.kernel + pad) / p.stride + 1);
+    for (int64_t r = 0; r < rows;) {  // a line of the output, or as much of it as the task has
+      const int64_t line = (first_ + r) / width, begin = (first_ + r) % width, end = min(width, begin + rows - r);
+      const T* image = static_cast<const T*>(p.input.data) + line / p.out_height() * p.input.batch;
+      for (int64_t part = 0; part < p.kernel; ++part) {
+        const float** to = parts_ + part * packed_conv_task_rows + r;
+        const int64_t y = line % p.out_height() * p.stride - pad + part;
+        if (y < 0 || y >= p.height) {
+          for (int64_t x = begin; x < end; ++x)
+            *to++ = zeros;
+          continue;
+        }
+        const T* from = image + y * p.input.row;
+        for (int64_t x = begin; x < end;) {
+          if constexpr (sizeof(T) == sizeof(float))
+            for (; x >= inner && x < min(end, inner_end); ++x)
+              *to++ = from + (x * p.stride - pad) * p.input.column;
+          if (x == end) break;
+          copy_line(p, x++ * p.stride - pad, from, copies);
+          *to++ = copies;
+          copies += length;
+        }
+      }
+      r += end - begin;
+    }
+  }
+
+  /// A line of a patch from column `column` of a line of the image on, part of which may be outside.
+  static void copy_line(const PackedConvForward& p, int64_t column, const T* image_line, float* to) {
+    const int64_t channels = p.in_channels, begin = max(0, -column), end = min(p.kernel, p.width - column);
+    const T* from = image_line + (column + begin) * p.input.column;
+    clear(to, begin * channels);
+    if (p.input.column == channels)
+      copy_numbers(from, to + begin * channels, (end - begin) * channels);
+    else
+      for (int64_t kx = begin; kx < end; ++kx, from += p.input.column)
+        copy_numbers(from, to + kx * channels, channels);
+    clear(to + end * channels, (p.kernel - end) * channels);
+  }
+
+  static void clear(float* to, int64_t count) {
+    if (count > 0) __builtin_memset(to, 0, count * sizeof(float));
+  }
+
+  const float** parts_ = nullptr;
+  int64_t first_ = -1;
+};
+
+}  // namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA
