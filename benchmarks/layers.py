@@ -7,7 +7,7 @@ the pass takes by itself. On CUDA the times are those of the kernels. A layer's 
 import re
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -100,15 +100,18 @@ def layers_of(events: list[Any], kinds: dict[str, Key], flops: dict[str, dict[An
     def milliseconds(event: Any) -> float:
         return (event.device_time_total if on_cuda else event.cpu_time_total) / 1e3
 
-    for event in events:
-        name = layer_of(event)
-        if name is None or event.device_type != torch.autograd.DeviceType.CPU:
-            continue
+    layers = [event for event in events if layer_of(event) and event.device_type == torch.autograd.DeviceType.CPU]
+    calls_of = Counter(layer_of(event) for event in layers)
+
+    def flops_of_call(event: Any) -> float:  # of a layer that takes parts of the batch: all calls alike, or nearly
+        return sum(flops[layer_of(event)].values()) / calls_of[layer_of(event)]
+
+    for event in layers:
         nested = [child for child in event.cpu_children if layer_of(child) is not None]
         own = milliseconds(event) - sum(milliseconds(child) for child in nested)
-        of_children = sum(sum(flops[layer_of(child)].values()) for child in nested)
+        name = layer_of(event)
         stage, kind = kinds[name]
-        add((stage, kind), own, sum(flops[name].values()) - of_children)
+        add((stage, kind), own, flops_of_call(event) - sum(flops_of_call(child) for child in nested))
         if kind == "MRFFI":
             for operator in event.cpu_children:
                 names = {inner.name.replace("::", ".") for inner in (operator, *within(operator))}
