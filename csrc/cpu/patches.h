@@ -38,6 +38,25 @@ MOBILEMAMBA_HOST_DEVICE void copy_numbers(const T* from, T* to, int64_t count) {
   copy_pieces<64>(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), count * sizeof(T));
 }
 
+template <typename T>
+MOBILEMAMBA_HOST_DEVICE void clear(T* to, int64_t count) {
+  if (count > 0) __builtin_memset(to, 0, count * sizeof(T));
+}
+
+/// A line of a patch from column `column` of a line of the image on, part of which may be outside.
+template <typename From, typename To>
+void copy_line(const PackedConvForward& p, int64_t column, const From* image_line, To* to) {
+  const int64_t channels = p.in_channels, begin = max(0, -column), end = min(p.kernel, p.width - column);
+  const From* from = image_line + (column + begin) * p.input.column;
+  clear(to, begin * channels);
+  if (p.input.column == channels)
+    copy_numbers(from, to + begin * channels, (end - begin) * channels);
+  else
+    for (int64_t kx = begin; kx < end; ++kx, from += p.input.column)
+      copy_numbers(from, to + kx * channels, channels);
+  clear(to + end * channels, (p.kernel - end) * channels);
+}
+
 /// The patches of a task's rows, one after another. What is copied is filled up with zeros to a multiple of `step`
 /// numbers; with `always_whole`, patches of other sizes are copied for that.
 template <typename T, int64_t step, bool always_whole = false>
@@ -68,27 +87,17 @@ struct Patches {
 
  private:
   static void gather(const PackedConvForward& p, int64_t first, int64_t last, T* to) {
-    const int64_t width = p.out_width(), pad = p.kernel / 2, channels = p.in_channels;
+    const int64_t width = p.out_width(), pad = p.kernel / 2;
     int64_t x = first % width, y = first / width % p.out_height(), batch = first / width / p.out_height();
     for (int64_t i = first; i < last; ++i, to += whole(p)) {
       const T* image = static_cast<const T*>(p.input.data) + batch * p.input.batch;
-      const int64_t column = x * p.stride - pad;
-      const int64_t begin = max(0, -column), end = min(p.kernel, p.width - column);  // columns inside
       for (int64_t ky = 0; ky < p.kernel; ++ky) {
         const int64_t line = y * p.stride - pad + ky;
-        T* part = to + ky * p.kernel * channels;
-        if (line < 0 || line >= p.height) {
-          clear(part, p.kernel * channels);
-          continue;
-        }
-        const T* from = image + line * p.input.row + (column + begin) * p.input.column;
-        clear(part, begin * channels);
-        if (p.input.column == channels)
-          copy_numbers(from, part + begin * channels, (end - begin) * channels);
+        T* part = to + ky * p.kernel * p.in_channels;
+        if (line < 0 || line >= p.height)
+          clear(part, p.kernel * p.in_channels);
         else
-          for (int64_t kx = begin; kx < end; ++kx)
-            copy_numbers(from + (kx - begin) * p.input.column, part + kx * channels, channels);
-        clear(part + end * channels, (p.kernel - end) * channels);
+          copy_line(p, x * p.stride - pad, image + line * p.input.row, part);
       }
       clear(to + p.patch(), whole(p) - p.patch());
       if (++x == width) {
@@ -99,10 +108,6 @@ struct Patches {
         }
       }
     }
-  }
-
-  static void clear(T* to, int64_t count) {
-    if (count > 0) __builtin_memset(to, 0, count * sizeof(T));
   }
 };
 
@@ -141,11 +146,6 @@ class PatchParts {
   }
 
  private:
-  /// Whether parts within the image can be read where they are.
-  static bool readable(const PackedConvForward& p) {
-    return sizeof(T) == sizeof(float) && (p.in_place() || p.input.column == p.in_channels);
-  }
-
   void set_rows(const PackedConvForward& p, int64_t rows, float* copies) {
     const T* from = static_cast<const T*>(p.input.data) + first_ * p.input.column;
     for (int64_t r = 0; r < rows; ++r, from += p.input.column) {
@@ -164,8 +164,9 @@ class PatchParts {
     const float* zeros = copies;
     clear(copies, length);
     copies += length;
-    // columns of the output whose patches lie within the image from side to side
-    const int64_t inner = readable(p) ? ceil_div(pad, p.stride) : width;
+    // columns of the output whose patches lie within the image from side to side, and can be read there
+    const bool readable = sizeof(T) == sizeof(float) && p.input.column == p.in_channels;
+    const int64_t inner = readable ? ceil_div(pad, p.stride) : width;
     const int64_t inner_end = max(inner, (p.width - p.kernel + pad) / p.stride + 1);
     for (int64_t r = 0; r < rows;) {  // a line of the output, or as much of it as the task has
       const int64_t line = (first_ + r) / width, begin = (first_ + r) % width, end = min(width, begin + rows - r);
@@ -191,23 +192,6 @@ class PatchParts {
       }
       r += end - begin;
     }
-  }
-
-  /// A line of a patch from column `column` of a line of the image on, part of which may be outside.
-  static void copy_line(const PackedConvForward& p, int64_t column, const T* image_line, float* to) {
-    const int64_t channels = p.in_channels, begin = max(0, -column), end = min(p.kernel, p.width - column);
-    const T* from = image_line + (column + begin) * p.input.column;
-    clear(to, begin * channels);
-    if (p.input.column == channels)
-      copy_numbers(from, to + begin * channels, (end - begin) * channels);
-    else
-      for (int64_t kx = begin; kx < end; ++kx, from += p.input.column)
-        copy_numbers(from, to + kx * channels, channels);
-    clear(to + end * channels, (p.kernel - end) * channels);
-  }
-
-  static void clear(float* to, int64_t count) {
-    if (count > 0) __builtin_memset(to, 0, count * sizeof(float));
   }
 
   const float** parts_ = nullptr;
