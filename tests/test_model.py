@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import reference
@@ -22,11 +23,10 @@ PUBLISHED = {  # parameters in millions, and (global, local, identity) channels 
 }
 
 
-@pytest.fixture
-def nano():
-    """A nano whose residual branches all do something, unlike at initialisation."""
+def filled(name):
+    """A model whose residual branches all do something, unlike at initialisation."""
     torch.manual_seed(0)
-    model = mobilemamba.nano()
+    model = create_model(name)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
             nn.init.normal_(module.weight, 0.3, 0.03)
@@ -34,6 +34,11 @@ def nano():
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return model.eval()
+
+
+@pytest.fixture
+def nano():
+    return filled("nano")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -109,6 +114,38 @@ def test_distillation_returns_both_heads_in_training_and_their_mean_in_evaluatio
         expected = (model.head.labels(pooled) + model.head.teacher(pooled)) / 2
         torch.testing.assert_close(model(x), expected)
         torch.testing.assert_close(model.fuse()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", mobilemamba.list_models())
+def test_every_preset_fused(name):
+    """At an odd size, in either layout."""
+    model = filled(name)
+    x = torch.randn(4, model.in_chans, 79, 65)
+    expected = model(x)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 3e-2)):
+        fused = model.fuse().to(dtype)
+        for images in (x, x.contiguous(memory_format=torch.channels_last)):
+            error = (fused(images.to(dtype)) - expected).abs().max() / expected.std()
+            assert error < tolerance, (dtype, error)
+
+
+@torch.no_grad()
+def test_fused_batches_are_cut_in_parts(nano):
+    """Layers take 4 or 8 images at a time, threads share the others; scripted alike."""
+    fused, x = nano.fuse(), torch.randn(21, 1, 61, 45)
+    single = torch.cat([fused(image[None]) for image in x])
+    assert torch.equal(fused(x), single)
+    assert torch.equal(torch.jit.script(fused)(x), single)
+
+
+@torch.no_grad()
+def test_fused_models_serve_several_threads_at_once(nano):
+    fused, images = nano.fuse(), torch.randn(8, 9, 1, 28, 28)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(torch.no_grad()(fused), [*images] * 5))
+    for result, x in zip(results, [*images] * 5, strict=True):
+        assert torch.equal(result, fused(x))
 
 
 def test_reset_classifier(nano):
