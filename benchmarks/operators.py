@@ -12,6 +12,7 @@ itself; its plain form is autograd's.
 """
 
 import argparse
+import copy
 import itertools
 import math
 import statistics
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import common
 import reference
@@ -32,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mobilemamba
 from mobilemamba import ops, weights
+from mobilemamba.layers import fold_batchnorm
 
 Thunk = Callable[[], Any]
 NATIVE = torch.ops.mobilemamba
@@ -150,6 +153,36 @@ def ffn_case(size: str, width: int, side: int) -> Case:
     return Case("ffn", f"{width} x {size}", draw, ops.ffn, None, plain, for_plain)
 
 
+def mrffi_case(size: str, mixer: mobilemamba.MRFFI, width: int, side: int) -> Case:
+    """As a fused model has it, on the CPU with packed matrices of the images' type; its plain form is not folded."""
+    mixer = mixer.to_empty(device=torch.get_default_device()).eval()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    for module in mixer.modules():
+        if hasattr(module, "reset_running_stats"):
+            module.reset_running_stats()
+
+    def draw(batch: int, dtype: torch.dtype) -> list[Tensor]:
+        folded = fold_batchnorm(copy.deepcopy(mixer)).to(dtype)
+        if folded.in_weight.device.type == "cpu":
+            folded.pack()
+        folded.requires_grad_(False)
+        captured: list[Tensor] = []
+        images = [image(batch, width, side, dtype) for _ in range(2)]
+        with mock.patch("mobilemamba.mrffi.mrffi", lambda x, residual, weights, eps: captured.extend(weights) or x):
+            folded(*images)
+        return [*images, *captured]
+
+    def plain(x: Tensor, residual: Tensor, *_: Tensor) -> Tensor:
+        with reference.plain_pytorch():
+            return mixer(x.float()) + residual  # 16 bits are autocast's
+
+    def forward(x: Tensor, residual: Tensor, *weights: Tensor) -> Tensor:
+        return ops.mrffi(x, residual, list(weights))
+
+    return Case("mrffi", f"{width} x {size}", draw, forward, None, plain)
+
+
 def cases(model_name: str, device: torch.device) -> Iterator[Case]:
     """One of each kind for every stage of the model, at the image size of its weights."""
     with torch.device("meta"):
@@ -173,6 +206,7 @@ def cases(model_name: str, device: torch.device) -> Iterator[Case]:
             yield depthwise_case(size, local, side, kernel, 1, "relu")
         yield depthwise_case(size, ss2d.inner, side, 3, 1, "silu")
         yield depthwise_case(size, width, side, 3, 1, "none")
+        yield mrffi_case(size, mixer, width, side)
         if device.type == "cpu":
             yield ffn_case(size, width, side)
         if i:
@@ -297,6 +331,8 @@ def main() -> None:
     report = common.Report(settings, columns, args.json, args.limit)
     stream = torch.cuda.stream(torch.cuda.Stream()) if args.device.type == "cuda" else nullcontext()
     chosen = [case for case in cases(args.model, args.device) if args.only in case.name]
+    if not chosen:
+        parser.error(f"--only: no operator has {args.only!r} in its name")
     with stream:
         for batch, dtype, case, backward in itertools.product(args.batch, args.dtype, chosen, (False, True)):
             if backward and case.backward is None:
