@@ -131,7 +131,7 @@ def build_ext_class() -> type[build_ext]:
                 raise SystemExit("mobilemamba: no ninja to build with; install it (pip install ninja)")
             check_compiler(os.environ.get("CXX", "c++"))
             (library,) = self.extensions
-            describe(library, plan, include_paths("cpu"), library_paths("cpu"))
+            describe(library, plan, self.distribution.get_version(), include_paths("cpu"), library_paths("cpu"))
             super().run()
             path = Path(self.get_ext_fullpath(library.name)).with_name("_build.json")
             path.write_text(json.dumps(self.build_info(), indent=2) + "\n")
@@ -156,11 +156,12 @@ def build_ext_class() -> type[build_ext]:
     return BuildNative
 
 
-def describe(library: object, plan: Plan, include_dirs: list[str], library_dirs: list[str]) -> None:
+def describe(library: object, plan: Plan, version: str, include_dirs: list[str], library_dirs: list[str]) -> None:
     """Fill in the Extension: sources, flags and libraries for this plan. Torch's headers are system headers."""
     cuda = plan.toolkit is not None
     archs = ",".join(map(arch_name, plan.archs))
-    define = ["-DMOBILEMAMBA_CUDA", f"-DMOBILEMAMBA_CUDA_ARCHS={archs}"] if cuda else []
+    define = [f"-DMOBILEMAMBA_VERSION={version}"]
+    define += ["-DMOBILEMAMBA_CUDA", f"-DMOBILEMAMBA_CUDA_ARCHS={archs}"] if cuda else []
     headers = [*include_dirs, *(plan.toolkit.include_dirs if plan.toolkit else ())]
     library.sources = sources(cuda)
     library.include_dirs = [str(ROOT / "csrc")]
