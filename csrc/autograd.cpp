@@ -2,6 +2,7 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/threshold_backward.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "mobilemamba.h"
@@ -22,34 +23,28 @@ auto below_autograd(F f, const Args&... args) {
   return f(args...);
 }
 
+/// The gradient of a residual, which is added last: `grad`, or none where there was no residual.
+Tensor residual_gradient(AutogradContext* ctx, const Tensor& grad) {
+  return ctx->saved_data["has_residual"].toBool() ? grad : Tensor();
+}
+
+/// backward(grad, saved...), for an operator with `count` saved tensors, as a list.
+template <auto backward, size_t count>
+variable_list gradients(const Tensor& grad, const variable_list& saved) {
+  const auto call = [&]<size_t... i>(std::index_sequence<i...>) { return backward(grad, saved[i]...); };
+  const auto to_list = [](const auto&... tensors) { return variable_list{tensors...}; };
+  return std::apply(to_list, call(std::make_index_sequence<count>()));
+}
+
 struct Scan : torch::autograd::Function<Scan> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& u, const Tensor& delta, const Tensor& A_log,
-                        const Tensor& B, const Tensor& C, const Tensor& D, const Tensor& dt_weight,
-                        const Tensor& dt_bias) {
-    ctx->save_for_backward({u, delta, A_log, B, C, D, dt_weight, dt_bias});
-    return below_autograd(bidirectional_scan, u, delta, A_log, B, C, D, dt_weight, dt_bias);
+  template <typename... Tensors>
+  static Tensor forward(AutogradContext* ctx, const Tensors&... tensors) {
+    ctx->save_for_backward({tensors...});
+    return below_autograd(bidirectional_scan, tensors...);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const variable_list s = ctx->get_saved_variables();
-    auto [u, delta, A_log, B, C, D, dt_weight, dt_bias] =
-        bidirectional_scan_backward(grads[0], s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]);
-    return {u, delta, A_log, B, C, D, dt_weight, dt_bias};
-  }
-};
-
-/// Gradients of gradients are refused where they would be used, not where the first gradient is taken.
-struct ScanBackward : torch::autograd::Function<ScanBackward> {
-  static variable_list forward(AutogradContext*, const Tensor& grad_y, const Tensor& u, const Tensor& delta,
-                               const Tensor& A_log, const Tensor& B, const Tensor& C, const Tensor& D,
-                               const Tensor& dt_weight, const Tensor& dt_bias) {
-    auto [grad_u, grad_delta, grad_A_log, grad_B, grad_C, grad_D, grad_dt_weight, grad_dt_bias] =
-        below_autograd(bidirectional_scan_backward, grad_y, u, delta, A_log, B, C, D, dt_weight, dt_bias);
-    return {grad_u, grad_delta, grad_A_log, grad_B, grad_C, grad_D, grad_dt_weight, grad_dt_bias};
-  }
-
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "bidirectional_scan: second derivatives are not available, only the first");
+    return gradients<bidirectional_scan_backward, 8>(grads[0], ctx->get_saved_variables());
   }
 };
 
@@ -107,22 +102,9 @@ struct Depthwise : torch::autograd::Function<Depthwise> {
     return {grad_input,
             grad_weight.to(weight.scalar_type()),
             bias.defined() ? grad_bias.to(bias.scalar_type()) : Tensor(),
-            ctx->saved_data["has_residual"].toBool() ? grads[0] : Tensor(),
+            residual_gradient(ctx, grads[0]),
             Tensor(),
             Tensor()};
-  }
-};
-
-struct DepthwiseBackward : torch::autograd::Function<DepthwiseBackward> {
-  static variable_list forward(AutogradContext*, const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                               const std::optional<Tensor>& bias, int64_t stride, std::string_view activation) {
-    auto [grad_input, grad_weight, grad_bias] =
-        below_autograd(depthwise_conv2d_backward, grad_output, input, weight, bias, stride, activation);
-    return {grad_input, grad_weight, grad_bias};
-  }
-
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "depthwise_conv2d: second derivatives are not available, only the first");
   }
 };
 
@@ -154,7 +136,7 @@ struct PackedConv : torch::autograd::Function<PackedConv> {
     return {grad_input,
             grad_weight.defined() ? pack_conv2d_weight(grad_weight) : Tensor(),
             ctx->needs_input_grad(2) ? grad.sum({0, 2, 3}).to(bias.scalar_type()) : Tensor(),
-            ctx->saved_data["has_residual"].toBool() ? grads[0] : Tensor(),
+            residual_gradient(ctx, grads[0]),
             Tensor(),
             Tensor(),
             Tensor()};
@@ -171,26 +153,9 @@ struct Ffn : torch::autograd::Function<Ffn> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const variable_list s = ctx->get_saved_variables();
-    auto [grad_input, grad_expand_weight, grad_expand_bias, grad_project_weight, grad_project_bias] =
-        ffn_backward(grads[0], s[0], s[1], s[2], s[3], s[4]);
-    return {grad_input,          ctx->saved_data["has_residual"].toBool() ? grads[0] : Tensor(),
-            grad_expand_weight,  grad_expand_bias,
-            grad_project_weight, grad_project_bias};
-  }
-};
-
-struct FfnBackward : torch::autograd::Function<FfnBackward> {
-  static variable_list forward(AutogradContext*, const Tensor& grad_output, const Tensor& input,
-                               const Tensor& expand_weight, const Tensor& expand_bias, const Tensor& project_weight,
-                               const Tensor& project_bias) {
-    auto [grad_input, grad_expand_weight, grad_expand_bias, grad_project_weight, grad_project_bias] =
-        below_autograd(ffn_backward, grad_output, input, expand_weight, expand_bias, project_weight, project_bias);
-    return {grad_input, grad_expand_weight, grad_expand_bias, grad_project_weight, grad_project_bias};
-  }
-
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "ffn: second derivatives are not available, only the first");
+    variable_list result = gradients<ffn_backward, 5>(grads[0], ctx->get_saved_variables());
+    result.insert(result.begin() + 1, residual_gradient(ctx, grads[0]));
+    return result;
   }
 };
 
@@ -209,101 +174,39 @@ struct Mrffi : torch::autograd::Function<Mrffi> {
     const variable_list saved = ctx->get_saved_variables();
     const at::TensorList weights = at::TensorList(saved).slice(1);
     auto [grad_input, grad_weights] = mrffi_backward(grads[0], saved[0], weights, ctx->saved_data["eps"].toDouble());
-    variable_list result = {grad_input, ctx->saved_data["has_residual"].toBool() ? grads[0] : Tensor()};
+    variable_list result = {grad_input, residual_gradient(ctx, grads[0])};
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
     result.emplace_back();
     return result;
   }
 };
 
-struct MrffiBackward : torch::autograd::Function<MrffiBackward> {
-  static variable_list forward(AutogradContext*, const Tensor& grad_output, const Tensor& input, at::TensorList weights,
-                               double eps) {
-    auto [grad_input, grad_weights] = below_autograd(mrffi_backward, grad_output, input, weights, eps);
-    variable_list result = {grad_input};
-    result.insert(result.end(), grad_weights.begin(), grad_weights.end());
-    return result;
-  }
+template <typename Function, typename Operator>
+struct Differentiable;
 
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "mrffi: second derivatives are not available, only the first");
-  }
+template <typename Function, typename Result, typename... Args>
+struct Differentiable<Function, Result (*)(Args...)> {
+  static Result call(Args... args) { return Function::apply(args...); }
 };
 
-Tensor feed_forward(const Tensor& input, const std::optional<Tensor>& residual, const Tensor& expand_weight,
-                    const Tensor& expand_bias, const Tensor& project_weight, const Tensor& project_bias) {
-  return Ffn::apply(input, residual, expand_weight, expand_bias, project_weight, project_bias);
-}
-
-FfnGradients feed_forward_backward(const Tensor& grad_output, const Tensor& input, const Tensor& expand_weight,
-                                   const Tensor& expand_bias, const Tensor& project_weight,
-                                   const Tensor& project_bias) {
-  const variable_list g =
-      FfnBackward::apply(grad_output, input, expand_weight, expand_bias, project_weight, project_bias);
-  return {g[0], g[1], g[2], g[3], g[4]};
-}
-
-Tensor mixer(const Tensor& input, const std::optional<Tensor>& residual, at::TensorList weights, double eps) {
-  return Mrffi::apply(input, residual, weights, eps);
-}
-
-std::tuple<Tensor, std::vector<Tensor>> mixer_backward(const Tensor& grad_output, const Tensor& input,
-                                                       at::TensorList weights, double eps) {
-  const variable_list g = MrffiBackward::apply(grad_output, input, weights, eps);
-  return {g[0], {g.begin() + 1, g.end()}};
-}
-
-Tensor scan(const Tensor& u, const Tensor& delta, const Tensor& A_log, const Tensor& B, const Tensor& C,
-            const Tensor& D, const Tensor& dt_weight, const Tensor& dt_bias) {
-  return Scan::apply(u, delta, A_log, B, C, D, dt_weight, dt_bias);
-}
-
-ScanGradients scan_backward(const Tensor& grad_y, const Tensor& u, const Tensor& delta, const Tensor& A_log,
-                            const Tensor& B, const Tensor& C, const Tensor& D, const Tensor& dt_weight,
-                            const Tensor& dt_bias) {
-  const variable_list g = ScanBackward::apply(grad_y, u, delta, A_log, B, C, D, dt_weight, dt_bias);
-  return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
-}
-
-Tensor haar(const Tensor& input, const Tensor& weight) {
-  return Haar::apply(input, weight);
-}
-
-Tensor haar_backward_weight(const Tensor& grad_output, const Tensor& input, int64_t kernel_size) {
-  return HaarBackwardWeight::apply(grad_output, input, kernel_size);
-}
-
-Tensor depthwise(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                 const std::optional<Tensor>& residual, int64_t stride, std::string_view activation) {
-  return Depthwise::apply(input, weight, bias, residual, stride, activation);
-}
-
-std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad_output, const Tensor& input,
-                                                      const Tensor& weight, const std::optional<Tensor>& bias,
-                                                      int64_t stride, std::string_view activation) {
-  const variable_list g = DepthwiseBackward::apply(grad_output, input, weight, bias, stride, activation);
-  return {g[0], g[1], g[2]};
-}
-
-Tensor packed_conv(const Tensor& input, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
-                   int64_t kernel_size, int64_t stride, std::string_view activation) {
-  return PackedConv::apply(input, weight, bias, residual, kernel_size, stride, activation);
-}
+/// The autograd kernel of the operator `op` (its public function).
+template <typename Function, auto op>
+constexpr auto differentiable = &Differentiable<Function, decltype(op)>::call;
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(Autograd, m) {
-  m.impl("ffn", feed_forward);
-  m.impl("ffn_backward", feed_forward_backward);
-  m.impl("mrffi", mixer);
-  m.impl("mrffi_backward", mixer_backward);
-  m.impl("bidirectional_scan", scan);
-  m.impl("bidirectional_scan_backward", scan_backward);
-  m.impl("haar_conv2d", haar);
-  m.impl("haar_conv2d_backward_weight", haar_backward_weight);
-  m.impl("depthwise_conv2d", depthwise);
-  m.impl("depthwise_conv2d_backward", depthwise_backward);
-  m.impl("packed_conv2d", packed_conv);
+  m.impl("ffn", differentiable<Ffn, ffn>);
+  m.impl("mrffi", differentiable<Mrffi, mrffi>);
+  m.impl("bidirectional_scan", differentiable<Scan, bidirectional_scan>);
+  m.impl("haar_conv2d", differentiable<Haar, haar_conv2d>);
+  m.impl("haar_conv2d_backward_weight", differentiable<HaarBackwardWeight, haar_conv2d_backward_weight>);
+  m.impl("depthwise_conv2d", differentiable<Depthwise, depthwise_conv2d>);
+  m.impl("packed_conv2d", differentiable<PackedConv, packed_conv2d>);
+  // a second derivative is refused where it is used, not where the first one is taken
+  for (const char* name :
+       {"ffn_backward", "mrffi_backward", "bidirectional_scan_backward", "depthwise_conv2d_backward"})
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace mobilemamba::autograd

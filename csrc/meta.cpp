@@ -3,6 +3,7 @@
 #include "ops/depthwise_conv2d.h"
 #include "ops/ffn.h"
 #include "ops/haar_conv2d.h"
+#include "ops/kernel_of.h"
 #include "ops/mrffi.h"
 #include "ops/packed_conv2d.h"
 #include "registration.h"
@@ -10,23 +11,19 @@
 namespace mobilemamba::meta {
 namespace {
 
-at::Tensor scan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log, const at::Tensor& B,
-                const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
-  ScanArguments{u, delta, A_log, B, C, D, dt_weight, dt_bias}.check();
-  return scan_output(u);
+at::Tensor scan(const ScanArguments& a) {
+  a.check();
+  return scan_output(a.u);
 }
 
-ScanGradients scan_backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& delta,
-                            const at::Tensor& A_log, const at::Tensor& B, const at::Tensor& C, const at::Tensor& D,
-                            const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
-  const ScanArguments arguments{u, delta, A_log, B, C, D, dt_weight, dt_bias};
-  arguments.check_backward(grad_y);
-  return scan_gradients(arguments);
+ScanGradients scan_backward(const at::Tensor& grad_y, const ScanArguments& a) {
+  a.check_backward(grad_y);
+  return scan_gradients(a);
 }
 
 at::Tensor haar(const at::Tensor& input, const at::Tensor& weight) {
   check_haar_conv2d(input, weight);
-  return haar_output(input);
+  return empty_image(input);
 }
 
 at::Tensor haar_backward_weight(const at::Tensor& grad_output, const at::Tensor& input, int64_t kernel_size) {
@@ -41,48 +38,35 @@ at::Tensor depthwise(const at::Tensor& input, const at::Tensor& weight, const st
   return arguments.output();
 }
 
-DepthwiseGradients depthwise_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-                                      const std::optional<at::Tensor>& bias, int64_t stride,
-                                      std::string_view activation) {
-  const DepthwiseArguments arguments{input, weight, bias, stride, activation};
-  arguments.check_backward(grad_output);
-  return arguments.gradients();
+DepthwiseGradients depthwise_backward(const at::Tensor& grad_output, const DepthwiseArguments& a) {
+  a.check_backward(grad_output);
+  return a.gradients();
 }
 
-at::Tensor packed_conv(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
-                       const std::optional<at::Tensor>& residual, int64_t kernel_size, int64_t stride,
-                       std::string_view activation) {
-  const PackedConvArguments arguments{input, weight, bias, residual, kernel_size, stride, activation};
-  arguments.check();
-  return arguments.output();
+at::Tensor packed_conv(const PackedConvArguments& a) {
+  a.check();
+  return a.output();
 }
 
-at::Tensor feed_forward(const at::Tensor& input, const std::optional<at::Tensor>& residual,
-                        const at::Tensor& expand_weight, const at::Tensor& expand_bias,
-                        const at::Tensor& project_weight, const at::Tensor& project_bias) {
-  const FfnArguments arguments{input, {expand_weight, expand_bias, project_weight, project_bias}};
-  arguments.check(residual);
-  return arguments.output();
+at::Tensor feed_forward(const FfnArguments& a) {
+  a.check();
+  return empty_image(a.input);
 }
 
-FfnGradients feed_forward_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                   const at::Tensor& expand_weight, const at::Tensor& expand_bias,
-                                   const at::Tensor& project_weight, const at::Tensor& project_bias) {
-  const FfnArguments arguments{input, {expand_weight, expand_bias, project_weight, project_bias}};
-  arguments.check_backward(grad_output);
-  return arguments.gradients();
+FfnGradients feed_forward_backward(const at::Tensor& grad_output, const FfnArguments& a) {
+  a.check_backward(grad_output);
+  return a.gradients();
 }
 
 at::Tensor mixer(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
                  double eps) {
-  const MrffiArguments arguments{input, weights, eps};
-  arguments.check(residual);
-  return arguments.output();
+  MrffiArguments{input, MrffiWeights(weights), eps}.check(residual);
+  return empty_image(input);
 }
 
 MrffiGradients mixer_backward(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights,
                               double eps) {
-  const MrffiArguments arguments{input, weights, eps};
+  const MrffiArguments arguments{input, MrffiWeights(weights), eps};
   arguments.check_backward(grad_output);
   return arguments.gradients();
 }
@@ -90,17 +74,17 @@ MrffiGradients mixer_backward(const at::Tensor& grad_output, const at::Tensor& i
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(Meta, m) {
-  m.impl("ffn", feed_forward);
-  m.impl("ffn_backward", feed_forward_backward);
+  m.impl("ffn", kernel_of<ffn, feed_forward>);
+  m.impl("ffn_backward", kernel_of<ffn_backward, feed_forward_backward>);
   m.impl("mrffi", mixer);
   m.impl("mrffi_backward", mixer_backward);
-  m.impl("bidirectional_scan", scan);
-  m.impl("bidirectional_scan_backward", scan_backward);
+  m.impl("bidirectional_scan", kernel_of<bidirectional_scan, scan>);
+  m.impl("bidirectional_scan_backward", kernel_of<bidirectional_scan_backward, scan_backward>);
   m.impl("haar_conv2d", haar);
   m.impl("haar_conv2d_backward_weight", haar_backward_weight);
-  m.impl("packed_conv2d", packed_conv);
+  m.impl("packed_conv2d", kernel_of<packed_conv2d, packed_conv>);
   m.impl("depthwise_conv2d", depthwise);
-  m.impl("depthwise_conv2d_backward", depthwise_backward);
+  m.impl("depthwise_conv2d_backward", kernel_of<depthwise_conv2d_backward, depthwise_backward>);
 }
 
 }  // namespace mobilemamba::meta

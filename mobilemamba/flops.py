@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _native  # noqa: F401  (registers the operators)
+from .ops import MRFFI_WEIGHTS
 
 __all__: list[str] = []
 
@@ -86,12 +87,14 @@ def ffn_backward(grad_output: Shape, input: Shape, expand_weight: Shape, expand_
 @register_flop_formula(NATIVE.mrffi)
 def mrffi(input: Shape, residual: Shape | None, weights: list[Shape], *_: Any, **__: Any) -> int:
     batch, channels, height, width = input
-    inner, (outputs, local) = weights[3][0], (weights[12][0], weights[15][0])
-    rank, states, positions = weights[5][2], weights[7][2], batch * height * width
+    w = dict(zip(MRFFI_WEIGHTS, weights, strict=True))
+    inner, outputs, local = w["conv_bias"][0], w["out_bias"][0], w["local_bias"][0]
+    rank, states, positions = w["dt_weight"][2], w["A_log"][2], batch * height * width
     products = 2 * inner * outputs + 2 * (rank + 2 * states) * inner + inner * outputs + channels**2
-    kernels = inner * weights[2][3] ** 2 + local * (weights[14][3] ** 2 + 1)
-    sequence = scan([batch, inner, height * width], [batch, 2, rank, height * width], weights[7])
-    return 2 * positions * (products + kernels) + sequence + haar([batch, outputs, height, width], weights[13][3])
+    kernels = inner * w["conv_weight"][3] ** 2 + local * (w["local_weight"][3] ** 2 + 1)
+    sequence = scan([batch, inner, height * width], [batch, 2, rank, height * width], w["A_log"])
+    wavelet = haar([batch, outputs, height, width], w["wavelet_weight"][3])
+    return 2 * positions * (products + kernels) + sequence + wavelet
 
 
 @register_flop_formula(NATIVE.mrffi_backward)

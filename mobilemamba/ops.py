@@ -10,10 +10,12 @@ from torch import Tensor
 from . import _native  # noqa: F401  (registers the operators)
 
 __all__ = [
+    "MRFFI_WEIGHTS",
     "bidirectional_scan",
     "depthwise_conv2d",
     "ffn",
     "haar_conv2d",
+    "mrffi",
     "pack_conv2d_weight",
     "packed_conv2d",
 ]
@@ -211,6 +213,31 @@ def ffn(
     return torch.ops.mobilemamba.ffn(input, residual, expand_weight, expand_bias, project_weight, project_bias)
 
 
+#: The names of :func:`mrffi`'s weights in their order, that of ``mrffi_weights`` in ``csrc/ops/mrffi.cpp``.
+MRFFI_WEIGHTS = (
+    "in_weight",
+    "in_bias",
+    "conv_weight",
+    "conv_bias",
+    "x_weight",
+    "dt_weight",
+    "dt_bias",
+    "A_log",
+    "D",
+    "norm_weight",
+    "norm_bias",
+    "out_weight",
+    "out_bias",
+    "wavelet_weight",
+    "local_weight",
+    "local_bias",
+    "local_scale",
+    "local_shift",
+    "proj_weight",
+    "proj_bias",
+)
+
+
 def mrffi(input: Tensor, residual: Tensor | None, weights: list[Tensor], eps: float = 1e-5) -> Tensor:
     """MRFFI, MobileMamba's mixer, with BatchNorm folded: one operator for all its parts.
 
@@ -228,7 +255,7 @@ def mrffi(input: Tensor, residual: Tensor | None, weights: list[Tensor], eps: fl
         input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides, channels-last
             is the fast layout.
         residual: added last; of the shape and dtype of ``input``.
-        weights: in this order, with inner width D, rank R and state size N: ``in_weight (2D, G)``, ``in_bias (2D,)``,
+        weights: in this order (``MRFFI_WEIGHTS``), with inner width D, rank R and state size N: ``in_weight (2D, G)``, ``in_bias (2D,)``,
             ``conv_weight (D, 1, k, k)``, ``conv_bias (D,)``, ``x_weight (2 * (R + 2N), D)``, ``dt_weight (2, D, R)``,
             ``dt_bias (2, D)``, ``A_log (2, D, N)``, ``D (2, D)``, ``norm_weight (D,)``, ``norm_bias (D,)``,
             ``out_weight (G, D)``, ``out_bias (G,)``, ``wavelet_weight (G, 4, k, k)``, ``local_weight (P, 1, k, k)``,

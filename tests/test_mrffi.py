@@ -11,10 +11,7 @@ from torch import Tensor
 import mobilemamba
 from mobilemamba import ops
 
-NAMES = (
-    "in_weight in_bias conv_weight conv_bias x_weight dt_weight dt_bias A_log D norm_weight norm_bias out_weight "
-    "out_bias wavelet_weight local_weight local_bias local_scale local_shift proj_weight proj_bias"
-).split()
+NAMES = ops.MRFFI_WEIGHTS
 MATRICES = [NAMES.index(name) for name in ("in_weight", "x_weight", "out_weight", "proj_weight")]
 
 SHAPES = [  # batch, height, width, global, local, identity, inner, rank, state, wavelet kernel, local kernel
@@ -112,7 +109,7 @@ def test_gradcheck_in_every_input_and_weight(shape):
 def test_refuses_second_derivatives_where_they_are_taken():
     arguments = [x.requires_grad_() for x in arguments_of(*SHAPES[-1])]
     (grad,) = torch.autograd.grad(operator(*arguments).sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="mrffi: second derivatives are not available"):
+    with pytest.raises(RuntimeError, match="derivative for mobilemamba::mrffi_backward is not implemented"):
         grad.sum().backward()
 
 
@@ -200,6 +197,14 @@ def test_refuses(name, change, message):
     arguments[i] = change(arguments[i])
     with pytest.raises(RuntimeError, match="^mrffi: " + message):
         operator(*arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_library_has_the_same_names_in_the_same_order(name):
+    x, residual, *weights = arguments_of(*SHAPES[0], dtype=torch.float32)
+    weights[NAMES.index(name)] = weights[NAMES.index(name)].long()
+    with pytest.raises(RuntimeError, match=f"^mrffi: {name} is Long, expected Float like input"):
+        operator(x, residual, *weights)
 
 
 def test_refuses_too_few_weights():

@@ -3,6 +3,7 @@
 
 #include "cpu/backends.h"
 #include "cpu/run.h"
+#include "ops/kernel_of.h"
 #include "registration.h"
 
 namespace mobilemamba::cpu {
@@ -20,22 +21,19 @@ constinit const ScanBackend scan = {
 
 namespace {
 
-at::Tensor forward(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log, const at::Tensor& B,
-                   const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
-  return scan.bidirectional_scan({u, delta, A_log, B, C, D, dt_weight, dt_bias});
+at::Tensor forward(const ScanArguments& a) {
+  return scan.bidirectional_scan(a);
 }
 
-ScanGradients backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log,
-                       const at::Tensor& B, const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight,
-                       const at::Tensor& dt_bias) {
-  return scan.bidirectional_scan_backward(grad_y, {u, delta, A_log, B, C, D, dt_weight, dt_bias});
+ScanGradients backward(const at::Tensor& grad_y, const ScanArguments& a) {
+  return scan.bidirectional_scan_backward(grad_y, a);
 }
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
-  m.impl("bidirectional_scan", forward);
-  m.impl("bidirectional_scan_backward", backward);
+  m.impl("bidirectional_scan", kernel_of<bidirectional_scan, forward>);
+  m.impl("bidirectional_scan_backward", kernel_of<bidirectional_scan_backward, backward>);
 }
 
 }  // namespace mobilemamba::cpu

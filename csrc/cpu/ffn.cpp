@@ -1,8 +1,9 @@
-// The feed-forward layer on the CPU: both products of some rows, then of the next, so that what is between them stays
-// in the cache.
+// The feed-forward layer on the CPU. It takes a chunk of rows through both products before the next chunk, so that the
+// hidden activations of a chunk stay in the cache.
 #include "ops/ffn.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ceil_div.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -12,69 +13,77 @@
 #include "cpu/row_product.h"
 #include "cpu/run.h"
 #include "ops/common.h"
+#include "ops/kernel_of.h"
 #include "registration.h"
 
 namespace mobilemamba::cpu {
 namespace {
 
-/// Of a chunk of rows: about its most hidden numbers, which stay in the second cache until they are used, and its
-/// fewest rows, which pay for the pass over the weights.
-constexpr int64_t chunk_numbers = 1 << 16, chunk_least_rows = 48;
+/// A chunk's hidden activations must fit in L2: 65,536 elements, 256 KiB in float32. Below 48 rows the pass over the
+/// weights dominates.
+constexpr int64_t chunk_hidden_elements = 1 << 16, chunk_least_rows = 48;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-/// How many chunks of about equal size, as many for each thread; 0 where there are too few rows for that. It says
-/// nothing about the results: no sum depends on what other rows its product has.
+/// The number of chunks, of about equal size and equally many for each thread; 0 where the rows are too few for that.
+/// It does not change the results: no sum depends on the other rows of a product.
 int64_t chunks_of(int64_t rows, int64_t hidden) {
   const int64_t threads = at::get_num_threads(), most = rows / chunk_least_rows;
   if (most < threads) return 0;
-  const int64_t wanted = ceil_div(rows, std::max(chunk_least_rows, chunk_numbers / hidden));
-  return std::min(most, ceil_div(wanted, threads) * threads);
+  const int64_t wanted = at::ceil_div(rows, std::max(chunk_least_rows, chunk_hidden_elements / hidden));
+  return std::min(most, at::round_up(wanted, threads));
 }
 
-/// What the kernel is told of the products of some rows. All matrices are contiguous.
-struct Layer {
-  const FfnRows& rows;
-  void* output;
-  int64_t channels = rows.input.size(1), hidden = rows.weights.expand_bias.size(0);
-  RowProduct expand{rows.weights.expand_weight, rows.weights.expand_bias, channels, hidden};
-  RowProduct project{rows.weights.project_weight, rows.weights.project_bias, hidden, channels};
+/// The kernel's parameters for the two products of some rows. All matrices are contiguous.
+class Layer {
+ public:
+  Layer(const FfnRows& rows, const at::Tensor& output)
+      : input_(rows.input),
+        residual_(rows.residual),
+        output_(output),
+        channels_(input_.size(1)),
+        hidden_(rows.weights.expand_bias.size(0)),
+        expand_(rows.weights.expand_weight, rows.weights.expand_bias, channels_, hidden_),
+        project_(rows.weights.project_weight, rows.weights.project_bias, hidden_, channels_) {}
 
-  int64_t hidden_bytes(int64_t count) const { return count * hidden * rows.input.element_size(); }
+  int64_t hidden() const { return hidden_; }
 
+  /// From `count` rows of the input, beginning with row `first`, to their hidden activations.
   PackedConvForward expansion(int64_t first, int64_t count, void* to) const {
-    PackedConvForward p = expand.of(count, row(rows.input, first), channels, to, hidden);
+    PackedConvForward p = expand_.of(count, row(input_, first), channels_, to, hidden_);
     p.activation = Activation::relu;
     return p;
   }
 
+  /// From the hidden activations of these rows to the output.
   PackedConvForward projection(int64_t first, int64_t count, const void* from) const {
-    PackedConvForward p = project.of(count, from, hidden, static_cast<std::byte*>(output) + offset(first), channels);
-    p.residual = row(rows.input, first);
-    p.residual_row = channels;
-    if (rows.residual) {
-      p.second_residual = row(*rows.residual, first);
-      p.second_residual_row = channels;
+    void* to = static_cast<std::byte*>(output_.mutable_data_ptr()) + offset(first);
+    PackedConvForward p = project_.of(count, from, hidden_, to, channels_);
+    p.residual = row(input_, first);
+    p.residual_row = channels_;
+    if (residual_.defined()) {
+      p.second_residual = row(residual_, first);
+      p.second_residual_row = channels_;
     }
     return p;
   }
 
  private:
-  int64_t offset(int64_t row) const { return row * channels * rows.input.element_size(); }
+  int64_t offset(int64_t row) const { return row * channels_ * input_.element_size(); }
   const void* row(const at::Tensor& matrix, int64_t i) const {
     return static_cast<const std::byte*>(matrix.const_data_ptr()) + offset(i);
   }
+
+  at::Tensor input_, residual_, output_;
+  int64_t channels_, hidden_;
+  RowProduct expand_, project_;
 };
 
-void run_in_chunks(const Layer& layer, int64_t rows, int64_t chunks) {
-  const int64_t most = ceil_div(rows, chunks);
-  const Kernel<PackedConvForward>& kernel = packed_conv_kernel(kernel_dtype(layer.rows.input.scalar_type()));
-  const size_t hidden_bytes = ceil_div(layer.hidden_bytes(most), 64) * 64;
+void run_in_chunks(const Layer& layer, const at::Tensor& input, int64_t chunks) {
+  const int64_t rows = input.size(0), most = at::ceil_div(rows, chunks);
+  const Kernel<PackedConvForward>& kernel = packed_conv_kernel(kernel_dtype(input.scalar_type()));
+  const size_t hidden_bytes = at::round_up<int64_t>(most * layer.hidden() * input.element_size(), 64);
   const size_t scratch_bytes = std::max(kernel.scratch_bytes(layer.expansion(0, most, nullptr)),
                                         kernel.scratch_bytes(layer.projection(0, most, nullptr)));
-  at::parallel_for(0, ceil_div(rows, most), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, at::ceil_div(rows, most), 1, [&](int64_t begin, int64_t end) {
     const c10::DataPtr memory = c10::GetCPUAllocator()->allocate(hidden_bytes + scratch_bytes);  // 64-byte aligned
     std::byte *const hidden = static_cast<std::byte*>(memory.get()), *const scratch = hidden + hidden_bytes;
     for (int64_t i = begin; i < end; ++i) {
@@ -89,33 +98,27 @@ at::Tensor run_layer(const FfnRows& rows) {
   const at::Tensor& x = rows.input;
   if (x.scalar_type() == at::kDouble) return ffn_with_torch(rows);
   at::Tensor output = at::empty(x.sizes(), x.options());
-  const Layer layer{rows, output.mutable_data_ptr()};
+  const Layer layer(rows, output);
   const int64_t count = x.size(0);
-  if (const int64_t chunks = chunks_of(count, layer.hidden)) {
-    run_in_chunks(layer, count, chunks);
-  } else {  // each product by all threads
-    at::Tensor hidden = at::empty({count, layer.hidden}, x.options());
+  if (const int64_t chunks = chunks_of(count, layer.hidden())) {
+    run_in_chunks(layer, x, chunks);
+  } else {  // all threads share each product
+    at::Tensor hidden = at::empty({count, layer.hidden()}, x.options());
     run_packed_conv(layer.expansion(0, count, hidden.mutable_data_ptr()));
     run_packed_conv(layer.projection(0, count, hidden.const_data_ptr()));
   }
   return output;
 }
 
-at::Tensor forward(const at::Tensor& input, const std::optional<at::Tensor>& residual, const at::Tensor& expand_weight,
-                   const at::Tensor& expand_bias, const at::Tensor& project_weight, const at::Tensor& project_bias) {
-  return FfnArguments{input, {expand_weight, expand_bias, project_weight, project_bias}}.with(run_layer, residual);
-}
-
-FfnGradients backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& expand_weight,
-                      const at::Tensor& expand_bias, const at::Tensor& project_weight, const at::Tensor& project_bias) {
-  return ffn_backward_composed(grad_output, {input, {expand_weight, expand_bias, project_weight, project_bias}});
+at::Tensor forward(const FfnArguments& arguments) {
+  return arguments.with(run_layer);
 }
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
-  m.impl("ffn", forward);
-  m.impl("ffn_backward", backward);
+  m.impl("ffn", kernel_of<ffn, forward>);
+  m.impl("ffn_backward", kernel_of<ffn_backward, ffn_backward_composed>);
 }
 
 }  // namespace mobilemamba::cpu

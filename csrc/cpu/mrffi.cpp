@@ -10,8 +10,7 @@
 #include "cpu/backends.h"
 #include "cpu/row_product.h"
 #include "cpu/run.h"
-#include "ops/common.h"
-#include "ops/packed_conv2d.h"
+#include "ops/matrix.h"
 #include "registration.h"
 
 namespace mobilemamba::cpu {
@@ -24,9 +23,9 @@ void product(const Product& p, at::Tensor output) {
                                         output.mutable_data_ptr(), output.stride(0));
   params.activation = p.relu ? Activation::relu : Activation::none;
   params.residual_inside = p.residual_inside;
-  if (p.residual) {
-    params.residual = p.residual->const_data_ptr();
-    params.residual_row = p.residual->stride(0);
+  if (p.residual.defined()) {
+    params.residual = p.residual.const_data_ptr();
+    params.residual_row = p.residual.stride(0);
   }
   run_packed_conv(params);
 }
@@ -66,26 +65,22 @@ MrffiBackend backend(at::ScalarType type) {
   };
 }
 
-/// The weights with matrices as the products take them, so that no part has to pack them.
-std::vector<at::Tensor> packed(const MrffiArguments& arguments) {
-  std::vector<at::Tensor> weights = arguments.weights.vec();
-  for (size_t i = 0; i < weights.size(); ++i)
-    if (MrffiWeights::is_matrix(i) && weights[i].dim() == 2)
-      weights[i] = pack_conv2d_weight(weights[i].unsqueeze(2).unsqueeze(3));
-  return weights;
+/// Packs the matrices once for all parts of the batch.
+void pack_matrices(MrffiWeights& weights) {
+  for (const MrffiWeight& weight : mrffi_weights)
+    if (weight.kind == MrffiWeight::Kind::matrix) weights.*weight.tensor = packed_matrix(weights.*weight.tensor);
 }
 
 at::Tensor forward(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
                    double eps) {
-  const MrffiArguments arguments{input, weights, eps};
+  MrffiArguments arguments{input, MrffiWeights(weights), eps};
   arguments.check(residual);
-  const MrffiBackend on_cpu = backend(input.scalar_type());
-  if (input.scalar_type() == at::kDouble) return on_cpu.mrffi(arguments, residual);
-  return on_cpu.mrffi({input, packed(arguments), eps}, residual);
+  if (input.scalar_type() != at::kDouble) pack_matrices(arguments.weights);
+  return backend(input.scalar_type()).mrffi(arguments, residual);
 }
 
 MrffiGradients backward(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights, double eps) {
-  return mrffi_backward_composed(grad_output, {input, weights, eps});
+  return mrffi_backward_composed(grad_output, {input, MrffiWeights(weights), eps});
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "cpu/backends.h"
 #include "cpu/run.h"
+#include "ops/kernel_of.h"
 #include "registration.h"
 
 namespace mobilemamba::cpu {
@@ -17,18 +18,14 @@ void run_packed_conv(const PackedConvForward& p) {
 
 namespace {
 
-at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
-                   const std::optional<at::Tensor>& residual, int64_t kernel_size, int64_t stride,
-                   std::string_view activation) {
-  const PackedConvArguments arguments{input, weight, bias, residual, kernel_size, stride, activation};
-  if (input.scalar_type() == at::kDouble) return arguments.with_torch();
-  return arguments.with(run_packed_conv);
+at::Tensor forward(const PackedConvArguments& a) {
+  return a.input.scalar_type() == at::kDouble ? a.with_torch() : a.with(run_packed_conv);
 }
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
-  m.impl("packed_conv2d", forward);
+  m.impl("packed_conv2d", kernel_of<packed_conv2d, forward>);
 }
 
 }  // namespace mobilemamba::cpu

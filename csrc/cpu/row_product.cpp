@@ -3,15 +3,14 @@
 
 #include <ATen/ops/zeros.h>
 
-#include "ops/common.h"
-#include "ops/packed_conv2d.h"
+#include "ops/matrix.h"
 
 namespace mobilemamba::cpu {
 
 RowProduct::RowProduct(const at::Tensor& weight, const at::Tensor& bias, int64_t in, int64_t out)
     : in_(in),
       out_(out),
-      weight_(weight.dim() == 4 ? weight.contiguous() : pack_conv2d_weight(weight.unsqueeze(2).unsqueeze(3))),
+      weight_(packed_matrix(weight)),
       bias_(bias.defined() ? bias.to(at::kFloat).contiguous() : at::zeros({out}, weight.options().dtype(at::kFloat))) {}
 
 PackedConvForward RowProduct::of(int64_t rows, const void* input, int64_t input_row, void* output,

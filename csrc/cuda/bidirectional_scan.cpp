@@ -4,6 +4,7 @@
 #include "cuda/backends.h"
 #include "cuda/kernels.h"
 #include "cuda/run.h"
+#include "ops/kernel_of.h"
 #include "registration.h"
 
 namespace mobilemamba::cuda {
@@ -17,24 +18,21 @@ constinit const ScanBackend scan = {
 
 namespace {
 
-at::Tensor forward(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log, const at::Tensor& B,
-                   const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
-  const DeviceOf device(u);
-  return scan.bidirectional_scan({u, delta, A_log, B, C, D, dt_weight, dt_bias});
+at::Tensor forward(const ScanArguments& a) {
+  const DeviceOf device(a.u);
+  return scan.bidirectional_scan(a);
 }
 
-ScanGradients backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log,
-                       const at::Tensor& B, const at::Tensor& C, const at::Tensor& D, const at::Tensor& dt_weight,
-                       const at::Tensor& dt_bias) {
-  const DeviceOf device(u);
-  return scan.bidirectional_scan_backward(grad_y, {u, delta, A_log, B, C, D, dt_weight, dt_bias});
+ScanGradients backward(const at::Tensor& grad_y, const ScanArguments& a) {
+  const DeviceOf device(a.u);
+  return scan.bidirectional_scan_backward(grad_y, a);
 }
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
-  m.impl("bidirectional_scan", forward);
-  m.impl("bidirectional_scan_backward", backward);
+  m.impl("bidirectional_scan", kernel_of<bidirectional_scan, forward>);
+  m.impl("bidirectional_scan_backward", kernel_of<bidirectional_scan_backward, backward>);
 }
 
 }  // namespace mobilemamba::cuda

@@ -2,28 +2,27 @@
 #include "ops/ffn.h"
 
 #include "cuda/run.h"
+#include "ops/kernel_of.h"
 #include "registration.h"
 
 namespace mobilemamba::cuda {
 namespace {
 
-at::Tensor forward(const at::Tensor& input, const std::optional<at::Tensor>& residual, const at::Tensor& expand_weight,
-                   const at::Tensor& expand_bias, const at::Tensor& project_weight, const at::Tensor& project_bias) {
-  const DeviceOf device(input);
-  return FfnArguments{input, {expand_weight, expand_bias, project_weight, project_bias}}.with(ffn_with_torch, residual);
+at::Tensor forward(const FfnArguments& arguments) {
+  const DeviceOf device(arguments.input);
+  return arguments.with(ffn_with_torch);
 }
 
-FfnGradients backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& expand_weight,
-                      const at::Tensor& expand_bias, const at::Tensor& project_weight, const at::Tensor& project_bias) {
-  const DeviceOf device(input);
-  return ffn_backward_composed(grad_output, {input, {expand_weight, expand_bias, project_weight, project_bias}});
+FfnGradients backward(const at::Tensor& grad_output, const FfnArguments& arguments) {
+  const DeviceOf device(arguments.input);
+  return ffn_backward_composed(grad_output, arguments);
 }
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
-  m.impl("ffn", forward);
-  m.impl("ffn_backward", backward);
+  m.impl("ffn", kernel_of<ffn, forward>);
+  m.impl("ffn_backward", kernel_of<ffn_backward, backward>);
 }
 
 }  // namespace mobilemamba::cuda

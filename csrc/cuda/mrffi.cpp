@@ -23,14 +23,14 @@ MrffiBackend backend() {
 at::Tensor forward(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
                    double eps) {
   const DeviceOf device(input);
-  const MrffiArguments arguments{input, weights, eps};
+  const MrffiArguments arguments{input, MrffiWeights(weights), eps};
   arguments.check(residual);
   return backend().mrffi(arguments, residual);
 }
 
 MrffiGradients backward(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights, double eps) {
   const DeviceOf device(input);
-  return mrffi_backward_composed(grad_output, {input, weights, eps});
+  return mrffi_backward_composed(grad_output, {input, MrffiWeights(weights), eps});
 }
 
 }  // namespace

@@ -2,22 +2,21 @@
 #include "ops/packed_conv2d.h"
 
 #include "cuda/run.h"
+#include "ops/kernel_of.h"
 #include "registration.h"
 
 namespace mobilemamba::cuda {
 namespace {
 
-at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
-                   const std::optional<at::Tensor>& residual, int64_t kernel_size, int64_t stride,
-                   std::string_view activation) {
-  const DeviceOf device(input);
-  return PackedConvArguments{input, weight, bias, residual, kernel_size, stride, activation}.with_torch();
+at::Tensor forward(const PackedConvArguments& a) {
+  const DeviceOf device(a.input);
+  return a.with_torch();
 }
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
-  m.impl("packed_conv2d", forward);
+  m.impl("packed_conv2d", kernel_of<packed_conv2d, forward>);
 }
 
 }  // namespace mobilemamba::cuda

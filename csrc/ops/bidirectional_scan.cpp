@@ -1,32 +1,12 @@
 // Host side of the bidirectional scan; see the header.
 #include "ops/bidirectional_scan.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
 
 #include "ops/common.h"
 
 namespace mobilemamba {
-
-at::Tensor bidirectional_scan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log,
-                              const at::Tensor& B, const at::Tensor& C, const at::Tensor& D,
-                              const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mobilemamba::bidirectional_scan", "")
-                             .typed<decltype(bidirectional_scan)>();
-  return op.call(u, delta, A_log, B, C, D, dt_weight, dt_bias);
-}
-
-ScanGradients bidirectional_scan_backward(const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& delta,
-                                          const at::Tensor& A_log, const at::Tensor& B, const at::Tensor& C,
-                                          const at::Tensor& D, const at::Tensor& dt_weight, const at::Tensor& dt_bias) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mobilemamba::bidirectional_scan_backward", "")
-                             .typed<decltype(bidirectional_scan_backward)>();
-  return op.call(grad_y, u, delta, A_log, B, C, D, dt_weight, dt_bias);
-}
 
 void ScanArguments::check() const {
   const Checks check("bidirectional_scan", "u", u);
@@ -35,29 +15,21 @@ void ScanArguments::check() const {
   check.dimensions("A_log", A_log, 3, "(2, channels, N)");
   const c10::SymInt batch = u.sym_size(0), channels = u.sym_size(1), length = u.sym_size(2);
   const c10::SymInt rank = delta.sym_size(2), state = A_log.sym_size(2);
-  check.shape("delta", delta, {batch, 2, rank, length}, "(batch, 2, R, length)");
-  check.shape("A_log", A_log, {2, channels, state}, "(2, channels, N)");
-  check.shape("B", B, {batch, 2, state, length}, "(batch, 2, N, length)");
-  check.shape("C", C, {batch, 2, state, length}, "(batch, 2, N, length)");
-  check.shape("D", D, {2, channels}, "(2, channels)");
-  check.shape("dt_weight", dt_weight, {2, channels, rank}, "(2, channels, R)");
-  check.shape("dt_bias", dt_bias, {2, channels}, "(2, channels)");
+  check.like_main("delta", delta, {batch, 2, rank, length}, "(batch, 2, R, length)");
+  check.parameter("A_log", A_log, {2, channels, state}, "(2, channels, N)");
+  check.like_main("B", B, {batch, 2, state, length}, "(batch, 2, N, length)");
+  check.like_main("C", C, {batch, 2, state, length}, "(batch, 2, N, length)");
+  check.parameter("D", D, {2, channels}, "(2, channels)");
+  check.parameter("dt_weight", dt_weight, {2, channels, rank}, "(2, channels, R)");
+  check.parameter("dt_bias", dt_bias, {2, channels}, "(2, channels)");
   check.at_least_one("a rank R", rank, "delta", delta);
   check.at_least_one("a state size N", state, "A_log", A_log);
-  check.like_main("delta", delta);
-  check.like_main("B", B);
-  check.like_main("C", C);
-  check.parameter("A_log", A_log);
-  check.parameter("D", D);
-  check.parameter("dt_weight", dt_weight);
-  check.parameter("dt_bias", dt_bias);
 }
 
 void ScanArguments::check_backward(const at::Tensor& grad_y) const {
   check();
   const Checks check("bidirectional_scan_backward", "u", u);
-  check.shape("grad_y", grad_y, u.sym_sizes(), "(batch, channels, length)");
-  check.like_main("grad_y", grad_y);
+  check.like_main("grad_y", grad_y, u.sym_sizes(), "(batch, channels, length)");
 }
 
 at::Tensor scan_output(const at::Tensor& u) {
@@ -65,14 +37,14 @@ at::Tensor scan_output(const at::Tensor& u) {
 }
 
 ScanGradients scan_gradients(const ScanArguments& a) {
-  const auto like = [](const at::Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); };
-  return {scan_output(a.u), like(a.delta), like(a.A_log),     like(a.B),
-          like(a.C),        like(a.D),     like(a.dt_weight), like(a.dt_bias)};
+  return {scan_output(a.u),     empty_parameter(a.delta), empty_parameter(a.A_log),     empty_parameter(a.B),
+          empty_parameter(a.C), empty_parameter(a.D),     empty_parameter(a.dt_weight), empty_parameter(a.dt_bias)};
 }
 
 namespace {
 
-ScanRows rows_of(const at::Tensor& x) {
+/// The kernels' view of delta, B or C.
+ScanRows kernel_rows(const at::Tensor& x) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
@@ -99,9 +71,9 @@ class Inputs {
     p.u = u_.const_data_ptr();
     p.u_batch = u_.stride(0);
     p.u_position = u_.stride(2);
-    p.delta = rows_of(delta_);
-    p.B = rows_of(B_);
-    p.C = rows_of(C_);
+    p.delta = kernel_rows(delta_);
+    p.B = kernel_rows(B_);
+    p.C = kernel_rows(C_);
     p.A_log = A_log_.const_data_ptr();
     p.D = D_.const_data_ptr();
     p.dt_weight = dt_weight_.const_data_ptr();
@@ -135,11 +107,7 @@ at::Tensor ScanBackend::bidirectional_scan(const ScanArguments& a) const {
 
 ScanGradients ScanBackend::bidirectional_scan_backward(const at::Tensor& grad_y, const ScanArguments& a) const {
   a.check_backward(grad_y);
-  if (a.u.numel() == 0) {
-    const auto zeros = [](const at::Tensor& x) { return at::zeros(x.sizes(), x.options()); };
-    return {scan_output(a.u), zeros(a.delta), zeros(a.A_log),     zeros(a.B),
-            zeros(a.C),       zeros(a.D),     zeros(a.dt_weight), zeros(a.dt_bias)};
-  }
+  if (a.u.numel() == 0) return zeroed(scan_gradients(a));
   const Inputs inputs(a);
   const at::Tensor grad_y_channels = channels_contiguous(grad_y);
   ScanBackward p{};

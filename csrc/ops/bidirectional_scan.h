@@ -8,7 +8,7 @@ namespace mobilemamba {
 
 /// The operator's arguments, in the order of its schema.
 struct ScanArguments {
-  const at::Tensor &u, &delta, &A_log, &B, &C, &D, &dt_weight, &dt_bias;
+  at::Tensor u, delta, A_log, B, C, D, dt_weight, dt_bias;
 
   void check() const;
   void check_backward(const at::Tensor& grad_y) const;

@@ -1,6 +1,7 @@
-// Argument checks; see common.h.
+// Argument checks and results; see common.h.
 #include "ops/common.h"
 
+#include <ATen/ops/empty.h>
 #include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
 
@@ -27,6 +28,14 @@ at::Tensor channels_contiguous(const at::Tensor& x) {
 
 Image image_of(const at::Tensor& x) {
   return {x.const_data_ptr(), x.stride(0), x.stride(2), x.stride(3)};
+}
+
+at::Tensor empty_image(const at::Tensor& x) {
+  return at::empty_symint(x.sym_sizes(), x.options(), at::MemoryFormat::ChannelsLast);
+}
+
+at::Tensor empty_parameter(const at::Tensor& x) {
+  return at::empty_symint(x.sym_sizes(), x.options());
 }
 
 Checks::Checks(const char* op, const char* main_name, const at::Tensor& main)
@@ -64,11 +73,28 @@ void Checks::like_main(const char* name, const at::Tensor& tensor) const {
               main_.scalar_type(), " like ", main_name_);
 }
 
-void Checks::parameter(const char* name, const at::Tensor& tensor) const {
+void Checks::like_main(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected,
+                       const char* layout) const {
+  shape(name, tensor, expected, layout);
+  like_main(name, tensor);
+}
+
+void Checks::parameter(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected,
+                       const char* layout) const {
+  shape(name, tensor, expected, layout);
   device(name, tensor);
   const at::ScalarType type = main_.scalar_type(), accumulate = accumulate_type(type);
   TORCH_CHECK(tensor.scalar_type() == type || tensor.scalar_type() == accumulate, op_, ": ", name, " is ",
               tensor.scalar_type(), ", expected ", type, " like ", main_name_, type == accumulate ? "" : ", or Float");
+}
+
+void Checks::kernel(const char* name, const at::Tensor& tensor, const c10::SymInt& out, int64_t planes,
+                    const char* layout) const {
+  dimensions(name, tensor, 4, layout);
+  const c10::SymInt k = tensor.sym_size(3);
+  parameter(name, tensor, {out, planes, k, k}, layout);
+  TORCH_SYM_CHECK((k % 2).sym_eq(1), op_, ": ", name, " has shape ", tensor.sym_sizes(),
+                  ", expected an odd kernel size k");
 }
 
 }  // namespace mobilemamba

@@ -1,7 +1,6 @@
 // Host side of the depthwise convolution; see the header.
 #include "ops/depthwise_conv2d.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zero.h>
@@ -11,23 +10,6 @@
 #include "ops/common.h"
 
 namespace mobilemamba {
-
-at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                            const std::optional<at::Tensor>& residual, int64_t stride, std::string_view activation) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mobilemamba::depthwise_conv2d", "")
-                             .typed<decltype(depthwise_conv2d)>();
-  return op.call(input, weight, bias, residual, stride, activation);
-}
-
-DepthwiseGradients depthwise_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                             const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                                             int64_t stride, std::string_view activation) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mobilemamba::depthwise_conv2d_backward", "")
-                             .typed<decltype(depthwise_conv2d_backward)>();
-  return op.call(grad_output, input, weight, bias, stride, activation);
-}
 
 namespace {
 
@@ -49,30 +31,19 @@ std::vector<c10::SymInt> output_sizes(const at::Tensor& input, int64_t stride) {
 
 void DepthwiseArguments::check(const std::optional<at::Tensor>& residual) const {
   const Checks check("depthwise_conv2d", "input", input);
-  check.dimensions("input", input, 4, "(batch, channels, height, width)");
-  check.dimensions("weight", weight, 4, "(channels, 1, k, k)");
-  const c10::SymInt channels = input.sym_size(1), k = weight.sym_size(3);
-  check.shape("weight", weight, {channels, 1, k, k}, "(channels, 1, k, k)");
-  TORCH_SYM_CHECK((k % 2).sym_eq(1), "depthwise_conv2d: weight has shape ", weight.sym_sizes(),
-                  ", expected an odd kernel size k");
-  check.parameter("weight", weight);
-  if (bias) {
-    check.shape("bias", *bias, {channels}, "(channels)");
-    check.parameter("bias", *bias);
-  }
+  check.dimensions("input", input, 4, image_layout);
+  const c10::SymInt channels = input.sym_size(1);
+  check.kernel("weight", weight, channels, 1, "(channels, 1, k, k)");
+  if (bias) check.parameter("bias", *bias, {channels}, "(channels)");
   TORCH_CHECK(stride >= 1, "depthwise_conv2d: stride is ", stride, ", expected at least 1");
-  if (residual) {
-    check.shape("residual", *residual, output_sizes(input, stride), output_layout);
-    check.like_main("residual", *residual);
-  }
+  if (residual) check.like_main("residual", *residual, output_sizes(input, stride), output_layout);
   activation_of(activation);
 }
 
 void DepthwiseArguments::check_backward(const at::Tensor& grad_output) const {
   check(std::nullopt);
   const Checks check("depthwise_conv2d_backward", "input", input);
-  check.shape("grad_output", grad_output, output_sizes(input, stride), output_layout);
-  check.like_main("grad_output", grad_output);
+  check.like_main("grad_output", grad_output, output_sizes(input, stride), output_layout);
 }
 
 at::Tensor DepthwiseArguments::output() const {
@@ -81,14 +52,13 @@ at::Tensor DepthwiseArguments::output() const {
 
 DepthwiseGradients DepthwiseArguments::gradients() const {
   const auto sums = input.options().dtype(accumulate_type(input.scalar_type()));
-  return {at::empty_symint(input.sym_sizes(), input.options(), at::MemoryFormat::ChannelsLast),
-          at::empty_symint(weight.sym_sizes(), sums), at::empty_symint({input.sym_size(1)}, sums)};
+  return {empty_image(input), at::empty_symint(weight.sym_sizes(), sums), at::empty_symint({input.sym_size(1)}, sums)};
 }
 
 namespace {
 
 /// The weight as the kernels read it: (k, k, C).
-at::Tensor packed(const at::Tensor& weight, at::ScalarType type) {
+at::Tensor channels_last_weight(const at::Tensor& weight, at::ScalarType type) {
   return weight.to(type).select(1, 0).permute({1, 2, 0}).contiguous();
 }
 
@@ -101,7 +71,7 @@ struct Inputs {
   explicit Inputs(const DepthwiseArguments& a)
       : activation(activation_of(a.activation)), image(channels_contiguous(a.input)) {
     const at::ScalarType type = accumulate_type(a.input.scalar_type());
-    weight = packed(a.weight, type);
+    weight = channels_last_weight(a.weight, type);
     if (a.bias) bias = a.bias->to(type).contiguous();
     const int64_t height = image.size(2), width = image.size(3);
     // the kernels' memory grows with the stride, the output does not change once it is longer than the image
@@ -153,8 +123,8 @@ void DepthwiseBackend::depthwise_conv2d_into(void* output, int64_t output_column
 DepthwiseGradients DepthwiseBackend::depthwise_conv2d_backward(const at::Tensor& grad_output,
                                                                const DepthwiseArguments& arguments) const {
   arguments.check_backward(grad_output);
+  if (arguments.input.numel() == 0) return zeroed(arguments.gradients());
   auto [grad_input, grad_weight, grad_bias] = arguments.gradients();
-  if (grad_input.numel() == 0) return {grad_input, grad_weight.zero_(), grad_bias.zero_()};
   const Inputs inputs(arguments);
   const DepthwiseSizes& sizes = inputs.sizes;
 

@@ -10,8 +10,8 @@ using DepthwiseGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 /// What forward and backward take alike.
 struct DepthwiseArguments {
-  const at::Tensor &input, &weight;
-  const std::optional<at::Tensor>& bias;
+  at::Tensor input, weight;
+  std::optional<at::Tensor> bias;
   int64_t stride;
   std::string_view activation;
 

@@ -5,32 +5,39 @@
 
 namespace mobilemamba {
 
-/// For C channels and a hidden width F. Matrices (out, in) have the input's type and may also be packed
-/// (pack_conv2d_weight); biases may be float32 beside it.
+/// For C channels and a hidden width F. The matrices have the input's dtype and may be packed (pack_conv2d_weight); the
+/// biases may be float32 beside it.
 struct FfnWeights {
-  const at::Tensor &expand_weight, &expand_bias;    // (F, C), (F)
-  const at::Tensor &project_weight, &project_bias;  // (C, F), (C)
+  at::Tensor expand_weight, expand_bias;    // (F, C), (F)
+  at::Tensor project_weight, project_bias;  // (C, F), (C)
 };
 
-/// The layer on contiguous matrices (rows, channels), a row for each position:
+/// The layer on contiguous matrices (rows, channels) with a row for each position:
 /// output = input + relu(input @ expand_weight.t() + expand_bias) @ project_weight.t() + project_bias + residual.
 struct FfnRows {
-  const at::Tensor& input;
-  const std::optional<at::Tensor>& residual;
-  const FfnWeights& weights;
+  at::Tensor input, residual;  // no residual: undefined
+  FfnWeights weights;
 };
 
+/// The arguments of ffn, or those that it shares with ffn_backward.
 struct FfnArguments {
-  const at::Tensor& input;
-  const FfnWeights weights;
+  FfnArguments(const at::Tensor& input, const std::optional<at::Tensor>& residual, const at::Tensor& expand_weight,
+               const at::Tensor& expand_bias, const at::Tensor& project_weight, const at::Tensor& project_bias)
+      : input(input), residual(residual), weights{expand_weight, expand_bias, project_weight, project_bias} {}
+  FfnArguments(const at::Tensor& input, const at::Tensor& expand_weight, const at::Tensor& expand_bias,
+               const at::Tensor& project_weight, const at::Tensor& project_bias)
+      : FfnArguments(input, std::nullopt, expand_weight, expand_bias, project_weight, project_bias) {}
 
-  void check(const std::optional<at::Tensor>& residual) const;
+  at::Tensor input;
+  std::optional<at::Tensor> residual;
+  FfnWeights weights;
+
+  void check() const;
   void check_backward(const at::Tensor& grad_output) const;
   /// Uninitialised.
-  at::Tensor output() const;
   FfnGradients gradients() const;
   /// The operator by a backend's function of rows.
-  at::Tensor with(at::Tensor (*layer)(const FfnRows&), const std::optional<at::Tensor>& residual) const;
+  at::Tensor with(at::Tensor (*layer)(const FfnRows&)) const;
 };
 
 /// The layer by torch.

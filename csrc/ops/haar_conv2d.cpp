@@ -1,7 +1,6 @@
 // Host side of the Haar convolution; see the header.
 #include "ops/haar_conv2d.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zero.h>
@@ -10,41 +9,18 @@
 
 namespace mobilemamba {
 
-at::Tensor haar_conv2d(const at::Tensor& input, const at::Tensor& weight) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mobilemamba::haar_conv2d", "").typed<decltype(haar_conv2d)>();
-  return op.call(input, weight);
-}
-
-at::Tensor haar_conv2d_backward_weight(const at::Tensor& grad_output, const at::Tensor& input, int64_t kernel_size) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mobilemamba::haar_conv2d_backward_weight", "")
-                             .typed<decltype(haar_conv2d_backward_weight)>();
-  return op.call(grad_output, input, kernel_size);
-}
-
 void check_haar_conv2d(const at::Tensor& input, const at::Tensor& weight) {
   const Checks check("haar_conv2d", "input", input);
-  check.dimensions("input", input, 4, "(batch, channels, height, width)");
-  check.dimensions("weight", weight, 4, "(4 * channels, 1, k, k)");
-  const c10::SymInt k = weight.sym_size(3);
-  check.shape("weight", weight, {input.sym_size(1) * 4, 1, k, k}, "(4 * channels, 1, k, k)");
-  TORCH_SYM_CHECK((k % 2).sym_eq(1), "haar_conv2d: weight has shape ", weight.sym_sizes(),
-                  ", expected an odd kernel size k");
-  check.parameter("weight", weight);
+  check.dimensions("input", input, 4, image_layout);
+  check.kernel("weight", weight, input.sym_size(1) * 4, 1, "(4 * channels, 1, k, k)");
 }
 
 void check_haar_conv2d_backward_weight(const at::Tensor& grad_output, const at::Tensor& input, int64_t kernel_size) {
   const Checks check("haar_conv2d_backward_weight", "input", input);
-  check.dimensions("input", input, 4, "(batch, channels, height, width)");
-  check.shape("grad_output", grad_output, input.sym_sizes(), "(batch, channels, height, width)");
-  check.like_main("grad_output", grad_output);
+  check.dimensions("input", input, 4, image_layout);
+  check.like_main("grad_output", grad_output, input.sym_sizes(), image_layout);
   TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1, "haar_conv2d_backward_weight: kernel_size is ", kernel_size,
               ", expected a positive odd number");
-}
-
-at::Tensor haar_output(const at::Tensor& input) {
-  return at::empty_symint(input.sym_sizes(), input.options(), at::MemoryFormat::ChannelsLast);
 }
 
 at::Tensor haar_grad_weight(const at::Tensor& input, int64_t kernel_size) {
@@ -54,8 +30,8 @@ at::Tensor haar_grad_weight(const at::Tensor& input, int64_t kernel_size) {
 
 namespace {
 
-/// The weight (C, 4, k, k) as the kernels read it: (4, k, k, C) in the type of sums.
-at::Tensor packed_weight(const at::Tensor& bands, at::ScalarType input_type) {
+/// The weight (C, 4, k, k) as the kernels read it: (4, k, k, C) in the accumulator type.
+at::Tensor channels_last_bands(const at::Tensor& bands, at::ScalarType input_type) {
   return bands.to(accumulate_type(input_type)).permute({1, 2, 3, 0}).contiguous();
 }
 
@@ -67,7 +43,7 @@ HaarSizes sizes_of(const at::Tensor& input, int64_t kernel) {
 
 at::Tensor HaarBackend::haar_conv2d(const at::Tensor& input, const at::Tensor& weight) const {
   check_haar_conv2d(input, weight);
-  at::Tensor output = haar_output(input);
+  at::Tensor output = empty_image(input);
   if (output.numel() == 0) return output;
   const int64_t k = weight.size(3);
   haar_conv2d_into(output.mutable_data_ptr(), input.size(1), input, weight.reshape({-1, 4, k, k}));
@@ -76,8 +52,8 @@ at::Tensor HaarBackend::haar_conv2d(const at::Tensor& input, const at::Tensor& w
 
 void HaarBackend::haar_conv2d_into(void* output, int64_t output_column, const at::Tensor& input,
                                    const at::Tensor& bands) const {
-  const at::Tensor image = channels_contiguous(input), packed = packed_weight(bands, input.scalar_type());
-  forward({sizes_of(image, bands.size(3)), image_of(image), packed.const_data_ptr(), output, output_column});
+  const at::Tensor image = channels_contiguous(input), weight = channels_last_bands(bands, input.scalar_type());
+  forward({sizes_of(image, bands.size(3)), image_of(image), weight.const_data_ptr(), output, output_column});
 }
 
 at::Tensor HaarBackend::haar_conv2d_backward_weight(const at::Tensor& grad_output, const at::Tensor& input,

@@ -9,8 +9,7 @@ namespace mobilemamba {
 void check_haar_conv2d(const at::Tensor& input, const at::Tensor& weight);
 void check_haar_conv2d_backward_weight(const at::Tensor& grad_output, const at::Tensor& input, int64_t kernel_size);
 
-/// Uninitialised results.
-at::Tensor haar_output(const at::Tensor& input);
+/// Uninitialised.
 at::Tensor haar_grad_weight(const at::Tensor& input, int64_t kernel_size);
 
 /// The operators on a backend's kernels.

@@ -1,4 +1,4 @@
-// Images as matrices and weights that may be packed; see the header.
+// Images as matrices, and weights that may be packed; see the header.
 #include "ops/matrix.h"
 
 #include <ATen/ops/linear.h>
@@ -17,24 +17,27 @@ at::Tensor image(const at::Tensor& positions, const at::Tensor& like) {
 
 void check_matrix(const Checks& check, const char* name, const at::Tensor& weight, const c10::SymInt& out,
                   const c10::SymInt& in) {
-  constexpr int64_t panel = PackedConvForward::panel;
   if (weight.dim() == 4)
-    check.shape(name, weight, {(out + (panel - 1)) / panel, (in + 1) / 2, panel, 2}, "as packed");
+    check.like_main(name, weight, packed_sizes(out, in), "as packed");
   else
-    check.shape(name, weight, {out, in}, "(out, in)");
-  check.like_main(name, weight);
+    check.like_main(name, weight, {out, in}, "(out, in)");
 }
 
-at::Tensor matrix_of(const at::Tensor& weight, int64_t out, int64_t in) {
+at::Tensor packed_matrix(const at::Tensor& weight) {
+  return weight.dim() == 4 ? weight.contiguous() : pack_conv2d_weight(weight.unsqueeze(2).unsqueeze(3));
+}
+
+at::Tensor plain_matrix(const at::Tensor& weight, int64_t out, int64_t in) {
   return weight.dim() == 2 ? weight.contiguous() : unpack_conv2d_weight(weight, out, in, 1).flatten(1);
 }
 
 at::Tensor linear_with_torch(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, int64_t out) {
-  return at::linear(input, matrix_of(weight, out, input.size(1)), bias.defined() ? bias.to(input.scalar_type()) : bias);
+  return at::linear(input, plain_matrix(weight, out, input.size(1)),
+                    bias.defined() ? bias.to(input.scalar_type()) : bias);
 }
 
 at::Tensor matrix_gradient(const at::Tensor& grad, const at::Tensor& weight) {
-  return weight.dim() == 2 ? grad : pack_conv2d_weight(grad.unsqueeze(2).unsqueeze(3));
+  return weight.dim() == 2 ? grad : packed_matrix(grad);
 }
 
 at::Tensor parameter_gradient(const at::Tensor& grad, const at::Tensor& parameter) {

@@ -1,7 +1,8 @@
-// Host side of the MRFFI block that its backends share: checks, outputs, composition.
+// Host side of the MRFFI block that its backends share: the list of its weights, checks, outputs, composition.
 #pragma once
 
 #include <c10/util/FunctionRef.h>
+#include <c10/util/SmallVector.h>
 
 #include <array>
 
@@ -14,47 +15,69 @@ namespace mobilemamba {
 
 using MrffiGradients = std::tuple<at::Tensor, std::vector<at::Tensor>>;
 
-/// The weights by name, for C channels = G global + P local + identity, inner width D, rank R, state size N. Matrices
-/// (out, in) have the input's type and may also be packed (pack_conv2d_weight); the others may be float32 beside it.
+/// The weights, for C channels = G global + P local + identity, inner width D, rank R and state size N of the scan.
 struct MrffiWeights {
+  at::Tensor in_weight, in_bias;            // (2D, G), (2D)
+  at::Tensor conv_weight, conv_bias;        // (D, 1, k, k), (D)
+  at::Tensor x_weight;                      // (2 * (R + 2N), D)
+  at::Tensor dt_weight, dt_bias, A_log, D;  // as bidirectional_scan's
+  at::Tensor norm_weight, norm_bias;        // (D), (D)
+  at::Tensor out_weight, out_bias;          // (G, D), (G)
+  at::Tensor wavelet_weight;                // (G, 4, k, k)
+  at::Tensor local_weight, local_bias;      // (P, 1, k, k), (P)
+  at::Tensor local_scale, local_shift;      // (P), (P)
+  at::Tensor proj_weight, proj_bias;        // (C, C), (C)
+
+  MrffiWeights() = default;
+  /// From the operator's list, and back.
   explicit MrffiWeights(at::TensorList list);
-
-  static constexpr size_t count = 20;
-  static constexpr bool is_matrix(size_t i) { return i == 0 || i == 4 || i == 11 || i == 18; }
-
-  const at::Tensor &in_weight, &in_bias;              // (2D, G), (2D)
-  const at::Tensor &conv_weight, &conv_bias;          // (D, 1, k, k), (D)
-  const at::Tensor& x_weight;                         // (2 * (R + 2N), D)
-  const at::Tensor &dt_weight, &dt_bias, &A_log, &D;  // as bidirectional_scan's
-  const at::Tensor &norm_weight, &norm_bias;          // (D), (D)
-  const at::Tensor &out_weight, &out_bias;            // (G, D), (G)
-  const at::Tensor& wavelet_weight;                   // (G, 4, k, k)
-  const at::Tensor &local_weight, &local_bias;        // (P, 1, k, k), (P)
-  const at::Tensor &local_scale, &local_shift;        // (P), (P)
-  const at::Tensor &proj_weight, &proj_bias;          // (C, C), (C)
+  std::vector<at::Tensor> list() const;
 
   int64_t inner() const { return in_bias.size(0) / 2; }
+  int64_t rank() const { return dt_weight.size(2); }
+  int64_t state() const { return A_log.size(2); }
   int64_t global() const { return out_bias.size(0); }
   int64_t local() const { return local_bias.size(0); }
 };
 
+/// C, G, P, D, R and N, which may be symbolic.
+struct MrffiSizes {
+  c10::SymInt channels, global, local, inner, rank, state;
+};
+
+/// One weight in the operator's list.
+struct MrffiWeight {
+  enum class Kind {
+    matrix,     // (out, in) in the input's dtype, plain or packed (pack_conv2d_weight)
+    kernel,     // (channels, planes, k, k) with k odd; may be float32 beside a 16-bit input
+    parameter,  // may be float32 beside a 16-bit input
+  };
+  const char* name;
+  at::Tensor MrffiWeights::* tensor;
+  Kind kind;
+  const char* layout;
+  c10::SmallVector<c10::SymInt, 3> (*sizes)(const MrffiSizes&);  // of a kernel without k
+};
+
+/// The list's order. mobilemamba/ops.py has the same names (MRFFI_WEIGHTS); a test compares them.
+extern const std::array<MrffiWeight, 20> mrffi_weights;
+
 struct MrffiArguments {
-  const at::Tensor& input;
-  const at::TensorList weights;
+  at::Tensor input;
+  MrffiWeights weights;
   double eps;
 
   void check(const std::optional<at::Tensor>& residual) const;
   void check_backward(const at::Tensor& grad_output) const;
   /// Uninitialised.
-  at::Tensor output() const;
   MrffiGradients gradients() const;
 };
 
-/// relu(input @ weight.t() + bias + residual), each a (rows, channels) matrix with contiguous channels.
+/// relu(input @ weight.t() + bias + residual) for (rows, channels) matrices with contiguous channels. Bias and residual
+/// may be undefined; the ReLU is optional, and the residual may be added after it.
 struct Product {
-  const at::Tensor &input, &weight, &bias;
-  const std::optional<at::Tensor>& residual;
-  bool residual_inside, relu;
+  at::Tensor input, weight, bias = {}, residual = {};
+  bool residual_inside = false, relu = false;
 };
 
 /// The operator on a backend's kernels.
@@ -65,15 +88,17 @@ struct MrffiBackend {
   void (*gate)(const GateForward&);
   /// Writes to `output`, which may be the residual.
   void (*product)(const Product&, at::Tensor output);
-  /// Calls `run` with parts of a batch, each by its first image and how many they are, in any order or at once.
+  /// Calls `run` with parts of a batch, each given by its first image and its number of images. The calls may come in
+  /// any order and at the same time.
   void (*in_parts)(int64_t batch, int64_t positions, c10::function_ref<void(int64_t, int64_t)> run);
 
   /// For arguments that are checked.
   at::Tensor mrffi(const MrffiArguments& arguments, const std::optional<at::Tensor>& residual) const;
 
  private:
-  /// All images are channels-last.
-  void run(const MrffiArguments& arguments, const std::optional<at::Tensor>& residual, const at::Tensor& output) const;
+  /// Images and the residual, which may be undefined, are channels-last.
+  void run(const at::Tensor& input, const at::Tensor& residual, const MrffiWeights& w, double eps,
+           const at::Tensor& output) const;
 };
 
 /// The product by torch.

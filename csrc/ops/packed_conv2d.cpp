@@ -1,24 +1,19 @@
 // Host side of the convolution on a packed weight; see the header.
 #include "ops/packed_conv2d.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>
 
-#include "ops/common.h"
 #include "registration.h"
 
 namespace mobilemamba {
 
-at::Tensor packed_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
-                         const std::optional<at::Tensor>& residual, int64_t kernel_size, int64_t stride,
-                         std::string_view activation) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mobilemamba::packed_conv2d", "").typed<decltype(packed_conv2d)>();
-  return op.call(input, weight, bias, residual, kernel_size, stride, activation);
+std::vector<c10::SymInt> packed_sizes(const c10::SymInt& out, const c10::SymInt& patch) {
+  constexpr int64_t panel = PackedConvForward::panel;
+  return {(out + (panel - 1)) / panel, (patch + 1) / 2, panel, 2};
 }
 
 at::Tensor pack_conv2d_weight(const at::Tensor& weight) {
@@ -60,22 +55,17 @@ std::vector<c10::SymInt> output_sizes(const PackedConvArguments& a) {
 }  // namespace
 
 void PackedConvArguments::check() const {
-  constexpr int64_t panel = PackedConvForward::panel;
   const Checks check("packed_conv2d", "input", input);
   check.dimensions("input", input, 4, "(batch, in_channels, height, width)");
   check.dimensions("bias", bias, 1, "(out_channels)");
   TORCH_CHECK(kernel_size >= 1 && kernel_size % 2 == 1, "packed_conv2d: kernel_size is ", kernel_size,
               ", expected an odd number");
   TORCH_CHECK(stride >= 1, "packed_conv2d: stride is ", stride, ", expected at least 1");
-  const c10::SymInt out = bias.sym_size(0), patch = input.sym_size(1) * (kernel_size * kernel_size);
-  check.shape("weight", weight, {(out + (panel - 1)) / panel, (patch + 1) / 2, panel, 2},
-              "(ceil(out_channels / 32), ceil(in_channels * kernel_size^2 / 2), 32, 2), as packed");
-  check.like_main("weight", weight);
-  check.parameter("bias", bias);
-  if (residual) {
-    check.shape("residual", *residual, output_sizes(*this), "(batch, out_channels, height, width) of the output");
-    check.like_main("residual", *residual);
-  }
+  check.like_main("weight", weight, packed_sizes(bias.sym_size(0), input.sym_size(1) * (kernel_size * kernel_size)),
+                  "(ceil(out_channels / 32), ceil(in_channels * kernel_size^2 / 2), 32, 2), as packed");
+  check.parameter("bias", bias, {bias.sym_size(0)}, "(out_channels)");
+  if (residual)
+    check.like_main("residual", *residual, output_sizes(*this), "(batch, out_channels, height, width) of the output");
   TORCH_CHECK(activation == "none" || activation == "relu", "packed_conv2d: activation is \"", activation,
               "\", expected \"none\" or \"relu\"");
 }
@@ -100,8 +90,8 @@ at::Tensor PackedConvArguments::with_torch() const {
 
 namespace {
 
-/// A tensor whose positions are rows at equal distances, channels contiguous: the same one where it is so already.
-at::Tensor rows_of(const at::Tensor& x) {
+/// `x` with contiguous channels and positions at equal distances; copied only where it is not so.
+at::Tensor with_uniform_rows(const at::Tensor& x) {
   const at::Tensor y = channels_contiguous(x);
   const int64_t row = y.stride(3);
   const bool uniform = (y.size(2) <= 1 || y.stride(2) == y.size(3) * row) &&
@@ -121,9 +111,10 @@ at::Tensor PackedConvArguments::with(void (*kernel)(const PackedConvForward&)) c
   at::Tensor y = output();
   if (y.numel() == 0) return y;
   const bool one_to_one = kernel_size == 1 && stride == 1;
-  const at::Tensor x = one_to_one ? rows_of(input) : channels_contiguous(input), packed = weight.contiguous();
+  const at::Tensor x = one_to_one ? with_uniform_rows(input) : channels_contiguous(input);
+  const at::Tensor panels = weight.contiguous();
   const at::Tensor sums_bias = bias.to(at::kFloat).contiguous();
-  const at::Tensor added = residual ? rows_of(*residual) : at::Tensor();
+  const at::Tensor added = residual ? with_uniform_rows(*residual) : at::Tensor();
   Image image = image_of(x);
   if (one_to_one) {
     image.column = row_stride(x);
@@ -142,7 +133,7 @@ at::Tensor PackedConvArguments::with(void (*kernel)(const PackedConvForward&)) c
       .activation = activation == "relu" ? Activation::relu : Activation::none,
       .residual_inside = false,
       .input = image,
-      .weight = packed.const_data_ptr(),
+      .weight = panels.const_data_ptr(),
       .bias = sums_bias.const_data_ptr(),
       .residual = residual ? added.const_data_ptr() : nullptr,
       .residual_row = residual ? row_stride(added) : 0,

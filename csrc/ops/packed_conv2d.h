@@ -3,12 +3,14 @@
 
 #include "kernels/packed_conv.h"
 #include "mobilemamba.h"
+#include "ops/common.h"
 
 namespace mobilemamba {
 
+/// The operator's arguments, in the order of its schema.
 struct PackedConvArguments {
-  const at::Tensor &input, &weight, &bias;
-  const std::optional<at::Tensor>& residual;
+  at::Tensor input, weight, bias;
+  std::optional<at::Tensor> residual;
   int64_t kernel_size, stride;
   std::string_view activation;
 
@@ -21,7 +23,10 @@ struct PackedConvArguments {
   at::Tensor with(void (*kernel)(const PackedConvForward&)) const;
 };
 
-/// The weight (out_channels, in_channels, kernel_size, kernel_size) of its packed form.
+/// The sizes of the packed form of a weight (out, patch), where a patch has in_channels * kernel_size^2 elements.
+std::vector<c10::SymInt> packed_sizes(const c10::SymInt& out, const c10::SymInt& patch);
+
+/// The plain weight (out_channels, in_channels, kernel_size, kernel_size) from its packed form.
 at::Tensor unpack_conv2d_weight(const at::Tensor& packed, int64_t out_channels, int64_t in_channels,
                                 int64_t kernel_size);
 
