@@ -71,7 +71,7 @@ def depthwise_conv2d(
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
     """Within it, ``mobilemamba``'s modules use these functions: the plain PyTorch rendition of the network."""
-    from mobilemamba import layers, mrffi
+    from mobilemamba.models import layers, mrffi
 
     ours = (bidirectional_scan, haar_conv2d, depthwise_conv2d)
     native = [

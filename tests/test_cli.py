@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import mobilemamba
-from mobilemamba import checkpoint, cli
-from mobilemamba.transforms import Preprocessing
+from mobilemamba import cli, weights
+from mobilemamba.data import Preprocessing
 
 LABELS = [f"thing {i}" for i in range(10)]
 
@@ -26,19 +26,19 @@ def folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = mobilemamba.nano()
     preprocessing = Preprocessing(resize=28, crop=28, mean=(0.286,), std=(0.353,))
-    stored = checkpoint.Checkpoint(model.state_dict(), "nano", {"num_classes": 10}, LABELS, preprocessing)
-    checkpoint.save("nano.pt", stored)
+    stored = weights.Checkpoint(model.state_dict(), "nano", {"num_classes": 10}, LABELS, preprocessing)
+    weights.save("nano.pt", stored)
     headless = mobilemamba.nano(num_classes=0)
-    checkpoint.save("headless.pt", checkpoint.Checkpoint(headless.state_dict(), "nano", {"num_classes": 0}))
+    weights.save("headless.pt", weights.Checkpoint(headless.state_dict(), "nano", {"num_classes": 0}))
     infinite = {**model.state_dict(), "head.linear.bias": torch.full((10,), math.nan)}
-    checkpoint.save("infinite.pt", checkpoint.Checkpoint(infinite, "nano"))
+    weights.save("infinite.pt", weights.Checkpoint(infinite, "nano"))
     (tmp_path / "latin.txt").write_bytes("Häuser\n".encode("latin-1"))
     (tmp_path / "empty.txt").touch()
     # as much of b1 as tells the shapes
     widths, depths = (200, 376, 448), (2, 3, 2)
     blocks = [f"stages.{stage}.blocks.{i}.mixer.proj.conv.weight" for stage in range(3) for i in range(depths[stage])]
     torch.save({key: torch.zeros(widths[int(key[7])], 1) for key in blocks}, "b.pt")
-    checkpoint.save("unlabelled.pt", checkpoint.Checkpoint(model.state_dict(), "nano", {}, None, preprocessing))
+    weights.save("unlabelled.pt", weights.Checkpoint(model.state_dict(), "nano", {}, None, preprocessing))
     return tmp_path
 
 
@@ -97,7 +97,7 @@ def test_convert(folder, capsys):
     code, out, _ = run(capsys, "convert", "nano.pt", "nano.safetensors")
     assert code == 0
     assert "nano.safetensors" in out
-    assert checkpoint.read("nano.safetensors").labels == LABELS
+    assert weights.read("nano.safetensors").labels == LABELS
 
 
 def test_info(capsys):

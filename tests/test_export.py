@@ -10,8 +10,7 @@ from torch import nn
 
 import mobilemamba
 from mobilemamba import cli, weights
-from mobilemamba import export as exporting
-from mobilemamba.export import export
+from mobilemamba.deploy import export, exporting
 
 NANO = weights.entry("nano")
 

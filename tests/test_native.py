@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobilemamba import _native, info
+from mobilemamba import _native
+from mobilemamba.cli import info
 
 CPU_BUILD = {"torch": "2.13.0+cpu", "torch_cuda": None, "cuda": None}
 CUDA_BUILD = {"torch": "2.15.0+cu132", "torch_cuda": "13.2", "cuda": "13.0"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mobilemamba.transforms import Preprocessing, open_image
+from mobilemamba.data import Preprocessing, open_image
 
 GREY = Preprocessing(resize=28, crop=28, mean=(0.286,), std=(0.353,))
 

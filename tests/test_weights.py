@@ -242,7 +242,7 @@ def test_create_model_downloads(server: Server, monkeypatch: pytest.MonkeyPatch)
     buffer = io.BytesIO()
     torch.save(source.state_dict(), buffer)
     server.body = buffer.getvalue()
-    monkeypatch.setattr(weights, "DRIVE_URL", server.url + "?id={id}")
+    monkeypatch.setattr(weights.table, "DRIVE_URL", server.url + "?id={id}")
     model = create_model("t2", pretrained="distilled")
     assert model.distillation
     assert all(

@@ -11,8 +11,8 @@ from torch import nn
 
 import mobilemamba
 from mobilemamba import weights
-from mobilemamba.export import export
-from mobilemamba.transforms import Preprocessing
+from mobilemamba.data import Preprocessing
+from mobilemamba.deploy import export
 
 SIZES = {
     "nano": [(1, 28, 28), (5, 28, 28), (3, 37, 19), (2, 1, 1), (1, 64, 224)],

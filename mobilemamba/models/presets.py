@@ -1,8 +1,9 @@
 """The networks that have names: the published presets and ``nano``."""
 
+import difflib
 from typing import Any
 
-__all__ = ["PRESETS"]
+__all__ = ["PRESETS", "check_preset"]
 
 _B: dict[str, Any] = {"widths": (200, 376, 448), "depths": (2, 3, 2), "drop_path_rate": 0.03}
 
@@ -24,3 +25,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "b2": _B,
     "b4": _B,
 }
+
+
+def check_preset(name: str) -> None:
+    """Refuse a name that is not a preset's.
+
+    Raises:
+        ValueError: the message has the nearest names, and all of them.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"unknown model '{name}'; {hint}expected one of {', '.join(PRESETS)}")

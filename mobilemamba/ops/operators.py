@@ -7,7 +7,7 @@ Each function only calls ``torch.ops.mobilemamba``, so it works under autograd, 
 import torch
 from torch import Tensor
 
-from . import _native  # noqa: F401  (registers the operators)
+from .. import _native  # noqa: F401  (registers the operators)
 
 __all__ = [
     "bidirectional_scan",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _native  # noqa: F401  (registers the operators)
+from .. import _native  # noqa: F401  (registers the operators)
 
 __all__: list[str] = []
 

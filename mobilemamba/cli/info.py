@@ -1,16 +1,27 @@
-"""What a bug report needs: versions, what the library was built with, devices, threads, the weights cache."""
+"""``mobilemamba info``: what a bug report needs: versions, build, devices, threads, the weights cache."""
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import _native, weights
+from .. import _native, weights
+from .options import Parser
 
-__all__ = ["collect", "format_text"]
+HELP = "Print versions, backends and paths: what a bug report needs."
+
+
+def add_options(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+
+
+def run(args: argparse.Namespace) -> None:
+    collected = collect()
+    print(json.dumps(collected, indent=2) if args.json else format_text(collected))
 
 
 def collect() -> dict[str, Any]:
@@ -20,7 +31,7 @@ def collect() -> dict[str, Any]:
         "mobilemamba": {
             "version": build["version"],
             "commit": build["commit"],
-            "path": str(Path(__file__).parent),
+            "path": str(_native.LIBRARY.parent),
         },
         "built": {
             "torch": build["torch"],

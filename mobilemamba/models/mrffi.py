@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import bidirectional_scan, depthwise_conv2d, haar_conv2d, mrffi
 from .layers import ConvNorm, Folded, in_order
-from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d, mrffi
 
 __all__ = ["MRFFI", "SS2D", "HaarConv2d", "MultiKernelDepthwise", "WaveletMamba", "split_channels"]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .files import atomic_write
-from .model import MobileMamba
-from .transforms import Preprocessing
+from ..data import Preprocessing
+from ..models import MobileMamba
+from ..weights.files import atomic_write
 
 __all__ = ["DTYPES", "FORMATS", "export"]
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .model import MobileMamba
-from .presets import PRESETS
+from ..models import PRESETS, MobileMamba
 
 __all__ = ["check_model_args", "fitting_presets", "guess_model_args"]
 

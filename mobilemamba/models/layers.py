@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import depthwise_conv2d, ffn, pack_conv2d_weight, packed_conv2d
+from ..ops import depthwise_conv2d, ffn, pack_conv2d_weight, packed_conv2d
 
 __all__ = [
     "FFN",

@@ -1,0 +1,70 @@
+"""The folder of downloaded weights: each file is fetched once, and its hash is checked at every use."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from . import files
+from .fetch import fetch
+from .table import WeightsEntry
+
+__all__ = ["cache_dir", "download"]
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def cache_dir() -> Path:
+    """Folder of downloaded weights: ``MOBILEMAMBA_WEIGHTS``, or ``checkpoints`` in torch.hub's folder."""
+    chosen = os.environ.get("MOBILEMAMBA_WEIGHTS")
+    return Path(chosen).expanduser() if chosen else Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def download(entry: WeightsEntry, sha256: str | None = None, progress: bool = True, url: str | None = None) -> Path:
+    """The path of the weights file, downloaded to :func:`cache_dir` if it is not there.
+
+    The publisher gave no hashes. So the SHA-256 is recorded beside the file when it is first there (``.sha256``, in
+    sha256sum's format) and checked ever after; a caller who knows the hash can pass it.
+
+    Args:
+        sha256: the hash that the file must have.
+        progress: show a line on stderr.
+        url: another place to download from.
+
+    Raises:
+        OSError: the download failed; the next call continues it.
+        ValueError: what arrived is not the file, or its hash is another one.
+    """
+    if entry.drive_id is None:
+        path = ASSETS / entry.file_name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: the weights of {entry.preset} are missing from this installation")
+        return path
+    target = cache_dir() / entry.file_name
+    source = url or entry.url
+    assert source is not None
+    if not target.exists():
+        fetch(source, target, lambda part: _check_hash(part, target, sha256), progress)
+    digest = _check_hash(target, target, sha256)
+    record = _record(target)
+    if not record.exists():
+        files.atomic_write(record, lambda path: path.write_text(f"{digest}  {target.name}\n"))
+    return target
+
+
+def _record(target: Path) -> Path:
+    return target.with_name(target.name + ".sha256")
+
+
+def _check_hash(path: Path, target: Path, sha256: str | None) -> str:
+    """The hash of ``path``, which must be the one asked for and the one recorded for ``target``."""
+    digest, record = files.sha256(path), _record(target)
+    recorded = record.read_text().split(maxsplit=1)[:1] if record.exists() else None
+    if sha256 is not None and digest != sha256.lower():
+        raise ValueError(f"{target}: expected sha256 {sha256.lower()}, got {digest}; remove the file if it is damaged")
+    if recorded is not None and recorded != [digest]:
+        raise ValueError(
+            f"{target}: expected sha256 {''.join(recorded)} as at the first download, got {digest}; to accept a new "
+            f"file remove it together with {record.name}"
+        )
+    return digest
