@@ -11,6 +11,7 @@ from PIL import Image
 
 import mobilemamba
 from mobilemamba import cli, weights
+from mobilemamba.cli.options import checked_device
 from mobilemamba.data import Preprocessing
 
 LABELS = [f"thing {i}" for i in range(10)]
@@ -183,35 +184,35 @@ def test_interrupt_is_one_line(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "info", interrupted)
+    monkeypatch.setattr(cli.info, "run", interrupted)
     assert run(capsys, "info") == (130, "", "\nmobilemamba info: interrupted\n")
-    monkeypatch.setattr(cli, "train", interrupted)
+    monkeypatch.setattr(cli.train, "run", interrupted)
     code, _, err = run(capsys, "train", "--out", "somewhere")
-    assert (code, err) == (130, "\nmobilemamba train: interrupted: --resume goes on from the latest epoch\n")
+    assert (code, err) == (130, "\nmobilemamba train: interrupted: --resume continues from the latest epoch\n")
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):
     def broken(_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "info", broken)
+    monkeypatch.setattr(cli.info, "run", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["info"])
 
 
 def test_device_is_one_that_exists(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [cli.checked_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    assert [checked_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
     for name in ("cuda:2", "cuda:256", "cuda:x", "gpu"):
         with pytest.raises(ValueError, match=f"'{name}' is not available; expected cpu or cuda or cuda:0 or cuda:1$"):
-            cli.checked_device(name)
+            checked_device(name)
 
 
 def test_a_missing_kernel_is_the_users_to_mend(monkeypatch, capsys):
     def missing(_):
         raise NotImplementedError("mobilemamba::haar_conv2d: this version has no CUDA kernel for it")
 
-    monkeypatch.setattr(cli, "info", missing)
+    monkeypatch.setattr(cli.info, "run", missing)
     code, out, err = run(capsys, "info")
     assert (code, out) == (2, "")
     assert err == "mobilemamba info: error: mobilemamba::haar_conv2d: this version has no CUDA kernel for it\n"

@@ -259,7 +259,7 @@ def test_create_model_downloads(server: Server, monkeypatch: pytest.MonkeyPatch)
 
 def test_pretrained_argument(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match="expected True, 'distilled' or a checkpoint, got 'distiled', not a file"
+        FileNotFoundError, match="expected True, 'distilled' or a checkpoint, got 'distiled', which is not a file"
     ):
         create_model("nano", pretrained="distiled")
     with pytest.raises(ValueError, match="pretrained: expected True, False, 'distilled' or a path, got 3"):
