@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -256,11 +257,50 @@ class MobileMamba(nn.Module):
             maps.append(x)
         return maps
 
-    @torch.jit.unused
+    @overload
+    def forward_features(self, x: Tensor, stages: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward_features(self, x: Tensor, stages: Literal[True]) -> list[Tensor]: ...
+    @overload
+    def forward_features(self, x: Tensor, stages: bool) -> Tensor | list[Tensor]: ...
+
+    # TorchScript chooses an overload by the types of the arguments, not by their values: a call without `stages` takes
+    # the first one, a call with `stages` the second one. It does not know the overloads in a subclass.
+    if not TYPE_CHECKING:
+
+        @torch.jit._overload_method
+        def forward_features(self, x: Tensor, stages: None = None) -> Tensor: ...
+        @torch.jit._overload_method
+        def forward_features(self, x: Tensor, stages: bool) -> list[Tensor]: ...  # noqa: F811
+
     def forward_features(self, x: Tensor, stages: bool = False) -> Tensor | list[Tensor]:
-        """The last feature map ``(B, num_features, H/64, W/64)``, or with ``stages`` the list of all three."""
+        """Feature maps of images ``(B, in_chans, H, W)``.
+
+        Returns:
+            The last map ``(B, num_features, H/64, W/64)``; with ``stages=True`` the list of all three maps, as
+            :meth:`forward_stages` returns it. Published presets have strides of 16, 32 and 64; sizes are rounded up.
+
+        Raises:
+            ValueError: as :meth:`forward_stages`.
+
+        ``torch.jit.script`` compiles calls with ``stages=True`` and calls without ``stages``. A subclass of this class
+        calls :meth:`forward_stages` instead.
+        """
         maps = self.forward_stages(x)
+        if torch.jit.is_scripting():
+            if stages is None:
+                return maps[-1]
+            if not stages:
+                raise ValueError("forward_features: expected stages=True or no stages in TorchScript, got stages=False")
+            return maps
         return maps if stages else maps[-1]
+
+    @overload
+    def forward_head(self, x: Tensor, pre_logits: Literal[False] = False) -> Logits: ...
+    @overload
+    def forward_head(self, x: Tensor, pre_logits: Literal[True]) -> Tensor: ...
+    @overload
+    def forward_head(self, x: Tensor, pre_logits: bool) -> Logits: ...
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Logits:
         """Pooling and classifier on the last feature map; ``pre_logits`` stops after pooling."""
