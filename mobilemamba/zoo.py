@@ -49,43 +49,43 @@ def create_model(
     return model
 
 
-@with_model_options(**PRESETS["nano"])
+@with_model_options(PRESETS["nano"])
 def nano(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
     """A small model for 28x28 grey images. Its Fashion-MNIST weights are part of the package."""
     return create_model("nano", pretrained, **options)
 
 
-@with_model_options(**PRESETS["t2"])
+@with_model_options(PRESETS["t2"])
 def t2(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
     """MobileMamba-T2: 8.8 M parameters, 192 pixels."""
     return create_model("t2", pretrained, **options)
 
 
-@with_model_options(**PRESETS["t4"])
+@with_model_options(PRESETS["t4"])
 def t4(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
     """MobileMamba-T4: 14.2 M parameters, 192 pixels."""
     return create_model("t4", pretrained, **options)
 
 
-@with_model_options(**PRESETS["s6"])
+@with_model_options(PRESETS["s6"])
 def s6(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
     """MobileMamba-S6: 15.0 M parameters, 224 pixels."""
     return create_model("s6", pretrained, **options)
 
 
-@with_model_options(**PRESETS["b1"])
+@with_model_options(PRESETS["b1"])
 def b1(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
     """MobileMamba-B1: 17.1 M parameters, 256 pixels."""
     return create_model("b1", pretrained, **options)
 
 
-@with_model_options(**PRESETS["b2"])
+@with_model_options(PRESETS["b2"])
 def b2(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
     """MobileMamba-B2: the network of B1, trained for 384 pixels."""
     return create_model("b2", pretrained, **options)
 
 
-@with_model_options(**PRESETS["b4"])
+@with_model_options(PRESETS["b4"])
 def b4(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
     """MobileMamba-B4: the network of B1, trained for 512 pixels."""
     return create_model("b4", pretrained, **options)

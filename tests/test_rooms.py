@@ -1,6 +1,8 @@
 """The rooms of the package: each imports only from those below it, and what is optional has one place."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import mobilemamba
@@ -45,3 +47,21 @@ def test_rooms_import_downwards() -> None:
 def test_every_module_says_what_it_is_for() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+#: What the import must not cost: optional packages, and parts of the standard library that only a download needs.
+NOT_IMPORTED = {
+    *("PIL", "matplotlib", "onnx", "onnxruntime", "onnxscript", "safetensors", "sklearn", "timm", "torchvision"),
+    *("html", "http.cookiejar"),
+}
+
+
+def test_import_brings_nothing_that_is_optional(tmp_path: Path) -> None:
+    code = "import sys, torch; before = set(sys.modules); import mobilemamba; print(*set(sys.modules) - before)"
+    command = [sys.executable, "-c", f"{code}; assert mobilemamba.export is mobilemamba.deploy.export"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.split())
+    assert "mobilemamba.weights.table" in imported
+    assert imported & NOT_IMPORTED == set()
+    assert callable(mobilemamba.export)

@@ -2,7 +2,7 @@
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from typing_extensions import TypedDict
@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ModelOptions(TypedDict, total=False):
-    """Arguments of :class:`MobileMamba`, which documents them."""
+    """Arguments of :class:`MobileMamba`, which documents them. Each may be left out: a preset has a value for it."""
 
     num_classes: int
     in_chans: int
@@ -32,20 +32,29 @@ class ModelOptions(TypedDict, total=False):
     drop_path_rate: float
 
 
-def with_model_options(**defaults: Any) -> Callable[[F], F]:
-    """Let ``help()`` show the options of a function that takes ``**options: Unpack[ModelOptions]``.
+class _OfThePreset:
+    """Stands for a default that depends on the preset."""
+
+    def __repr__(self) -> str:
+        return "<the preset's>"
+
+
+def with_model_options(preset: Mapping[str, Any] | None = None) -> Callable[[F], F]:
+    """Give a function that takes ``**options: Unpack[ModelOptions]`` a signature with every option, for ``help()``.
 
     Args:
-        defaults: the values where they differ from those of :class:`MobileMamba`.
+        preset: the preset's arguments, shown as defaults. Arguments that the preset leaves out have the defaults of
+            :class:`MobileMamba`. None: the preset is chosen at the call, so no default is known.
     """
 
     def decorate(function: F) -> F:
         kinds = typing.get_type_hints(MobileMamba.__init__)
         own = inspect.signature(function)
         options = [
-            parameter.replace(
-                kind=inspect.Parameter.KEYWORD_ONLY,
-                default=defaults.get(name, parameter.default),
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=_OfThePreset() if preset is None else preset.get(name, parameter.default),
                 annotation=kinds[name],
             )
             for name, parameter in inspect.signature(MobileMamba).parameters.items()

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from . import files
-from .fetch import fetch
 from .table import WeightsEntry
 
 __all__ = ["cache_dir", "download"]
@@ -44,6 +43,8 @@ def download(entry: WeightsEntry, sha256: str | None = None, progress: bool = Tr
     source = url or entry.url
     assert source is not None
     if not target.exists():
+        from .fetch import fetch  # here: its HTTP modules would cost `import mobilemamba` 10 ms
+
         fetch(source, target, lambda part: _check_hash(part, target, sha256), progress)
     digest = _check_hash(target, target, sha256)
     record = _record(target)
