@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ from .mrffi import MRFFI
 __all__ = ["MobileMamba"]
 
 Logits = Tensor | tuple[Tensor, Tensor]
+
+
+class FeatureInfo(TypedDict):
+    """What is known of a stage's feature map before any image is seen."""
+
+    num_chs: int  # channels
+    reduction: int  # stride against the image, in pixels
+    module: str  # name of the module that ends the stage
 
 
 class Block(nn.Module):
@@ -226,8 +234,7 @@ class MobileMamba(nn.Module):
                 blocks.append(Block(widths[i], mixer, rates.pop(0)))
             stages.append(Stage(transition, blocks))
         self.stages = nn.ModuleList(stages)
-        #: per stage: channels, stride against the image, and the module that ends it
-        self.feature_info = [
+        self.feature_info: list[FeatureInfo] = [
             {"num_chs": widths[i], "reduction": reduction * 2**i, "module": f"stages.{i}"} for i in range(3)
         ]
         self.head = self._make_head()
@@ -327,7 +334,7 @@ class MobileMamba(nn.Module):
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def no_weight_decay(self) -> set[str]:
         """Names of parameters with more than one dimension that are not decayed: those of the state space."""
         leaves = ("A_log", "D", "dt_bias")
