@@ -37,9 +37,10 @@ class FeatureInfo(TypedDict):
 
 
 class Block(nn.Module):
-    """``x + DropPath(g(x))``, ``g`` = dw3, FFN, MRFFI, dw3, FFN, each with a residual of its own.
+    """``x + DropPath(g(x))``, where ``g`` is dw3, FFN, MRFFI, dw3, FFN, each with its own residual.
 
-    The identity is there twice, inside ``g`` and around it: that is how the published weights were trained.
+    ``(B, C, H, W) -> (B, C, H, W)``. The identity is added twice, inside ``g`` and around it: the published weights
+    were trained that way.
     """
 
     def __init__(self, dim: int, mixer: nn.Module, drop_path: float) -> None:
@@ -61,7 +62,7 @@ class Block(nn.Module):
 
 
 class FoldedBlock(nn.Module):
-    """A :class:`Block` whose layers are folded: the residual around ``g`` is added by its last layer."""
+    """A :class:`Block` with folded layers. Its last layer adds the residual around ``g``."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -75,7 +76,10 @@ class FoldedBlock(nn.Module):
 
 
 class Transition(nn.Sequential):
-    """Between stages: dw3 and FFN at the old width, patch merging, dw3 and FFN at the new width."""
+    """The layers between two stages: dw3 and FFN at the old width, patch merging, dw3 and FFN at the new width.
+
+    ``(B, dim, H, W) -> (B, out_dim, ceil(H/2), ceil(W/2))``.
+    """
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__(
@@ -84,7 +88,10 @@ class Transition(nn.Sequential):
 
 
 class Stage(nn.Module):
-    """An optional transition, then blocks. ``(B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))`` with a transition."""
+    """A transition and then blocks: ``(B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))``.
+
+    The first stage has ``nn.Identity()`` as its transition and keeps the shape.
+    """
 
     def __init__(self, transition: nn.Module, blocks: list[Block]) -> None:
         super().__init__()
@@ -103,24 +110,27 @@ class Stage(nn.Module):
 
     @torch.jit.unused
     def _checkpointed(self, block: nn.Module, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # which decides by itself what to recompute
+        if torch.compiler.is_compiling():  # torch.compile decides by itself what to recompute
             return block(x)
         return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block)))
 
 
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Recomputation in the backward pass sees each batch a second time; the running statistics must not."""
+    """Keep the running statistics of ``module``: recomputation in the backward pass shows them a batch again."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    counts = [counter.clone() for counter in counters]
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, before, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
+        for counter, count in zip(counters, counts, strict=True):
+            counter.copy_(count)
 
 
 class Classifier(nn.Module):
@@ -139,18 +149,23 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def fold(self) -> FoldedLinear:
         norm, linear = self.norm, self.linear
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         bias = linear.bias + linear.weight @ (norm.bias - norm.running_mean * scale)
         return FoldedLinear(linear.weight * scale, bias)
 
 
 class DistilledClassifier(nn.Module):
-    """Two classifiers: both outputs in training, their mean in evaluation."""
+    """Two classifiers on pooled features: ``(B, C) -> (B, num_classes)``.
+
+    Training returns both outputs, evaluation their mean.
+    """
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
-        self.labels = Classifier(dim, num_classes)
-        self.teacher = Classifier(dim, num_classes)
+        self.labels: nn.Module = Classifier(dim, num_classes)
+        self.teacher: nn.Module = Classifier(dim, num_classes)
 
     def forward(self, x: Tensor) -> Logits:
         labels, teacher = self.labels(x), self.teacher(x)
@@ -160,27 +175,41 @@ class DistilledClassifier(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> FoldedLinear:
-        labels, teacher = self.labels.conv, self.teacher.conv  # folded already; the mean of linear layers is one
-        labels.weight.add_(teacher.weight).div_(2)
-        labels.bias.add_(teacher.bias).div_(2)
-        return self.labels
+        labels, teacher = self.labels, self.teacher
+        assert isinstance(labels, FoldedLinear)
+        assert isinstance(teacher, FoldedLinear)
+        # the mean of two linear layers is one linear layer
+        labels.conv.weight.add_(teacher.conv.weight).div_(2)
+        labels.conv.bias.add_(teacher.conv.bias).div_(2)
+        return labels
 
 
 class MobileMamba(nn.Module):
-    """MobileMamba backbone with classifier. Images ``(B, in_chans, H, W)`` of any H and W -> logits ``(B, classes)``.
+    """MobileMamba backbone with classifier: images ``(B, in_chans, H, W)`` -> logits ``(B, num_classes)``.
+
+    H and W may be any size from 1 on, odd or even. Images are floating point, scaled and normalised.
 
     Args:
-        num_classes: classes of the head; 0 returns the pooled features ``(B, num_features)``.
+        num_classes: classes of the head. With 0 the model returns the pooled features ``(B, num_features)``.
         in_chans: image channels.
-        distillation: two heads; in training the model returns both outputs, in evaluation their mean.
-        widths: channels of the three stages.
-        depths: blocks of the three stages.
-        global_ratios, local_ratios: shares of the channels for the parts of MRFFI, per stage.
-        wavelet_kernels: kernel size on the Haar sub-bands, per stage.
-        local_kernels: kernel sizes of the local part, a tuple per stage.
-        patch_strides: strides of the 3x3 convolutions of the patch embedding, whose widths double up to ``widths[0]``.
-        ssm_ratio, d_state: inner width ratio and state size of the scan.
-        drop_path_rate: stochastic depth, rising linearly over the blocks from 0 to this.
+        distillation: two heads. Training returns the outputs of both as a tuple, evaluation returns their mean.
+        widths: channels of each stage.
+        depths: number of blocks in each stage.
+        global_ratios, local_ratios: for each stage, the shares of the channels that go to the global and to the local
+            part of MRFFI.
+        wavelet_kernels: for each stage, the kernel size on the Haar sub-bands; odd.
+        local_kernels: for each stage, the kernel sizes of the local part; odd.
+        patch_strides: strides of the 3x3 convolutions of the patch embedding. Their widths double up to ``widths[0]``.
+        ssm_ratio: inner width of the scan over the width of the global part.
+        d_state: state size of the scan.
+        drop_path_rate: rate of stochastic depth in the last block. It rises linearly from 0 in the first block.
+
+    Attributes:
+        num_features: channels of the last feature map.
+        feature_info: for each stage, its channels, its stride and the name of the module that ends it.
+
+    Raises:
+        ValueError: an argument is out of its range.
 
     Source: "MobileMamba: Lightweight Multi-Receptive Visual Mamba Network" (arXiv 2411.15941).
     """
@@ -248,7 +277,15 @@ class MobileMamba(nn.Module):
         return kind(self.num_features, self.num_classes)
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
-        """The feature maps after stages 1, 2 and 3: strides 16, 32 and 64 in the published presets."""
+        """The feature maps after stages 1, 2 and 3 of images ``(B, in_chans, H, W)``.
+
+        Returns:
+            Maps ``(B, widths[i], ceil(H / stride), ceil(W / stride))``, channels-last in memory. The published presets
+            have strides of 16, 32 and 64; ``feature_info`` has them for every model.
+
+        Raises:
+            ValueError: the shape or the type of the images does not fit.
+        """
         if x.dim() != 4 or x.size(1) != self.in_chans:
             raise ValueError(
                 f"input: expected images of shape (batch, {self.in_chans}, height, width), got {list(x.shape)}"
@@ -284,8 +321,8 @@ class MobileMamba(nn.Module):
         """Feature maps of images ``(B, in_chans, H, W)``.
 
         Returns:
-            The last map ``(B, num_features, H/64, W/64)``; with ``stages=True`` the list of all three maps, as
-            :meth:`forward_stages` returns it. Published presets have strides of 16, 32 and 64; sizes are rounded up.
+            The map after the last stage. With ``stages=True`` the list of all three maps, as :meth:`forward_stages`
+            returns it.
 
         Raises:
             ValueError: as :meth:`forward_stages`.
@@ -310,7 +347,12 @@ class MobileMamba(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool) -> Logits: ...
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Logits:
-        """Pooling and classifier on the last feature map; ``pre_logits`` stops after pooling."""
+        """Pooling and classifier on the last feature map ``(B, num_features, H, W)``.
+
+        Returns:
+            Logits ``(B, num_classes)``, or a tuple of two where the model has two heads and trains. With
+            ``pre_logits=True`` the pooled features ``(B, num_features)``.
+        """
         pooled = x.mean((2, 3))
         return pooled if pre_logits else self.head(pooled)
 
@@ -319,7 +361,15 @@ class MobileMamba(nn.Module):
 
     @torch.jit.unused
     def reset_classifier(self, num_classes: int, distillation: bool | None = None) -> None:
-        """Replace the head by a fresh one for ``num_classes`` classes (0: none), on the model's device and dtype."""
+        """Replace the head by a fresh one, on the model's device and in its dtype.
+
+        Args:
+            num_classes: classes of the new head; 0 for no head.
+            distillation: whether the new head is two heads; None keeps the model's choice.
+
+        Raises:
+            ValueError: ``num_classes`` is negative.
+        """
         self.num_classes = num_classes
         if distillation is not None:
             self.distillation = distillation
@@ -327,34 +377,39 @@ class MobileMamba(nn.Module):
 
     @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: keep only the input of each block and recompute the rest.
+        """Save memory in training at the price of time: keep only the input of each block and recompute the rest.
 
-        ``torch.compile`` disregards it: it decides by itself what to recompute.
+        It has no effect under ``torch.compile``, which decides by itself what to recompute.
         """
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     @torch.jit.unused
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with more than one dimension that are not decayed: those of the state space."""
+        """Names of the parameters of the state space. They get no weight decay, though some have two dimensions."""
         leaves = ("A_log", "D", "dt_bias")
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}
 
     @torch.jit.unused
     def fuse(self) -> "MobileMamba":
-        """A copy for inference with equal outputs, in evaluation mode, every BatchNorm and scale folded away.
+        """A copy for inference, in evaluation mode, with every BatchNorm and scale folded into a neighbouring layer.
 
-        Exact in real arithmetic: BatchNorm into its convolution or linear layer, the residual of a depthwise
-        convolution into its centre tap, ``base_scale`` into ``out_proj``, the wavelet scale into the wavelet kernel,
-        two heads into one. A model in 16 bits is folded in float32; its biases, depthwise kernels and scan parameters
-        stay so.
+        Outputs are equal up to rounding. BatchNorm goes into its convolution or linear layer, the residual of a
+        depthwise convolution into its centre tap, ``base_scale`` into ``out_proj``, the wavelet scale into the wavelet
+        kernel, and two heads become one. A model in float16 or bfloat16 is folded in float32; its biases, depthwise
+        kernels and scan parameters stay in float32.
 
-        The copy can be moved, cast, copied, pickled, scripted, compiled and exported. Its parameters lie in the orders
-        of the kernels, which safetensors does not store: keep the model that it is made from.
+        The copy can be moved, cast, copied, pickled, scripted, compiled and exported. Its parameters have the memory
+        order of the kernels, which safetensors does not store: keep the model that it is made from.
         """
         first = next(self.parameters())
         fused = copy.deepcopy(self).eval()
-        fused = fold_batchnorm(fused.float()).to(first.dtype) if is_short(first) else fold_batchnorm(fused)
+        if is_short(first):
+            fold_batchnorm(fused.float())
+            fused.to(first.dtype)
+        else:
+            fold_batchnorm(fused)
         fused.distillation = False
         for module in fused.modules():
             if isinstance(module, Folded) and next(module.parameters()).device.type == "cpu":
