@@ -1,4 +1,4 @@
-"""Models by name: making them, with weights by name or from a file."""
+"""Makes models by name, with weights by name or from a file."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ Pretrained = bool | str | os.PathLike[str]
 
 
 def list_models() -> list[str]:
-    """Names that :func:`create_model` knows."""
+    """The names that :func:`create_model` takes."""
     return list(PRESETS)
 
 
@@ -30,15 +30,18 @@ def create_model(
 
     Args:
         name: one of :func:`list_models`.
-        pretrained: True for the published plain weights (``nano``: those inside the package), ``"distilled"`` for the
-            published distilled weights, or the path of a checkpoint.
-        allow_head_mismatch: keep a fresh head where the head of the weights differs (other ``num_classes``, one head
-            against two). By default that is an error.
+        pretrained: False for random weights, True for the published plain weights (for ``nano``, those in the package),
+            ``"distilled"`` for the published distilled weights, or the path of a checkpoint.
+        allow_head_mismatch: keep the random head if the head of the weights differs (another ``num_classes``, or one
+            head against two). By default that is an error.
         options: arguments of :class:`MobileMamba` that replace the preset's, such as ``num_classes``, ``in_chans``,
-            ``distillation``, ``drop_path_rate``.
+            ``distillation``, ``drop_path_rate``. ``pretrained="distilled"`` makes ``distillation`` True.
 
     Raises:
-        ValueError: an unknown name (the message has the nearest names), or weights that do not fit.
+        ValueError: the name is unknown (the message has the nearest names), an option is out of its range, or the
+            weights do not fit.
+        TypeError: an option has an unknown name.
+        OSError: ``pretrained`` is a path without a file, or the download failed.
     """
     check_preset(name)
     if pretrained == "distilled":
@@ -51,31 +54,31 @@ def create_model(
 
 @with_model_options(PRESETS["nano"])
 def nano(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
-    """A small model for 28x28 grey images. Its Fashion-MNIST weights are part of the package."""
+    """MobileMamba-nano: 0.86 M parameters, grey images of 28 pixels. Its Fashion-MNIST weights are in the package."""
     return create_model("nano", pretrained, **options)
 
 
 @with_model_options(PRESETS["t2"])
 def t2(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
-    """MobileMamba-T2: 8.8 M parameters, 192 pixels."""
+    """MobileMamba-T2: 8.8 M parameters, trained for 192 pixels."""
     return create_model("t2", pretrained, **options)
 
 
 @with_model_options(PRESETS["t4"])
 def t4(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
-    """MobileMamba-T4: 14.2 M parameters, 192 pixels."""
+    """MobileMamba-T4: 14.2 M parameters, trained for 192 pixels."""
     return create_model("t4", pretrained, **options)
 
 
 @with_model_options(PRESETS["s6"])
 def s6(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
-    """MobileMamba-S6: 15.0 M parameters, 224 pixels."""
+    """MobileMamba-S6: 15.0 M parameters, trained for 224 pixels."""
     return create_model("s6", pretrained, **options)
 
 
 @with_model_options(PRESETS["b1"])
 def b1(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
-    """MobileMamba-B1: 17.1 M parameters, 256 pixels."""
+    """MobileMamba-B1: 17.1 M parameters, trained for 256 pixels."""
     return create_model("b1", pretrained, **options)
 
 
@@ -92,15 +95,15 @@ def b4(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> Mobil
 
 
 def open_model(source: weights.Source, preset: str | None = None) -> tuple[MobileMamba, weights.Checkpoint]:
-    """The model of ``source``, and its checkpoint.
+    """Make the model of ``source`` with its weights; returns the model and the checkpoint.
 
     Args:
         source: an entry of the table of weights (:func:`mobilemamba.weights.entry`), or the path of a checkpoint.
         preset: as for :func:`mobilemamba.weights.load`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not a checkpoint, its preset is not known, or the weights do not fit the preset.
+        OSError: no such file, or the download failed.
+        ValueError: the file is not a checkpoint, its preset is unknown, or the weights do not fit the preset.
     """
     stored = weights.load(source, preset)
     assert stored.preset is not None
@@ -112,20 +115,25 @@ def open_model(source: weights.Source, preset: str | None = None) -> tuple[Mobil
 def convert(
     source: str | os.PathLike[str], target: str | os.PathLike[str], preset: str | None = None
 ) -> dict[str, Any]:
-    """Write the weights of any readable file in this package's format. They must fit the whole model.
+    """Write the weights of any readable checkpoint in this package's format. They must fill the whole model.
 
     Args:
+        source: the checkpoint.
+        target: the file to write; its name ends with ``.safetensors``, ``.pt`` or ``.pth``.
         preset: as for :func:`mobilemamba.weights.load`.
 
     Returns:
-        ``preset``, ``model_args``, number of ``parameters`` and ``tensors``, and the ``sha256`` of ``target``.
+        A dict with ``preset``, ``model_args``, the number of ``parameters`` and of ``tensors``, and the ``sha256`` of
+        ``target``.
 
     Raises:
-        ValueError: as for :func:`open_model`, or ``target`` is the same file as ``source``.
+        FileNotFoundError: no such file as ``source``.
+        ValueError: as for :func:`open_model`; or ``target`` is the same file as ``source``, or its name has another
+            ending.
     """
     model, stored = open_model(source, preset)
     if Path(target).exists() and os.path.samefile(source, target):
-        raise ValueError(f"{target}: expected another file than the input, which is not overwritten")
+        raise ValueError(f"{target}: expected another file than the input: the input is not overwritten")
     weights.save(target, stored)
     return {
         "preset": stored.preset,

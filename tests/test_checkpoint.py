@@ -199,7 +199,7 @@ def test_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nano: 
     for content, name in ((Payload(), "posix.mkdir"), (nano, "mobilemamba.models.backbone.MobileMamba")):
         torch.save({"net": content}, "bad.pth")
         with pytest.raises(
-            ValueError, match=rf"bad\.pth: refused, .* run code of its own \({name}\); expected"
+            ValueError, match=rf"bad\.pth: expected only tensors and plain containers, .* runs code \({name}\): save"
         ) as caught:
             weights.read("bad.pth")
         assert "\n" not in str(caught.value)
@@ -212,8 +212,8 @@ def test_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nano: 
         (b"", "expected a checkpoint, got an empty file"),
         (b"\n<!DOCTYPE html><html>" + b" " * 100, "expected a checkpoint, got an HTML or XML page"),
         (b"GIF89a" + b"\x01" * 100, "expected a checkpoint (torch or safetensors), got something else"),
-        (b"PK\x03\x04" + b"\x00" * 100, "not a whole torch file"),
-        (b"\x10\0\0\0\0\0\0\0{" + b" " * 9, "not a whole safetensors file"),
+        (b"PK\x03\x04" + b"\x00" * 100, "expected a complete torch file"),
+        (b"\x10\0\0\0\0\0\0\0{" + b" " * 9, "expected a complete safetensors file"),
     ],
 )
 def test_not_a_checkpoint(tmp_path: Path, content: bytes, message: str) -> None:
@@ -235,7 +235,7 @@ def test_not_a_checkpoint(tmp_path: Path, content: bytes, message: str) -> None:
         ({"net_E": {"a": 1}}, "got a"),
         (
             {"format": "mobilemamba", "version": 9, "meta": {}, "state_dict": {"a": torch.zeros(1)}},
-            "version 9 is newer",
+            "expected at most version 1 of the format, got 9",
         ),
         ({"format": "mobilemamba", "meta": {}, "state_dict": {"a": torch.zeros(1)}}, "expected version 1 .* got None"),
         (
@@ -322,7 +322,7 @@ def test_one_network_of_several_presets(tmp_path: Path) -> None:
     network = create_model("b4", num_classes=2).state_dict()
     torch.save(network, source)
     assert weights.read(source).preset is None
-    with pytest.raises(ValueError, match=r"b\.pt: the weights are of b1 or b2 or b4, which are one network; expected"):
+    with pytest.raises(ValueError, match=r"b\.pt: the weights fit b1 or b2 or b4, which are one network; expected"):
         zoo.convert(source, target)
     assert not target.exists()
     zoo.convert(source, target, preset="b4")
@@ -351,7 +351,7 @@ def test_cut_files(tmp_path: Path, nano: MobileMamba) -> None:
         whole = (tmp_path / name).read_bytes()
         for length in (20, len(whole) // 2, len(whole) - 1):
             (tmp_path / "cut").write_bytes(whole[:length])
-            with pytest.raises(ValueError, match=r"cut: not a whole (torch|safetensors) file"):
+            with pytest.raises(ValueError, match=r"cut: expected a complete (torch|safetensors) file"):
                 weights.read(tmp_path / "cut")
 
 
@@ -443,6 +443,6 @@ def test_convert_refuses(tmp_path: Path, t2: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"6 missing: stages\.2\.blocks\.1\.mixer\.proj\.conv\.weight, "):
         zoo.convert(source, target)
     torch.save({"weight": torch.zeros(3)}, source)
-    with pytest.raises(ValueError, match=r"net\.pth: the weights are of no known preset by their shapes; expected the"):
+    with pytest.raises(ValueError, match=r"net\.pth: the weights fit no known preset; expected the"):
         zoo.convert(source, target)
     assert not target.exists()

@@ -131,7 +131,10 @@ REFUSALS = {
     "unknown model": (("classify", "dark.png", "--model", "nono"), "unknown model 'nono'; did you mean nano"),
     "unknown model to train": (("train", "--model", "s7", "--data", "digits", "--out", "new"), "did you mean s6"),
     "no distilled weights": (("classify", "dark.png", "--distilled"), "no distilled weights for model 'nano'"),
-    "distilled checkpoint": (("classify", "dark.png", "--distilled", *OWN), "--distilled goes with --model"),
+    "distilled checkpoint": (
+        ("classify", "dark.png", "--distilled", *OWN),
+        "expected either --distilled or --checkpoint, got both",
+    ),
     "missing checkpoint": (("classify", "dark.png", "--checkpoint", "none.pt"), "none.pt: no such checkpoint"),
     "not a checkpoint": (("classify", "dark.png", "--checkpoint", "text.png"), "text.png: "),
     "another preset": (
@@ -143,8 +146,8 @@ REFUSALS = {
         ("classify", "light.png", "dark.png", "--checkpoint", "infinite.pt"),
         "error: light.png: expected finite outputs of the model, got [nan",
     ),
-    "several presets": (("classify", "dark.png", "--checkpoint", "b.pt"), "b.pt: the weights are of b1 or b2 or b4, "),
-    "convert several": (("convert", "b.pt", "new.pt"), "b.pt: the weights are of b1 or b2 or b4, which are one "),
+    "several presets": (("classify", "dark.png", "--checkpoint", "b.pt"), "b.pt: the weights fit b1 or b2 or b4, "),
+    "convert several": (("convert", "b.pt", "new.pt"), "b.pt: the weights fit b1 or b2 or b4, which are one "),
     "labels not in UTF-8": (
         ("classify", "dark.png", "--labels", "latin.txt", *OWN),
         "latin.txt: expected names in UTF",
@@ -152,7 +155,7 @@ REFUSALS = {
     "no labels": (("classify", "dark.png", "--labels", "empty.txt", *OWN), "empty.txt: expected 10 labels"),
     "labels for others": (("classify", "dark.png", "--labels", "text.png", *OWN), "expected 10 labels"),
     "missing labels": (("classify", "dark.png", "--labels", "none.txt", *OWN), "none.txt"),
-    "topk": (("classify", "dark.png", "--topk", "0"), "argument --topk: must be at least 1, got 0"),
+    "topk": (("classify", "dark.png", "--topk", "0"), "argument --topk: expected at least 1, got 0"),
     **{
         f"device {name}": (("classify", "dark.png", "--device", name, *OWN), f"device '{name}' is not available; expec")
         for name in ("toaster", "gpu", "cuda:99", "cuda:256", "cuda:x", "cuda:", "")

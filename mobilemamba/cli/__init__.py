@@ -1,4 +1,4 @@
-"""The command line: ``mobilemamba train | classify | export | convert | info``.
+"""The command line: ``mobilemamba classify | train | export | convert | info``.
 
 An error in the user's input is one line on stderr and exit code 2. Any other error shows its traceback.
 """
@@ -17,7 +17,11 @@ COMMANDS = {"classify": classify, "train": train, "export": export, "convert": c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 where the user's input is refused, 130 after Ctrl-C."""
+    """Run a command.
+
+    Returns:
+        The exit code: 0, 2 if the user's input is refused, 130 after Ctrl-C.
+    """
     args = make_parser().parse_args(argv)
     try:
         COMMANDS[args.command].run(args)
@@ -32,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="mobilemamba", description="MobileMamba: train, classify, export, convert, info.")
+    parser = Parser(prog="mobilemamba", description="MobileMamba, a lightweight vision backbone.")
     parser.add_argument("--version", action="version", version=f"mobilemamba {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""``mobilemamba classify``: names what is in images."""
+"""``mobilemamba classify``: prints the most probable classes of images."""
 
 import argparse
 import json
@@ -9,16 +9,16 @@ import torch
 
 from .options import Parser, add_device_option, add_model_options, checked_device, open_model, positive
 
-HELP = "Name what is in images."
+HELP = "Print the most probable classes of images."
 
 
 def add_options(parser: Parser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     add_model_options(parser)
-    parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes to print (default: 5)")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
+    parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes per image (default: 5)")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per pass (default: 32)")
     add_device_option(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The image's path, and below it a line for each class."""
+    """The image's path, then a line for each class."""
     rows = [(p["label"] or f"class {p['class']}", p["probability"]) for p in result["predictions"]]
     width = max(len(name) for name, _ in rows)
     return "\n".join([result["image"], *(f"  {name:<{width}}  {probability:6.1%}" for name, probability in rows)])

@@ -14,8 +14,8 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--format", required=True, choices=FORMATS, help="%(choices)s")
     add_model_options(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="%(choices)s (default: float32)")
-    parser.add_argument("--trainable", action="store_true", help="keep BatchNorm; by default it is folded away")
-    add_device_option(parser, ": where the file will run")
+    parser.add_argument("--trainable", action="store_true", help="keep BatchNorm instead of folding it")
+    add_device_option(parser, ", the device that the file will run on")
 
 
 def run(args: argparse.Namespace) -> None:

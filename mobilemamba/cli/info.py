@@ -1,4 +1,4 @@
-"""``mobilemamba info``: what a bug report needs: versions, build, devices, threads, the weights cache."""
+"""``mobilemamba info``: prints what a bug report needs: versions, build, devices, threads, the weights cache."""
 
 import argparse
 import importlib.metadata
@@ -12,11 +12,11 @@ import torch
 from .. import _native, weights
 from .options import Parser
 
-HELP = "Print versions, backends and paths: what a bug report needs."
+HELP = "Print what a bug report needs: versions, build, devices, paths."
 
 
 def add_options(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON document")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def collect() -> dict[str, Any]:
-    """The facts, ready for ``json.dumps``; :func:`format_text` is for people."""
+    """The facts as a dict for ``json.dumps``. :func:`format_text` lays them out for people."""
     build = _native.BUILD
     return {
         "mobilemamba": {
@@ -63,7 +63,7 @@ def collect() -> dict[str, Any]:
 
 
 def format_text(facts: dict[str, Any]) -> str:
-    """Lay out what :func:`collect` returns as aligned lines, a heading for each group."""
+    """The facts of :func:`collect` as aligned lines, with a heading for each group."""
     lines = []
     for group, entries in facts.items():
         if not isinstance(entries, dict):

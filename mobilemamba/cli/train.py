@@ -1,4 +1,4 @@
-"""``mobilemamba train``: an option for each field of TrainConfig, and those that do not change the result."""
+"""``mobilemamba train``: an option for each field of TrainConfig, and options that do not change the result."""
 
 import argparse
 import dataclasses
@@ -26,7 +26,7 @@ def add_options(parser: Parser) -> None:
         elif field.default is None:
             kind["type"] = positive
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=text, **kind)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run; made if missing")
     parser.add_argument("--resume", action="store_true", help="continue from the latest epoch in DIR")
     add_device_option(parser)
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")

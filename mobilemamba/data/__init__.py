@@ -1,4 +1,4 @@
-"""Images: how a model wants them, data sets for training, augmentation."""
+"""Images: preprocessing, data sets for training, augmentation."""
 
 from .augmentation import Augmentation
 from .datasets import DataSet, Split, fashion_mnist_dir, load, read_idx

@@ -1,4 +1,4 @@
-"""Augmentation of a training batch: random changes of whole batches of uint8 images."""
+"""Augmentation: random changes of a training batch of uint8 images."""
 
 import math
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ __all__ = ["Augmentation"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a training batch, each image on its own; reproducible from the generator.
+    """Random changes of a training batch, drawn for each image. The same generator state gives the same changes.
 
     Args:
-        flip: mirror half of the images.
-        crop: shift by up to this many pixels in each direction, black coming in.
-        erase: probability of a rectangle of noise, of 2 % to 33 % of the area (random erasing, arXiv 1708.04896).
+        flip: mirror each image with probability 1/2.
+        crop: largest shift in pixels, in each direction; the border is filled with black.
+        erase: probability that a rectangle of 2 % to 33 % of the image becomes noise (random erasing, arXiv
+            1708.04896).
     """
 
     flip: bool = True
@@ -25,7 +26,7 @@ class Augmentation:
     erase: float = 0.25
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """uint8 ``(B, C, H, W)`` -> the same."""
+        """Changed copies of ``images``: uint8 ``(B, C, H, W)`` on the CPU -> uint8 ``(B, C, H, W)``."""
         batch, _, height, width = images.shape
 
         def uniform() -> Tensor:
@@ -54,7 +55,13 @@ class Augmentation:
 
 
 def span(size: int, length: Tensor, place: Tensor) -> Tensor:
-    """Which of ``size`` positions a run of ``length`` covers, at the share ``place`` of the room; ``(B, size)``."""
+    """Masks ``(B, size)`` of runs along one dimension.
+
+    Args:
+        size: number of positions.
+        length: positions of each run, ``(B, 1)``; rounded, at least 1 and at most ``size``.
+        place: where each run starts, ``(B, 1)``: from 0 (first possible position) up to 1 (last one).
+    """
     length = length.round().clamp(1, size)
     start = (place * (size - length + 1)).floor()
     positions = torch.arange(size)

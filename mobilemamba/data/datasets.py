@@ -1,6 +1,7 @@
 """Data sets for training, read without torchvision.
 
-Images are uint8 tensors ``(N, C, H, W)`` until :meth:`Preprocessing.normalize`; labels are int64 tensors ``(N,)``.
+Images are uint8 tensors ``(N, C, H, W)``, which :meth:`Preprocessing.normalize` turns into floating point. Labels are
+int64 tensors ``(N,)``.
 """
 
 import gzip
@@ -31,7 +32,10 @@ IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tif
 class Split(Protocol):
     """One part of a data set, for training or for testing."""
 
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor:
+        """Class of each image, int64 ``(N,)``."""
+        ...
 
     def images(self, index: Tensor) -> Tensor:
         """The images at ``index`` ``(B,)`` as uint8 ``(B, C, H, W)``."""
@@ -40,7 +44,13 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class DataSet:
-    """What the training loop needs: two parts, the names of the labels, and how ``classify`` prepares an image."""
+    """A data set for training.
+
+    Args:
+        train, test: the two parts.
+        labels: names of the classes.
+        preprocessing: how a trained model prepares an image; its mean and std normalise the training images too.
+    """
 
     train: Split
     test: Split
@@ -50,7 +60,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class InMemory:
-    """Images that fit in memory: ``pixels`` uint8 ``(N, C, H, W)``."""
+    """Images in memory: ``pixels`` uint8 ``(N, C, H, W)``, ``labels`` int64 ``(N,)``."""
 
     pixels: Tensor
     labels: Tensor
@@ -61,7 +71,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images decoded when they are asked for, resized and cropped as ``preprocessing`` says."""
+    """Image files, decoded on demand, then resized and cropped as ``preprocessing`` says."""
 
     paths: list[Path]
     labels: Tensor
@@ -69,7 +79,7 @@ class ImageFiles:
 
     def images(self, index: Tensor) -> Tensor:
         pixels = self.preprocessing.pixels()
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes outside the interpreter lock
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes without the GIL
             return torch.stack(list(pool.map(lambda i: pixels(self.paths[i]), index.tolist())))
 
 
@@ -79,10 +89,10 @@ def load(spec: str, image_size: int | None = None) -> DataSet:
     Args:
         spec: ``fashion-mnist`` or ``fashion-mnist:DIR`` (the four idx files), ``folder:DIR`` (class folders of images
             under ``train`` and ``val``), or ``digits`` (scikit-learn's 8x8 digits).
-        image_size: height and width for ``folder``; the other data sets have a size of their own.
+        image_size: height and width in pixels for ``folder`` (default: 224); the other data sets have a fixed size.
 
     Raises:
-        ValueError: an unknown name, or a file that is not what it should be.
+        ValueError: an unknown name, a damaged file, or an image size for a data set that has its own.
         FileNotFoundError: a file or folder is missing.
     """
     name, _, where = spec.partition(":")
@@ -98,14 +108,14 @@ def load(spec: str, image_size: int | None = None) -> DataSet:
 
 
 def fashion_mnist_dir() -> Path:
-    """Where Fashion-MNIST is looked for: ``$MOBILEMAMBA_FASHION_MNIST``, or where Debian puts it."""
+    """The folder of Fashion-MNIST: ``$MOBILEMAMBA_FASHION_MNIST``, or the folder of Debian's package."""
     return Path(os.environ.get("MOBILEMAMBA_FASHION_MNIST") or FASHION_MNIST_DIR)
 
 
 def load_fashion_mnist(root: Path) -> DataSet:
-    """Fashion-MNIST: 60,000 and 10,000 grey images of 28x28, ten classes."""
-    parts = []
-    for part in ("train", "t10k"):
+    """Fashion-MNIST in ``root``: 60,000 grey training images and 10,000 test images of 28x28 pixels, ten classes."""
+
+    def read(part: str) -> InMemory:
         images = read_idx(find_idx(root, f"{part}-images-idx3-ubyte"))
         labels = read_idx(find_idx(root, f"{part}-labels-idx1-ubyte")).long()
         if images.dim() != 3 or labels.shape != images.shape[:1]:
@@ -115,8 +125,9 @@ def load_fashion_mnist(root: Path) -> DataSet:
             )
         if len(labels) and int(labels.max()) >= len(FASHION_MNIST_LABELS):
             raise ValueError(f"{root}: expected '{part}' labels from 0 to 9, got {int(labels.max())}")
-        parts.append(InMemory(images.unsqueeze(1), labels))
-    return DataSet(*parts, FASHION_MNIST_LABELS, FASHION_MNIST_PREPROCESSING)
+        return InMemory(images.unsqueeze(1), labels)
+
+    return DataSet(read("train"), read("t10k"), FASHION_MNIST_LABELS, FASHION_MNIST_PREPROCESSING)
 
 
 def find_idx(root: Path, stem: str) -> Path:
@@ -125,22 +136,25 @@ def find_idx(root: Path, stem: str) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"{root}: no {stem}.gz or {stem}; expected the four files of Fashion-MNIST "
-        "(Debian: dataset-fashion-mnist), given by fashion-mnist:DIR or MOBILEMAMBA_FASHION_MNIST"
+        f"{root}: no {stem}.gz or {stem}; expected the four files of Fashion-MNIST: install Debian's package "
+        "dataset-fashion-mnist, or name their folder with fashion-mnist:DIR or MOBILEMAMBA_FASHION_MNIST"
     )
 
 
 def read_idx(path: Path) -> Tensor:
-    """Read an idx file of unsigned bytes, gzipped where its name ends with ``.gz``; uint8 of the shape in the header.
+    """Read an idx file of unsigned bytes as a uint8 tensor. A name that ends with ``.gz`` means a gzipped file.
 
     Format: two zero bytes, type (8: unsigned byte), number of dimensions, big-endian uint32 sizes, data.
+
+    Raises:
+        ValueError: the file is damaged or holds another type.
     """
     raw = path.read_bytes()
     if path.suffix == ".gz":
         try:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: not a whole gzip file: {error}") from error
+            raise ValueError(f"{path}: expected a complete gzip file, got a damaged one: {error}") from error
     dims = raw[3] if len(raw) >= 4 else 0
     start = 4 + 4 * dims
     if raw[:3] != b"\0\0\x08" or dims == 0 or len(raw) < start:
@@ -152,7 +166,7 @@ def read_idx(path: Path) -> Tensor:
 
 
 def load_folder(root: Path, size: int) -> DataSet:
-    """RGB images in ``root/train/CLASS/`` and ``root/val/CLASS/``; the sorted folder names are the labels."""
+    """RGB images of ``size`` pixels from ``root/train/CLASS/`` and ``root/val/CLASS/``; labels are the folder names."""
     names = tuple(sorted(path.name for path in subfolders(root / "train")))
     if not names:
         raise ValueError(f"{root / 'train'}: expected one folder of images for each class, got no folder")
@@ -160,8 +174,8 @@ def load_folder(root: Path, size: int) -> DataSet:
     if extra:
         raise ValueError(f"{root / 'val'}: expected only classes of {root / 'train'}, got {', '.join(extra)}")
     preprocessing = Preprocessing(resize=int(size / 0.875), crop=size)
-    parts = []
-    for part in ("train", "val"):
+
+    def find(part: str) -> ImageFiles:
         files = [
             (path, label)
             for label, name in enumerate(names)
@@ -171,8 +185,9 @@ def load_folder(root: Path, size: int) -> DataSet:
         if not files:
             raise ValueError(f"{root / part}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none")
         labels = torch.tensor([label for _, label in files])
-        parts.append(ImageFiles([path for path, _ in files], labels, preprocessing))
-    return DataSet(*parts, names, preprocessing)
+        return ImageFiles([path for path, _ in files], labels, preprocessing)
+
+    return DataSet(find("train"), find("val"), names, preprocessing)
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -182,7 +197,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def load_digits() -> DataSet:
-    """scikit-learn's digits: 1,797 grey images of 8x8, of which a fixed fifth is for testing."""
+    """scikit-learn's digits: 1,797 grey images of 8x8 pixels. A fixed fifth of them is the test part."""
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -191,6 +206,6 @@ def load_digits() -> DataSet:
     images = torch.from_numpy(digits.images * 15).to(torch.uint8).unsqueeze(1)  # 0 .. 16 -> 0 .. 240
     labels = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    parts = [InMemory(images[index], labels[index]) for index in order.tensor_split([len(labels) * 4 // 5])]
+    train, test = (InMemory(images[index], labels[index]) for index in order.tensor_split([len(labels) * 4 // 5]))
     preprocessing = Preprocessing(resize=8, crop=8, mean=(0.3,), std=(0.35,))
-    return DataSet(*parts, tuple(str(digit) for digit in range(10)), preprocessing)
+    return DataSet(train, test, tuple(str(digit) for digit in range(10)), preprocessing)

@@ -1,10 +1,10 @@
-"""From an image file to the tensor that a model was trained for: preprocessing as data, done with Pillow."""
+"""Preprocessing: from an image file to the tensor that a model expects, with Pillow."""
 
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Union, cast
 
 import torch
 from torch import Tensor
@@ -22,11 +22,11 @@ ImageOrPath = Union["Image.Image", str, os.PathLike[str]]
 
 
 def open_image(path: str | os.PathLike[str]) -> "Image.Image":
-    """Read an image file whole, turned upright as its EXIF orientation says, like every viewer shows it.
+    """Read a complete image file and turn the image upright, as its EXIF orientation says.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not an image, or a damaged one; the message names it.
+        ValueError: the file is not an image, or it is damaged; the message names the file.
     """
     from PIL import Image, ImageOps
 
@@ -45,13 +45,16 @@ def open_image(path: str | os.PathLike[str]) -> "Image.Image":
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a model wants its images: short side resized, centre cropped, normalised.
+    """How a model expects its images: the short side resized, the centre cropped, the channels normalised.
 
     Args:
-        resize: pixels of the short side after resizing; the aspect ratio is kept.
-        crop: pixels of the square cut from the centre, at most ``resize``.
-        mean, std: per channel, of values from 0 to 1; their number is that of the channels: 3 for RGB, 1 for grey.
+        resize: short side in pixels after resizing; the aspect ratio is kept.
+        crop: side of the centre square in pixels, from 1 to ``resize``.
+        mean, std: for each channel, of values from 0 to 1. Three values mean RGB, one means grey.
         interpolation: ``"bicubic"`` or ``"bilinear"``, antialiased.
+
+    Raises:
+        ValueError: a field is out of its range.
     """
 
     resize: int
@@ -70,7 +73,7 @@ class Preprocessing:
         if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
             raise ValueError(f"expected mean and std of 1 or 3 channels, got {self.mean} and {self.std}")
         if not all(value > 0 for value in self.std):
-            raise ValueError(f"std must be positive, got {self.std}")
+            raise ValueError(f"expected a positive std, got {self.std}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation: expected {' or '.join(INTERPOLATIONS)}, got '{self.interpolation}'")
 
@@ -80,24 +83,27 @@ class Preprocessing:
         return len(self.mean)
 
     def transforms(self) -> Callable[[ImageOrPath], Tensor]:
-        """A function from a PIL image or the path of one to a normalised float32 tensor ``(channels, crop, crop)``.
+        """A function from a PIL image or its path to a normalised float32 tensor ``(channels, crop, crop)``.
 
-        The figures are those of torchvision's ``Resize``, ``CenterCrop``, ``ToTensor`` and ``Normalize`` on PIL
-        images, which the published models are evaluated with. A PIL image is taken as it lies in memory; a path is
-        opened by :func:`open_image`. Palettes, CMYK and grey become RGB (or grey where the model wants that),
-        transparency is dropped, and 16 bits are reduced to 8. Of a strip longer than 16 times its width only the
-        centre is looked at: resizing all of it could take any amount of memory.
+        The results equal those of torchvision's ``Resize``, ``CenterCrop``, ``ToTensor`` and ``Normalize`` on PIL
+        images: the published models are evaluated with these. A path is opened by :func:`open_image`, which turns the
+        image upright; a PIL image is not turned. Every colour mode becomes RGB, or grey if the model has one channel.
+        Transparency is dropped, and 16 bits are reduced to 8. If one side is longer than 16 times the other, only the
+        centre is used: the memory for the resized image would have no bound.
+
+        The function raises ValueError for an image that cannot be read or converted, FileNotFoundError for a path
+        without a file, and TypeError for anything else.
         """
         return self._normalized
 
     def pixels(self) -> Callable[[ImageOrPath], Tensor]:
-        """As :meth:`transforms`, but without normalisation: uint8 ``(channels, crop, crop)``."""
+        """Like :meth:`transforms` without normalisation: the function returns uint8 ``(channels, crop, crop)``."""
         return self._pixels
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 ``(..., channels, H, W)`` -> float32 with mean and standard deviation per channel removed."""
+        """``(pixels / 255 - mean) / std`` for each channel: uint8 ``(..., channels, H, W)`` -> float32."""
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
-        return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)  # one product: training does it for every batch
+        return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)  # one product instead of two divisions
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -105,7 +111,11 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, fields: Any) -> "Preprocessing":
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a field is unknown, missing or out of its range.
+        """
         try:
             return cls(**fields)
         except TypeError as error:
@@ -130,31 +140,31 @@ class Preprocessing:
         short = min(image.size)
         if short < 1:
             raise ValueError(f"image: expected at least one pixel, got {image.width} x {image.height}")
-        size = tuple(int(self.resize * side / short) for side in image.size)
+        size = (int(self.resize * image.width / short), int(self.resize * image.height / short))
         image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         image = image.crop(centre_box(size, self.crop, self.crop))
         data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return data.view(self.crop, self.crop, self.channels).permute(2, 0, 1).contiguous()
 
 
-def centre_box(size: tuple[int, ...], width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the centre of an image of ``size``, with torchvision's rounding."""
+def centre_box(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the centre rectangle of an image of ``size``, rounded as torchvision does."""
     left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
     return left, top, left + width, top + height
 
 
 def to_mode(image: "Image.Image", mode: str) -> "Image.Image":
-    """``image`` as ``"RGB"`` or ``"L"`` of 8 bits."""
+    """``image`` in ``mode``: ``"RGB"`` or ``"L"``, 8 bits per channel."""
     if image.mode == mode:
         return image
-    if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+    if image.mode.startswith("I"):  # 16 bits: convert("L") would clip them to 255
         image = image.convert("I")
-        low, high = image.getextrema()
+        low, high = cast("tuple[int, int]", image.getextrema())  # one channel
         if low < 0 or high > 65535:
             raise ValueError(f"image: expected 8 or 16 bits per channel, got values from {low} to {high}")
         image = image.point(lambda value: value * (1 / 256)).convert("L")
     if image.mode == "F":
-        raise ValueError("image: expected 8 or 16 bits per channel, got floating point, whose range is not known")
+        raise ValueError("image: expected 8 or 16 bits per channel, got floating point of unknown range")
     try:
         return image.convert(mode)
     except ValueError as error:

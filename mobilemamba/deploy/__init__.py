@@ -1,4 +1,4 @@
-"""Models in files for programs without Python."""
+"""Export: models in files for programs without Python."""
 
 from .exporting import DTYPES, FORMATS, export
 

@@ -1,4 +1,4 @@
-"""A model in one file for programs without Python: TorchScript, AOTInductor or ONNX, checked after it is written."""
+"""Writes a model to a file for programs without Python: TorchScript, AOTInductor or ONNX. Then checks the file."""
 
 import copy
 import os
@@ -16,7 +16,7 @@ from ..weights.files import atomic_write
 
 __all__ = ["DTYPES", "FORMATS", "export"]
 
-VERSION = 1  # of the records below; a reader refuses a newer one
+VERSION = 1  # of the text records in the file; a reader refuses a newer version
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("torchscript", "aoti", "onnx")
 
@@ -31,33 +31,38 @@ def export(
     dtype: str = "float32",
     fuse: bool = True,
 ) -> float:
-    """Write ``model`` for inference on the device that it is on, for any batch and image size.
+    """Write ``model`` for inference on the device that it is on, for any batch size and image size.
 
-    What a program needs beside the network is in the file, as records of text: ``mobilemamba.version``, ``.dtype``,
-    ``.device``, ``.labels`` (one in a line; empty where there are none), and the fields of :class:`Preprocessing`. They
-    are extra files of a TorchScript or ``.pt2`` archive, and metadata of ONNX.
+    The file takes images ``(B, in_chans, H, W)`` and returns logits ``(B, num_classes)``. It also holds the facts that
+    a program needs, as text records: ``mobilemamba.version``, ``.dtype``, ``.device``, ``.labels`` (one per line, empty
+    without labels), and the fields of :class:`Preprocessing`. They are extra files in a TorchScript or ``.pt2``
+    archive, and metadata in ONNX.
 
     Args:
-        format: ``"torchscript"``; ``"aoti"``, a ``.pt2`` package that AOTInductor compiled for this machine's
-            processor; ``"onnx"``, in standard operators (needs the extra ``onnx``; float32 only).
+        model: it is copied, and stays as it is.
+        path: the file to write; for ``"aoti"`` its name ends with ``.pt2``.
+        format: ``"torchscript"``; ``"aoti"``, a ``.pt2`` package that AOTInductor compiles for this machine's
+            processor or GPU; ``"onnx"``, in standard operators (needs the extra ``onnx``; float32 only).
+        preprocessing: how the model expects its images.
         labels: names of the classes.
-        dtype: one of ``DTYPES``, of parameters, images and logits.
+        dtype: type of parameters, images and logits: one of ``DTYPES``.
         fuse: False keeps BatchNorm as it is, so that the module can be trained (TorchScript only).
 
     Returns:
-        The largest difference between the file's logits and the model's, over the largest logit.
+        The largest difference between the logits of the file and of the model, over the largest logit of the model.
 
     Raises:
-        ValueError: the options do not go together, or the file's logits are not the model's; no file is written then.
+        ValueError: the options exclude each other, or the logits of the file differ too much from the model's: by more
+            than 1e-4 in float32, 0.1 in a 16-bit type. No file is written then.
     """
     if format not in FORMATS or dtype not in DTYPES:
         raise ValueError(f"expected one of {', '.join(FORMATS)} in {', '.join(DTYPES)}, got {format} in {dtype}")
     if format == "aoti" and Path(path).suffix != ".pt2":
-        raise ValueError(f"{path}: expected a name that ends with .pt2, as torch expects it of an AOTInductor package")
+        raise ValueError(f"{path}: expected a name that ends with .pt2: torch requires it for AOTInductor packages")
     if format == "onnx" and dtype != "float32":
-        raise ValueError(f"expected float32 for ONNX, got {dtype}; ONNX tools convert a float32 file")
+        raise ValueError(f"expected float32 for ONNX, got {dtype}; convert the float32 file with ONNX tools")
     if not fuse and format != "torchscript":
-        raise ValueError(f"a module that can be trained is expected as torchscript, got {format}")
+        raise ValueError(f"expected torchscript for a module that can be trained, got {format}")
     device = next(model.parameters()).device
     records = {
         f"mobilemamba.{name}": " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -69,14 +74,14 @@ def export(
         }.items()
     }
     if any("\n" in label for label in labels or ()):
-        raise ValueError("expected labels of one line each")
+        raise ValueError("expected labels of one line each, got a label with a line break")
     records["mobilemamba.labels"] = "\n".join(labels or ())
 
     eager = copy.deepcopy(model).eval()
-    # ONNX gets the layers before fuse(), whose operators are the CPU's; its exporter folds BatchNorm itself
+    # ONNX takes the unfused layers: the operators of fused ones have no translation. Its exporter folds BatchNorm.
     written = eager.fuse() if fuse and format != "onnx" else eager
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / ("mobilemamba.pt2" if format == "aoti" else "mobilemamba")  # a name inside the file
+        file = Path(folder) / ("mobilemamba.pt2" if format == "aoti" else "mobilemamba")  # the archive stores the name
         run = {"torchscript": _torchscript, "aoti": _aoti, "onnx": _onnx}[format](
             copy.deepcopy(written).to(getattr(torch, dtype)), file, records
         )
@@ -91,7 +96,7 @@ def export(
 
 @torch.no_grad()
 def _difference(eager: MobileMamba, run: Callable[[Tensor], Tensor], pixels: int, dtype: torch.dtype) -> float:
-    """Over two batch and image sizes, neither of them that of the tracing."""
+    """The largest difference of logits over the largest logit, for two sizes that were not the example's."""
     worst = 0.0
     for batch, height, width in ((1, pixels, pixels), (3, pixels + 1, pixels // 2 + 1)):
         generator = torch.Generator().manual_seed(batch)
@@ -103,7 +108,7 @@ def _difference(eager: MobileMamba, run: Callable[[Tensor], Tensor], pixels: int
 
 
 class NeedsLibrary(nn.Module):
-    """Never run. TorchScript reads it before the network, so that without the operators its error shows the text."""
+    """Is never run. TorchScript loads it first, so that its error without the operators shows the printed text."""
 
     def forward(self, images: Tensor, weight: Tensor) -> Tensor:
         print("this file needs libmobilemamba: link MobileMamba::mobilemamba (C++), or import mobilemamba (Python)")
@@ -111,7 +116,7 @@ class NeedsLibrary(nn.Module):
 
 
 class Exported(nn.Module):
-    """The network, after what to say where it cannot be loaded."""
+    """The network, with :class:`NeedsLibrary` before it."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -135,6 +140,7 @@ def _aoti(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[
         program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
         options = {"aot_inductor.package": True}
         files = torch._inductor.aot_compile(program.module(), (images,), options=options)
+    assert isinstance(files, list)
     package_pt2(path, aoti_files=files, extra_files=records)
     return torch._inductor.aoti_load_package(str(path))
 
@@ -159,6 +165,7 @@ def _onnx(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[
         output_names=["logits"],
         verbose=False,
     )
+    assert program is not None
     program.model.metadata_props.update(records)
     program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -166,9 +173,9 @@ def _onnx(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[
 
 
 def _example(model: MobileMamba) -> tuple[Tensor, tuple[dict[int, torch.export.Dim]]]:
-    """Images to trace with, and their dimensions that vary."""
-    # torch.export takes sizes of 1 for a case of its own and promises nothing where the last map has one; the files
-    # compute that as well, see tests/cpp
+    """Example images for tracing, and their dynamic dimensions."""
+    # torch.export specialises sizes of 1, so the last map must have at least 2 rows and columns here. The files compute
+    # smaller images correctly too: tests/cpp checks it.
     smallest = model.feature_info[-1]["reduction"] + 1
     parameter = next(model.parameters())
     images = torch.randn(2, model.in_chans, 2 * smallest, 3 * smallest, dtype=parameter.dtype, device=parameter.device)

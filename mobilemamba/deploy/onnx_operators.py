@@ -1,4 +1,6 @@
-"""The operators in ONNX's standard ones: what ``torch.onnx.export`` takes as ``custom_translation_table``."""
+"""The native operators in standard ONNX operators: a ``custom_translation_table`` for ``torch.onnx.export``."""
+# mypy: disable-error-code="operator, misc"
+# (onnxscript's functions are its own language)
 
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +16,11 @@ __all__ = ["TRANSLATIONS"]
 
 @script()
 def linear_recurrence(a: FLOAT[...], b: FLOAT[...]) -> FLOAT[...]:
-    """h[t] = a[t] h[t - 1] + b[t] along the last dimension, by doubling: log2(length) steps, and no division."""
+    """h[t] = a[t] h[t - 1] + b[t] along the last dimension, by doubling: log2(length) steps without division."""
     axis = op.Constant(value_ints=[-1])
     zero = op.Constant(value_ints=[0])
     length = op.Shape(a, start=-1)
-    shift = op.Constant(value_ints=[1])  # (a, b)[t] is the recurrence over this many positions, the last of them t
+    shift = op.Constant(value_ints=[1])  # (a, b)[t] is the recurrence over this many positions up to t
     going = op.Squeeze(op.Less(shift, length))
     while going:
         before = op.Concat(shift, zero, axis=0)
@@ -32,7 +34,7 @@ def linear_recurrence(a: FLOAT[...], b: FLOAT[...]) -> FLOAT[...]:
 
 
 def bidirectional_scan(u: Any, delta: Any, A_log: Any, B: Any, C: Any, D: Any, dt_weight: Any, dt_bias: Any) -> Any:
-    """Tensors (batch, direction, channels, state, length), as ``ops.bidirectional_scan`` documents it."""
+    """``ops.bidirectional_scan``; tensors inside are (batch, direction, channels, state, length)."""
     dt = op.Unsqueeze(op.Softplus(op.MatMul(dt_weight, delta) + op.Unsqueeze(dt_bias, ints(-1))), ints(3))
     decay = op.Exp(dt * op.Unsqueeze(op.Neg(op.Exp(A_log)), ints(-1)))
     added = dt * op.Unsqueeze(B, ints(2)) * op.Unsqueeze(u, ints(1, 3))
@@ -42,7 +44,7 @@ def bidirectional_scan(u: Any, delta: Any, A_log: Any, B: Any, C: Any, D: Any, d
 
 
 def turn_second(x: Any) -> Any:
-    """``x`` with the sequence of the second direction turned round."""
+    """``x`` with the sequence of the second direction reversed."""
     first, second = op.Split(x, axis=1, num_outputs=2)
     turned = op.Slice(second, ints(-1), ints(np.iinfo(np.int64).min), ints(-1), ints(-1))
     return op.Concat(first, turned, axis=1)
@@ -74,7 +76,7 @@ def ints(*values: int) -> Any:
     return op.Constant(value_ints=list(values))
 
 
-#: opset 18, float32.
+#: For opset 18 and float32.
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.mobilemamba.bidirectional_scan.default: bidirectional_scan,
     torch.ops.mobilemamba.depthwise_conv2d.default: depthwise_conv2d,

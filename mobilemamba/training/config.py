@@ -1,4 +1,4 @@
-"""The options of a training run."""
+"""The options of a training run that determine its result."""
 
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -9,35 +9,41 @@ T = TypeVar("T")
 
 
 def option(default: T, text: str) -> T:
-    """A field of the configuration, which is also an option of ``mobilemamba train`` with ``text`` as its help."""
+    """A field of :class:`TrainConfig`. ``mobilemamba train`` has an option of its name, with ``text`` as the help."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What determines the result of a training run, to the last bit on one machine."""
+    """The options that determine the result of a training run, to the last bit on one machine.
 
-    model: str = option("nano", "preset")
+    ``mobilemamba train --help`` says what each one means.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    model: str = option("nano", "preset of the model")
     data: str = option(
         "fashion-mnist",
-        "fashion-mnist[:DIR], folder:DIR (class folders in train/ and val/) or scikit-learn's digits",
+        "fashion-mnist[:DIR], folder:DIR (class folders in train/ and val/) or digits (scikit-learn's)",
     )
-    image_size: int | None = option(None, "height and width of the images of folder:DIR (default: 224)")
+    image_size: int | None = option(None, "height and width in pixels, for folder:DIR only (default: 224)")
     epochs: int = option(20, "passes over the training images")
-    batch_size: int = option(128, "images in a step")
+    batch_size: int = option(128, "images per step")
     lr: float = option(2e-3, "highest learning rate")
-    warmup_epochs: float = option(1.0, "epochs of linear warm-up, before the cosine to lr / 100")
-    weight_decay: float = option(0.05, "of AdamW, on weights with more than one dimension")
-    label_smoothing: float = option(0.1, "share of the target spread over all the classes")
-    clip_grad: float = option(5.0, "largest norm of the gradient")
-    ema_decay: float = option(0.999, "decay per step of the averaged weights, which are the result")
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up; a cosine down to lr / 100 follows")
+    weight_decay: float = option(0.05, "weight decay of AdamW, on weights with more than one dimension")
+    label_smoothing: float = option(0.1, "share of the target that is spread over all classes")
+    clip_grad: float = option(5.0, "largest norm of the gradient; a longer one is scaled down")
+    ema_decay: float = option(0.999, "decay per step of the moving average of the weights; the average is the result")
     drop_path: float = option(0.0, "rate of stochastic depth")
-    flip: bool = option(True, "mirror half of the images")
-    crop: int = option(2, "shift the images by up to this many pixels")
-    erase: float = option(0.25, "probability of a rectangle of noise")
+    flip: bool = option(True, "mirror each image with probability 1/2")
+    crop: int = option(2, "largest random shift of an image, in pixels")
+    erase: float = option(0.25, "probability that a rectangle of the image becomes noise")
     amp: bool = option(False, "bfloat16 autocast")
-    half: bool = option(False, "store the weights of the result as float16")
-    seed: int = option(0, "seed of initial weights, order and augmentation")
+    half: bool = option(False, "store the result's weights as float16")
+    seed: int = option(0, "seed of the initial weights, the order of the images and the augmentation")
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr", "clip_grad"):

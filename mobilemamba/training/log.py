@@ -1,4 +1,4 @@
-"""What a run tells: the log of its epochs in a file, and a line on the terminal."""
+"""The log of a run: a file with a line for each epoch, and a progress line on the terminal."""
 
 import json
 import math
@@ -16,9 +16,10 @@ __all__ = ["Log", "clock", "progress"]
 
 
 class Log:
-    """JSON lines, a flushed line for each epoch.
+    """A file of JSON lines, one for each epoch.
 
-    What is there of epochs that will be repeated is dropped first, and a line that a killed process left unfinished.
+    Opening it drops the lines of epochs after ``epochs_done``, which will be repeated, and a line that a killed process
+    left unfinished.
     """
 
     def __init__(self, path: Path, epochs_done: int) -> None:
@@ -40,7 +41,11 @@ def epoch_of(line: str) -> float:
 
 
 def progress(batches: Tensor, describe: Callable[[int, int, float], str]) -> Iterator[Tensor]:
-    """Iterate, and on a terminal show a line that is rewritten twice a second; elsewhere nothing."""
+    """Iterate over ``batches``. On a terminal, also show a line that is rewritten twice a second.
+
+    Args:
+        describe: the text of the line, from the number of batches done, the number of all batches and the seconds.
+    """
     start = shown = time.perf_counter()
     for i, batch in enumerate(batches):
         yield batch
@@ -53,6 +58,6 @@ def progress(batches: Tensor, describe: Callable[[int, int, float], str]) -> Ite
 
 
 def clock(seconds: float) -> str:
-    """``h:mm:ss``."""
+    """``seconds`` as ``h:mm:ss``."""
     minutes, whole = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{whole:02d}"

@@ -1,7 +1,7 @@
-"""The training loop: one process, resumable bit for bit, from a data set to a checkpoint that ``classify`` reads.
+"""The training loop: one process, from a data set to a checkpoint that ``classify`` reads, resumable bit for bit.
 
-Everything random is a function of the seed and the epoch, so a checkpoint at the end of an epoch needs no generator
-state: what follows it is the same whether or not the process was killed in between.
+All random values depend only on the seed and the epoch. So a checkpoint at the end of an epoch needs no generator
+state: a run that was killed and resumed gives the same bits as one that was not.
 """
 
 import math
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import data, weights
+from ..models import MobileMamba
+from ..models.options import ModelOptions
 from ..weights.checkpoint import shorten
 from ..weights.files import atomic_write
 from ..weights.formats import TRAINING_FORMAT, VERSION, load_torch
@@ -28,15 +30,24 @@ __all__ = ["Run", "train"]
 
 
 def train(config: TrainConfig, out: Path, device: str = "cpu", resume: bool = False) -> float:
-    """Train a model into the folder ``out``; returns the test accuracy of the weights that were stored.
+    """Train a model and store it in the folder ``out``.
 
-    ``out`` gets ``log.jsonl`` (a line per epoch), ``last.pt`` (the whole state after the latest epoch) and, at the
-    end, ``model.pt`` (the averaged weights). With ``resume`` it continues from ``last.pt``.
+    The run writes ``log.jsonl`` (one line per epoch), ``last.pt`` (the complete state after the latest epoch) and, at
+    the end, ``model.pt`` (the moving average of the weights).
+
+    Args:
+        config: the options that determine the result.
+        out: the folder; it is made if it is missing.
+        device: ``"cpu"`` or ``"cuda"``, perhaps with an index.
+        resume: continue from ``last.pt`` if ``out`` has one.
+
+    Returns:
+        The test accuracy of the stored weights, from 0 to 1.
 
     Raises:
-        ValueError: an option or the data is not usable, or ``last.pt`` was made with others.
-        FileExistsError: ``out`` has a run and ``resume`` was not asked for.
-        FloatingPointError: the loss or its gradient is no longer finite; ``last.pt`` is still the latest good state.
+        ValueError: an option or the data cannot be used, or ``last.pt`` was made with other options or data.
+        FileExistsError: ``out`` holds a run and ``resume`` is False.
+        FloatingPointError: the loss or its gradient is not finite. ``last.pt`` keeps the state of the latest epoch.
     """
     last, log_file, model_file = files = [out / name for name in ("last.pt", "log.jsonl", "model.pt")]
     for path in files:
@@ -47,7 +58,7 @@ def train(config: TrainConfig, out: Path, device: str = "cpu", resume: bool = Fa
         run.load(last)
     out.mkdir(parents=True, exist_ok=True)
     for path in files:
-        for unfinished in out.glob(f".{path.name}.*.tmp"):  # of a process that was killed while saving
+        for unfinished in out.glob(f".{path.name}.*.tmp"):  # left by a process that was killed while saving
             unfinished.unlink()
     log = Log(log_file, epochs_done=run.epoch)
     log.write({"config": asdict(config), "parameters": run.parameters, "torch": torch.__version__, "epoch": run.epoch})
@@ -60,7 +71,7 @@ def train(config: TrainConfig, out: Path, device: str = "cpu", resume: bool = Fa
 
 
 class Run:
-    """The state of a training run, which moves on by whole epochs."""
+    """The state of a training run. It advances by whole epochs."""
 
     def __init__(self, config: TrainConfig, dataset: data.DataSet, device: torch.device) -> None:
         self.config, self.dataset, self.device = config, dataset, device
@@ -69,21 +80,22 @@ class Run:
             raise ValueError(f"BatchNorm needs at least 2 images in a batch, got {self.batch_size}")
         self.steps_per_epoch = len(dataset.train.labels) // self.batch_size
         self.augment = data.Augmentation(config.flip, config.crop, config.erase)
-        self.model_args = {"num_classes": len(dataset.labels), "in_chans": len(dataset.preprocessing.mean)}
+        self.model_args = ModelOptions(num_classes=len(dataset.labels), in_chans=dataset.preprocessing.channels)
         self.epoch = 0
         torch.manual_seed(config.seed)
-        model = create_model(config.model, drop_path_rate=config.drop_path, **self.model_args)
-        self.model = model.to(device, memory_format=torch.channels_last)
+        options: ModelOptions = {**self.model_args, "drop_path_rate": config.drop_path}
+        model = create_model(config.model, **options)
+        self.model: MobileMamba = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.ema = Ema(self.model, config.ema_decay)
         groups = parameter_groups(self.model, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
     def train_epoch(self) -> dict[str, Any]:
-        """One pass over the training images in an order of its own; returns what the log says of it."""
+        """Pass once over the training images, in the random order of this epoch; returns its line of the log."""
         config, start, total = self.config, time.perf_counter(), 0.0
         seed = config.seed * 1_000_003 + self.epoch + 1
-        torch.manual_seed(seed)  # stochastic depth
+        torch.manual_seed(seed)  # for stochastic depth
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.dataset.train.labels), generator=generator)
         batches = order[: self.steps_per_epoch * self.batch_size].view(-1, self.batch_size)
@@ -110,7 +122,13 @@ class Run:
         return entry
 
     def train_step(self, images: Tensor, labels: Tensor, step: int) -> float:
-        """One step of the optimizer and the average; returns the loss."""
+        """One step of the optimizer and of the moving average; returns the loss.
+
+        Args:
+            images: augmented, uint8 ``(B, C, H, W)``.
+            labels: int64 ``(B,)``.
+            step: number of the step, from 0 in the first epoch.
+        """
         config = self.config
         warmup = round(config.warmup_epochs * self.steps_per_epoch)
         lr = learning_rate(step, config.epochs * self.steps_per_epoch, warmup, config.lr)
@@ -134,12 +152,13 @@ class Run:
         return value
 
     def describe(self, done: int, total: int, seconds: float) -> str:
-        """The line that a terminal shows during an epoch."""
+        """The progress line of the terminal, ``done`` of ``total`` steps and ``seconds`` into the epoch."""
         left = seconds / done * (total * (self.config.epochs - self.epoch) - done)
         rate = done * self.batch_size / seconds
         return f"epoch {self.epoch + 1}  step {done}/{total}  {rate:.0f} images/s  {clock(left)} left"
 
     def meta(self) -> dict[str, Any]:
+        """The facts about the model that go into every checkpoint."""
         return {
             "preset": self.config.model,
             "model_args": self.model_args,
@@ -148,7 +167,7 @@ class Run:
         }
 
     def save(self, path: Path) -> None:
-        """Replace ``path`` by the present state, or leave it as it was."""
+        """Write the state to ``path``. If that fails, an older file at ``path`` stays as it was."""
         state = {
             "format": TRAINING_FORMAT,
             "version": VERSION,
@@ -162,13 +181,18 @@ class Run:
         atomic_write(path, lambda temporary: torch.save(state, temporary))
 
     def load(self, path: Path) -> None:
-        """Continue from what :meth:`save` wrote."""
+        """Continue from the state that :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is damaged, or its run had other options or data.
+        """
         try:
             self.restore(load_torch(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     def restore(self, state: Any) -> None:
+        """Continue from ``state``; the errors of :meth:`load`, without the name of the file."""
         ours = isinstance(state, dict) and state.get("format") == TRAINING_FORMAT
         version = state.get("version") if ours else "something else"
         if version != VERSION:
@@ -176,7 +200,7 @@ class Run:
         parts = {"config": dict, "meta": dict, "epoch": int, "model": dict, "ema": dict, "optimizer": dict}
         absent = [part for part, kind in parts.items() if not isinstance(state.get(part), kind)]
         if absent:
-            raise ValueError(f"expected a whole training checkpoint, got one without {', '.join(absent)}")
+            raise ValueError(f"expected a complete training checkpoint, got one without {', '.join(absent)}")
         was = {**state["config"], **facts(state["meta"])}
         now = {**asdict(self.config), **facts(self.meta())}
         keys = (key for key in {**was, **now} if was.get(key) != now.get(key))
@@ -188,17 +212,16 @@ class Run:
         self.epoch = state["epoch"]
 
     def export(self, path: Path) -> float:
-        """Store the averaged weights for inference; returns the test accuracy of the file, read back."""
+        """Store the moving average for inference; returns the test accuracy of the stored weights, read back."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.ema.model.state_dict().items()}
-        if self.config.half:  # the statistics of BatchNorm and other vectors are few and stay as they are
+        if self.config.half:  # vectors (biases, BatchNorm) are a small share and stay float32
             tensors = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
-        meta = {**self.meta(), "preprocessing": self.dataset.preprocessing}
-        weights.save(path, weights.Checkpoint(tensors, **meta))
+        weights.save(path, weights.Checkpoint(tensors, **{**self.meta(), "preprocessing": self.dataset.preprocessing}))
         weights.load_into(self.ema.model, weights.read(path).state_dict, source=path)
         return evaluate(self.ema.model, self.dataset.test, self.dataset.preprocessing)
 
 
 def facts(meta: dict[str, Any]) -> dict[str, Any]:
-    """``meta`` with an entry for each label, so that a comparison names the ones that moved."""
+    """``meta`` with one entry for each label, so that a comparison names the labels that differ."""
     labels = {f"label {i}": label for i, label in enumerate(meta.get("labels") or ())}
     return {**{key: value for key, value in meta.items() if key != "labels"}, **labels}

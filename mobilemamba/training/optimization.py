@@ -1,17 +1,22 @@
-"""What the optimizer is given: parameter groups, the learning rate of a step, averaged weights."""
+"""Parameter groups, the learning rate of each step, and the moving average of the weights."""
 
 import copy
 import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..models import MobileMamba
 
 __all__ = ["Ema", "learning_rate", "parameter_groups"]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for AdamW: no decay on biases and other 1-D parameters nor on ``model.no_weight_decay()``."""
+def parameter_groups(model: MobileMamba, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW: first the parameters with weight decay, then those without.
+
+    Parameters of one dimension (biases, norms) and those of ``model.no_weight_decay()`` have none.
+    """
     exempt = model.no_weight_decay()
     groups: tuple[list[Tensor], list[Tensor]] = ([], [])
     for name, parameter in model.named_parameters():
@@ -20,7 +25,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def learning_rate(step: int, steps: int, warmup: int, highest: float) -> float:
-    """Linear from ``highest / 1000`` over ``warmup`` steps, then a cosine down to ``highest / 100`` at ``steps``."""
+    """The learning rate of ``step`` (from 0) out of ``steps``.
+
+    It rises linearly from ``highest / 1000`` to ``highest`` over ``warmup`` steps, then falls as a cosine to
+    ``highest / 100``.
+    """
     if step < warmup:
         return highest * (0.001 + 0.999 * step / warmup)
     progress = (step - warmup) / max(1, steps - warmup)
@@ -28,14 +37,17 @@ def learning_rate(step: int, steps: int, warmup: int, highest: float) -> float:
 
 
 class Ema:
-    """Exponential moving average of parameters and statistics; the decay warms up as ``(1 + t) / (10 + t)``."""
+    """Exponential moving average of a model's parameters and running statistics, in ``self.model``.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    The decay of step t is at most ``(1 + t) / (10 + t)``, so that the first steps are soon forgotten.
+    """
+
+    def __init__(self, model: MobileMamba, decay: float) -> None:
         self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Average in ``model`` after step ``step`` (from 0)."""
+    def update(self, model: MobileMamba, step: int) -> None:
+        """Add the state of ``model`` after step ``step`` (from 0) to the average."""
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
         averaged = [(mine, new) for mine, new in pairs if mine.is_floating_point()]
         decay = min(self.decay, (1 + step) / (10 + step))

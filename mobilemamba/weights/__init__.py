@@ -1,4 +1,4 @@
-"""Weights: the table of published files, download, and checkpoints in files."""
+"""Weights: the table of published files, download, reading and writing checkpoints."""
 
 from .cache import cache_dir, download
 from .checkpoint import Checkpoint, load_into

@@ -1,4 +1,4 @@
-"""The folder of downloaded weights: each file is fetched once, and its hash is checked at every use."""
+"""The cache of downloaded weights: each file is downloaded once, and its hash is checked at every use."""
 
 import os
 from pathlib import Path
@@ -14,25 +14,26 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def cache_dir() -> Path:
-    """Folder of downloaded weights: ``MOBILEMAMBA_WEIGHTS``, or ``checkpoints`` in torch.hub's folder."""
+    """The folder of downloaded weights: ``$MOBILEMAMBA_WEIGHTS``, or ``checkpoints`` in torch.hub's folder."""
     chosen = os.environ.get("MOBILEMAMBA_WEIGHTS")
     return Path(chosen).expanduser() if chosen else Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def download(entry: WeightsEntry, sha256: str | None = None, progress: bool = True, url: str | None = None) -> Path:
-    """The path of the weights file, downloaded to :func:`cache_dir` if it is not there.
+    """The path of the weights file of ``entry``. If :func:`cache_dir` does not have the file, it is downloaded.
 
-    The publisher gave no hashes. So the SHA-256 is recorded beside the file when it is first there (``.sha256``, in
-    sha256sum's format) and checked ever after; a caller who knows the hash can pass it.
+    The authors publish no hashes. So the first use records the SHA-256 beside the file (``.sha256``, in sha256sum's
+    format), and every later use checks it. A caller who knows the hash can pass it.
 
     Args:
-        sha256: the hash that the file must have.
-        progress: show a line on stderr.
-        url: another place to download from.
+        entry: an entry of the table of weights.
+        sha256: the hash that the file must have, in hexadecimal.
+        progress: show a progress line on stderr.
+        url: download from here instead of ``entry.url``.
 
     Raises:
         OSError: the download failed; the next call continues it.
-        ValueError: what arrived is not the file, or its hash is another one.
+        ValueError: the downloaded data is not a torch file, or the hash differs.
     """
     if entry.drive_id is None:
         path = ASSETS / entry.file_name
@@ -58,14 +59,14 @@ def _record(target: Path) -> Path:
 
 
 def _check_hash(path: Path, target: Path, sha256: str | None) -> str:
-    """The hash of ``path``, which must be the one asked for and the one recorded for ``target``."""
+    """The SHA-256 of ``path``. It must equal ``sha256`` and the record of ``target``, as far as these exist."""
     digest, record = files.sha256(path), _record(target)
     recorded = record.read_text().split(maxsplit=1)[:1] if record.exists() else None
     if sha256 is not None and digest != sha256.lower():
         raise ValueError(f"{target}: expected sha256 {sha256.lower()}, got {digest}; remove the file if it is damaged")
     if recorded is not None and recorded != [digest]:
         raise ValueError(
-            f"{target}: expected sha256 {''.join(recorded)} as at the first download, got {digest}; to accept a new "
-            f"file remove it together with {record.name}"
+            f"{target}: expected sha256 {''.join(recorded)} as at the first download, got {digest}; to download "
+            f"the file again, remove it and {record.name}"
         )
     return digest

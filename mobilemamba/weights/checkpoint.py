@@ -1,4 +1,4 @@
-"""A checkpoint: weights by this package's names with the facts known about them, and fitting them to a model."""
+"""A checkpoint: weights by this package's names, and the facts about them. Copies weights into a model."""
 
 import os
 from collections.abc import Mapping
@@ -19,15 +19,15 @@ PathLike = str | os.PathLike[str]
 
 @dataclass
 class Checkpoint:
-    """Weights, and what is known about them.
+    """Weights, and the facts about them.
 
     Args:
         state_dict: tensors by this package's names.
-        preset: name of the preset; None if not known, or if the shapes fit several.
+        preset: name of the preset; None if it is unknown or the shapes fit several presets.
         model_args: arguments of :class:`MobileMamba` that differ from the preset's, such as ``num_classes``.
         labels: names of the classes.
-        preprocessing: how the model wants its images.
-        path: the file that it was read from, for messages.
+        preprocessing: how the model expects its images.
+        path: the file that the checkpoint was read from, for messages.
     """
 
     state_dict: dict[str, Tensor]
@@ -54,16 +54,16 @@ def load_into(
     allow_head_mismatch: bool = False,
     source: PathLike | None = None,
 ) -> None:
-    """Copy ``state_dict`` into ``model``, all of it or nothing.
+    """Copy ``state_dict`` into ``model``, or raise and copy nothing.
 
     Args:
-        allow_head_mismatch: where the head differs (other classes, one head against two), leave the model's as it
-            is instead of raising. A model without a head (``num_classes=0``) needs no such leave.
+        allow_head_mismatch: if the heads differ (another number of classes, or one head against two), keep the model's
+            head instead of raising. A model without a head (``num_classes=0``) always ignores the head of the weights.
         source: file name for the message.
 
     Raises:
-        ValueError: one line: the presets where they differ, otherwise every missing, unexpected and mis-shaped key
-            (ten of each are named).
+        ValueError: the weights do not fit. The message, one line, names both presets if they differ, and otherwise the
+            missing, unexpected and mis-shaped keys (at most ten of each).
     """
     own = model.state_dict()
     given = dict(state_dict)
@@ -105,7 +105,7 @@ def _in_head(key: str) -> bool:
 
 
 def _describe(tensor: Tensor) -> str:
-    """Shape, and the kind of number, which must agree too: float precision may differ, float against int may not."""
+    """The properties that must agree: the shape, and integers against floating point. Precision may differ."""
     return f"{list(tensor.shape)}{'' if tensor.is_floating_point() else ' of integers'}"
 
 
@@ -115,5 +115,5 @@ def _describe_head(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def shorten(keys: list[str], limit: int = 10) -> str:
-    """The first of ``keys``, and how many more there are."""
+    """The first ``limit`` of ``keys``, and the number of the others."""
     return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")

@@ -1,4 +1,4 @@
-"""Fetching one large file: resumable, atomic, safe beside other processes, and suspicious of what arrives."""
+"""Downloads one large file: resumable, atomic, safe beside other processes. The received data is checked."""
 
 import fcntl
 import html
@@ -21,21 +21,26 @@ from .files import is_page
 
 __all__ = ["fetch"]
 
-TIMEOUT = 30  # seconds without a byte
+TIMEOUT = 30  # seconds without data before a read fails
 BLOCK = 1 << 18  # bytes
-CONFIRM_HOST = "drive.usercontent.google.com"  # where Google Drive's question may lead
+CONFIRM_HOST = "drive.usercontent.google.com"  # Google Drive's form may send its answer here
 
 
 def fetch(url: str, target: Path, check: Callable[[Path], object], progress: bool = True) -> Path:
-    """Download ``url`` to ``target`` unless that exists; an interrupted download is continued.
+    """Download ``url`` to ``target``, unless ``target`` exists. Returns ``target``.
 
-    Until it is whole and ``check(path)`` has passed, the data is in ``target`` + ``.part``. Another process that
-    downloads the same file is waited for. Google Drive's question about large files is answered.
+    The data is in ``target`` + ``.part`` until it is complete and ``check(path)`` has passed. An interrupted download
+    is continued. If another process downloads the same file, this one waits for it. Google Drive asks for confirmation
+    before it sends a large file; the function confirms.
+
+    Args:
+        check: called with the path of the complete data; raises ValueError to refuse it.
+        progress: show a progress line on stderr.
 
     Raises:
-        OSError: no connection, or it broke; what arrived is kept and continued next time.
-        ValueError: what arrived is not the file: a web page or a damaged file; nothing of it is kept, but what an
-            earlier call received is kept when a web page comes instead of the rest.
+        OSError: no connection, or the connection broke. The received data is kept, and the next call continues.
+        ValueError: the received data is a web page or a damaged file. It is deleted. If a web page arrives instead of
+            the rest of a file, the data of earlier calls is kept.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
@@ -57,7 +62,7 @@ def fetch(url: str, target: Path, check: Callable[[Path], object], progress: boo
                 part.unlink()
             reason = getattr(error, "reason", error)
             raise OSError(
-                f"download of {target.name} failed: {reason}; try again, which continues it, "
+                f"download of {target.name} failed: {reason}; try again to continue it, "
                 f"or put the file from {url} at {target}"
             ) from error
         os.replace(part, target)
@@ -65,16 +70,16 @@ def fetch(url: str, target: Path, check: Callable[[Path], object], progress: boo
 
 
 class _WebPageError(ValueError):
-    """The server's answer is a web page, which says nothing about the data that was received before."""
+    """The server's answer is a web page. The data of earlier calls may still be right."""
 
 
 @contextmanager
 def _locked(part: Path, until: Path) -> Iterator[BinaryIO | None]:
-    """The part file, open for this process alone; None where ``until`` exists, perhaps after waiting."""
+    """The part file, open and locked by this process; None if ``until`` exists, perhaps after waiting for the lock."""
     while not until.exists():
         with part.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            # while this process waited, the other one may have renamed or removed the file that was opened
+            # another process may have renamed or removed the file while this one waited for the lock
             if part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat()):
                 if until.exists():
                     part.unlink()
@@ -85,7 +90,7 @@ def _locked(part: Path, until: Path) -> Iterator[BinaryIO | None]:
 
 
 def _receive(url: str, file: BinaryIO, name: str, progress: bool) -> None:
-    """Append to ``file`` what it lacks of ``url``."""
+    """Append the missing rest of ``url`` to ``file``."""
     opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
     have = file.seek(0, os.SEEK_END)
     try:
@@ -95,11 +100,11 @@ def _receive(url: str, file: BinaryIO, name: str, progress: bool) -> None:
             if (page := _page(response)) is not None:
                 raise _WebPageError(_refusal(page))
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:  # 416: nothing left to send, or the part is longer than the file
+        if error.code != 416 or not have:  # 416: the part is complete, or longer than the file
             raise
         if error.headers.get("Content-Range", "") == f"bytes */{have}":
             return
-        raise ValueError(f"the {have} bytes that were there are not the beginning of the file") from error
+        raise ValueError(f"expected the beginning of the file in the part, got {have} other bytes") from error
     with response:
         if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             have = 0  # the server sends the whole file again
@@ -124,7 +129,7 @@ def _open(opener: urllib.request.OpenerDirector, url: str, have: int) -> http.cl
 
 
 def _page(response: http.client.HTTPResponse) -> str | None:
-    """The text, where the server answers with a web page instead of a file."""
+    """The text of a web page that the server sent instead of a file, otherwise None."""
     if "html" not in response.headers.get("Content-Type", ""):
         return None
     with response:
@@ -132,7 +137,7 @@ def _page(response: http.client.HTTPResponse) -> str | None:
 
 
 def _confirmed(url: str, page: str) -> str:
-    """Where the form on ``page`` leads, with which Google Drive asks about files too large for its virus scan."""
+    """The address that confirms a download. ``page`` has Google Drive's form for files too large for its virus scan."""
     form = re.search(r'<form[^>]*\baction="([^"]+)"', page)
     target = urllib.parse.urljoin(url, html.unescape(form[1])) if form else ""
     if urllib.parse.urlsplit(target).hostname not in (urllib.parse.urlsplit(url).hostname, CONFIRM_HOST):
@@ -152,12 +157,12 @@ def _refusal(page: str) -> str:
 
 
 def _check_whole(path: Path) -> None:
-    """Refuse what is no torch file; one in the zip format must be whole, and agree with its own checksums."""
+    """Refuse a file that is not torch's. A file in the zip format must also be complete and match its checksums."""
     with path.open("rb") as file:
         start = file.read(64)
     if is_page(start):
         raise ValueError("expected the file, got a web page")
-    if start[:2] == b"\x80\x02" and len(start) == 64:  # torch's format before 1.6: its length is all that can be seen
+    if start[:2] == b"\x80\x02" and len(start) == 64:  # torch's format before 1.6 has no checksums
         return
     if start[:4] != b"PK\3\4":
         raise ValueError("expected a torch file, got something else")
@@ -165,13 +170,13 @@ def _check_whole(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError("expected a whole torch file, got one that is cut off") from error
+        raise ValueError("expected a complete torch file, got one that is cut off") from error
     if damaged:
-        raise ValueError(f"expected a whole torch file, got one with damaged data in {damaged}")
+        raise ValueError(f"expected a complete torch file, got one with damaged data in {damaged}")
 
 
 class _Progress:
-    """A line on stderr: share, rate and time left; on a terminal it moves, elsewhere only the end is printed."""
+    """A line on stderr with share, rate and time left. A terminal shows it moving, a file gets only the last one."""
 
     def __init__(self, name: str, have: int, total: int | None) -> None:
         self.name, self.first, self.total = name, have, total

@@ -1,4 +1,4 @@
-"""Small things about files that several modules need: writing whole or not at all, hashing, telling a web page."""
+"""Functions on files that several modules need: atomic writing, hashing, recognising a web page."""
 
 import hashlib
 import os
@@ -12,12 +12,15 @@ PathLike = str | os.PathLike[str]
 
 
 def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary)`` with a path beside ``path``, then put that file in the place of ``path``.
+    """Call ``write(temporary)`` with a path beside ``path``, then rename that file to ``path``.
 
-    A reader sees the old file or the new one, whole, whenever the process or the machine stops. A process that is
-    killed leaves ``.NAME.*.tmp`` behind.
+    A reader sees the complete old file or the complete new one, even if the process or the machine stops. A process
+    that is killed leaves ``.NAME.*.tmp`` behind.
+
+    Raises:
+        FileNotFoundError: the folder of ``path`` does not exist.
     """
-    path = Path(os.path.realpath(path))  # a link stays a link
+    path = Path(os.path.realpath(path))  # a symbolic link stays; its target is replaced
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} into")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -40,5 +43,5 @@ def sha256(path: PathLike) -> str:
 
 
 def is_page(start: bytes) -> bool:
-    """Whether a file with these first bytes is HTML or XML: what a server sends in place of a file."""
+    """Whether a file with these first bytes is HTML or XML. Servers send such pages instead of a file."""
     return start.lstrip()[:1] == b"<"

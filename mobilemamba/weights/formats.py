@@ -1,4 +1,4 @@
-"""Checkpoint files: reading every known format and writing this package's own, whole or not at all."""
+"""Checkpoint files: reads every known format, and writes this package's format atomically."""
 
 import json
 import os
@@ -29,13 +29,14 @@ VERSION = 1
 
 
 def read(path: PathLike) -> Checkpoint:
-    """Read weights: safetensors or a torch file, of this package or published (their EMA weights where present).
+    """Read a checkpoint: safetensors or a torch file, of this package or a published one.
 
-    Nothing in the file is executed. The format is recognised by the content, not by the name.
+    A published training checkpoint gives its moving average of the weights, if it has one. Code in the file is never
+    run. The content tells the format, not the name.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint, one that needs code to load, or a newer version; the message names the file.
+        ValueError: the file is not a checkpoint, needs code to load, or has a newer version; the message names it.
     """
     path = Path(path)
     if not path.exists():
@@ -47,7 +48,7 @@ def read(path: PathLike) -> Checkpoint:
     try:
         if not start:
             raise ValueError("expected a checkpoint, got an empty file")
-        if start[8:9] == b"{":  # the header, after its length in bytes that may be any: those of a page, too
+        if start[8:9] == b"{":  # the header follows 8 bytes with its length, which may look like a page
             return replace(_interpret(*_read_safetensors(path)), path=path)
         if is_page(start):
             raise ValueError("expected a checkpoint, got an HTML or XML page")
@@ -57,7 +58,7 @@ def read(path: PathLike) -> Checkpoint:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any]:
-    """Tensors, and what :func:`save` stored beside them."""
+    """Tensors, and the facts that :func:`save` stored beside them."""
     _, safe_open = _safetensors()
     try:
         with safe_open(path, framework="pt") as file:
@@ -65,14 +66,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any]:
             meta = (file.metadata() or {}).get(FORMAT)
         return tensors, None if meta is None else json.loads(meta)
     except Exception as error:  # safetensors raises an exception class of its own, and OSError
-        raise ValueError(f"not a whole safetensors file: {_one_line(error)}") from error
+        raise ValueError(f"expected a complete safetensors file, got a damaged one: {_one_line(error)}") from error
 
 
 def load_torch(path: Path) -> Any:
-    """What ``torch.save`` stored, as long as it is tensors and plain containers.
+    """The object that ``torch.save`` stored, if it consists of tensors and plain containers.
 
     Raises:
-        ValueError: it is something else; one line, without the name of the file.
+        ValueError: the file holds other objects, or is not torch's; one line, without the name of the file.
     """
     if _is_torchscript(path):
         raise ValueError("expected a checkpoint, got a TorchScript program; save the state_dict() of its model instead")
@@ -82,23 +83,24 @@ def load_torch(path: Path) -> Any:
         blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if blocked:
             raise ValueError(
-                f"refused, because loading it would run code of its own ({blocked[1]}); expected only tensors and "
-                "plain containers: save a state_dict() instead of a whole object"
+                f"expected only tensors and plain containers, got an object whose loading runs code ({blocked[1]}): "
+                "save the state_dict() instead of the object"
             ) from error
         raise ValueError("expected a checkpoint (torch or safetensors), got something else") from error
-    except Exception as error:  # torch.load documents none: broken zip files, ends of file, missing records, ...
-        raise ValueError(f"not a whole torch file: {_one_line(error)}") from error
+    except Exception as error:  # torch.load documents no errors: broken zip files, ends of file, missing records, ...
+        raise ValueError(f"expected a complete torch file, got a damaged one: {_one_line(error)}") from error
 
 
 def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(re.match(r"[^/]+/(code/|constants\.pkl$)", name) for name in archive.namelist())
-    except Exception:  # broken, or of another format: torch.load says how
+    except Exception:  # damaged, or in another format: torch.load reports it
         return False
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Any], Any]:
+def _read_torch(path: Path) -> tuple[Any, Any]:
+    """Tensors by any known names, and the facts that :func:`save` or the training loop stored; None in other files."""
     content = load_torch(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a state dict or a training checkpoint, got a {type(content).__name__}")
@@ -111,18 +113,18 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], Any]:
         if kind == FORMAT:
             return content.get("state_dict"), meta
         return (content.get("model") if content.get("ema") is None else content.get("ema")), meta
-    if "net" in content or "net_E" in content:  # published training checkpoints; net_E is the moving average
+    if "net" in content or "net_E" in content:  # published training checkpoint; net_E is the average
         content = content.get("net") if content.get("net_E") is None else content["net_E"]
     return content, None
 
 
 def _interpret(tensors: Any, meta: Any) -> Checkpoint:
-    """A checkpoint from tensors by any known names, and the stored meta data of this package's own files."""
+    """A checkpoint from tensors by any known names, and the facts ``meta`` of this package's own files."""
     if not isinstance(tensors, Mapping) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
         keys = ", ".join(map(str, list(tensors)[:5])) if isinstance(tensors, Mapping) else type(tensors).__name__
         raise ValueError(f"expected a state dict of tensors, or one under 'net' or 'net_E', got {keys or 'nothing'}")
     state_dict = {str(key): tensor for key, tensor in tensors.items()}
-    if all(key.startswith("module.") for key in state_dict):  # of a model inside DistributedDataParallel
+    if all(key.startswith("module.") for key in state_dict):  # saved inside DistributedDataParallel
         state_dict = {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
     if published.is_published(state_dict):
         state_dict = published.convert(state_dict)
@@ -133,7 +135,7 @@ def _interpret(tensors: Any, meta: Any) -> Checkpoint:
     if not isinstance(version, int):
         raise ValueError(f"expected version {VERSION} of the format, got {version!r}")
     if version > VERSION:
-        raise ValueError(f"format version {version} is newer than the {VERSION} of this mobilemamba; upgrade it")
+        raise ValueError(f"expected at most version {VERSION} of the format, got {version}; upgrade mobilemamba")
     fields = {name: meta.get(name) for name in ("preset", "model_args", "labels", "preprocessing")}
     for name, kind in (("preset", str), ("model_args", dict), ("labels", list), ("preprocessing", dict)):
         if not isinstance(fields[name], (kind, type(None))):
@@ -147,12 +149,20 @@ def _interpret(tensors: Any, meta: Any) -> Checkpoint:
 
 
 def save(path: PathLike, checkpoint: Checkpoint) -> None:
-    """Write ``checkpoint`` as ``.safetensors``, ``.pt`` or ``.pth``, replacing the file only when all is written."""
+    """Write ``checkpoint`` atomically: an older file at ``path`` is replaced once the new one is complete.
+
+    Args:
+        path: its ending chooses the format: ``.safetensors``, ``.pt`` or ``.pth``.
+
+    Raises:
+        FileNotFoundError: the folder of ``path`` does not exist.
+        ValueError: ``path`` has another ending, or the package safetensors is missing.
+    """
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state_dict.items()}
     if path.suffix == ".safetensors":
         save_file, _ = _safetensors()
-        # one key only: safetensors writes several in random order, and the same weights should be the same file
+        # only one key: safetensors writes several keys in random order, and equal weights should give equal files
         metadata = {FORMAT: json.dumps({"version": VERSION, **checkpoint.meta()})}
         atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
     elif path.suffix in (".pt", ".pth"):

@@ -1,4 +1,4 @@
-"""What weights are for: the presets and constructor arguments that their shapes tell, and a check of those stated."""
+"""Finds the preset and the constructor arguments that fit weights, and checks the arguments that a file states."""
 
 import inspect
 import re
@@ -14,7 +14,7 @@ __all__ = ["check_model_args", "fitting_presets", "guess_model_args"]
 
 
 def fitting_presets(state_dict: Mapping[str, Tensor]) -> list[str]:
-    """The presets with the widths and depths of ``state_dict``: several for b1, b2 and b4, which are one network."""
+    """The presets with the widths and depths of ``state_dict``. b1, b2 and b4 are one network, so all three fit."""
 
     def block_count(stage: int) -> int:
         pattern = re.compile(rf"stages\.{stage}\.blocks\.(\d+)\.")
@@ -26,7 +26,7 @@ def fitting_presets(state_dict: Mapping[str, Tensor]) -> list[str]:
 
 
 def guess_model_args(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The constructor arguments that can be seen from the shapes, whatever the preset."""
+    """The constructor arguments that the shapes tell for every preset: heads, classes and image channels."""
     found: dict[str, Any] = {"distillation": "head.teacher.linear.weight" in state_dict}
     head = "head.labels.linear.weight" if found["distillation"] else "head.linear.weight"
     found["num_classes"] = _rows(state_dict.get(head))
@@ -37,12 +37,12 @@ def guess_model_args(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _rows(weight: Tensor | None) -> int:
-    """Output channels; a scalar, which is no weight, counts as one, and fails the check of all shapes later."""
+    """Output channels; 0 for None. A scalar counts as 1: the check of all shapes refuses it later."""
     return 0 if weight is None else next(iter(weight.shape), 1)
 
 
 def check_model_args(stated: Mapping[str, Any]) -> None:
-    """Refuse anything that is not an argument of :class:`MobileMamba`: files are not to reach other parameters.
+    """Refuse everything in ``stated`` that is not an argument of :class:`MobileMamba`, since it comes from a file.
 
     Raises:
         ValueError: an unknown name, or a value of another type.
@@ -58,7 +58,7 @@ def check_model_args(stated: Mapping[str, Any]) -> None:
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    """Whether ``value`` is of the annotated ``kind``, where JSON makes lists of tuples and whole floats may be int."""
+    """Whether ``value`` has the annotated type ``kind``. JSON turns tuples into lists; an int may stand for a float."""
     if parts := typing.get_args(kind):
         if not isinstance(value, (list, tuple)):
             return False

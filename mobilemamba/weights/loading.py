@@ -1,7 +1,7 @@
-"""From a source to a checkpoint with everything known that a model needs.
+"""From a source to a checkpoint with all the facts that a model needs.
 
-The way of a model's name: source (an entry of the table, or a path) -> file -> checkpoint -> model. This file has the
-first two steps; ``zoo`` builds the model.
+The steps are source (an entry of the table, or a path) -> file -> checkpoint -> model. This file has the first two;
+``zoo`` makes the model.
 """
 
 import os
@@ -22,7 +22,7 @@ Source = WeightsEntry | str | os.PathLike[str]
 
 
 def locate(source: Source) -> Path:
-    """The file of ``source``. An entry of the table is downloaded where it is not in the cache yet.
+    """The file of ``source``. An entry of the table is downloaded if it is not in the cache.
 
     Raises:
         OSError, ValueError: as :func:`download`.
@@ -31,15 +31,16 @@ def locate(source: Source) -> Path:
 
 
 def load(source: Source, preset: str | None = None) -> Checkpoint:
-    """Read the checkpoint of ``source``; its preset and its preprocessing are known.
+    """Read the checkpoint of ``source``. The result has a preset and preprocessing.
 
     Args:
-        preset: the preset. It is needed where the shapes fit several presets (b1, b2 and b4 are one network) or none.
-            It overrides the preset that the file states, together with that preset's preprocessing.
+        source: an entry of the table of weights, or the path of a checkpoint.
+        preset: name of the preset. It is needed if the file states none and the shapes fit several (b1, b2 and b4 are
+            one network) or none. It replaces another preset that the file states, and then also the preprocessing.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not a checkpoint, or its preset is not known.
+        OSError: no such file, or the download failed.
+        ValueError: the file is not a checkpoint, or its preset is unknown.
     """
     stored = read(locate(source))
     if isinstance(source, WeightsEntry):
@@ -48,8 +49,8 @@ def load(source: Source, preset: str | None = None) -> Checkpoint:
     name = preset or stored.preset
     if name is None:
         fitting = fitting_presets(stored.state_dict)
-        which = f"of {' or '.join(fitting)}, which are one network" if fitting else "of no known preset by their shapes"
-        raise ValueError(f"{stored.path}: the weights are {which}; expected the model to be named (--model)")
+        fit = f"fit {' or '.join(fitting)}, which are one network" if fitting else "fit no known preset"
+        raise ValueError(f"{stored.path}: the weights {fit}; expected the model to be named (--model)")
     known = entry(name)
     if stored.preprocessing is None or stored.preset not in (None, name):
         stored = replace(stored, preprocessing=known.preprocessing)
@@ -59,14 +60,14 @@ def load(source: Source, preset: str | None = None) -> Checkpoint:
 def load_pretrained(
     model: nn.Module, name: str, pretrained: bool | str | os.PathLike[str], allow_head_mismatch: bool = False
 ) -> None:
-    """Load weights into the model of preset ``name``.
+    """Load weights into ``model``, which has the preset ``name``.
 
     Args:
         pretrained: True for the plain weights, ``"distilled"``, or the path of a checkpoint.
-        allow_head_mismatch: keep the model's head where the head of the weights differs.
+        allow_head_mismatch: keep the model's head if the head of the weights differs.
 
     Raises:
-        FileNotFoundError: ``pretrained`` is a path without a file.
+        OSError: ``pretrained`` is a path without a file, or the download failed.
         ValueError: ``pretrained`` is something else, or the weights do not fit.
     """
     source: Source

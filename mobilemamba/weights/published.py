@@ -1,7 +1,7 @@
-"""What the published checkpoints call things: recognising them, and renaming and reshaping to this package's state.
+"""Published checkpoints: recognises them, and converts their state dicts to this package's names and shapes.
 
-The published modules and this package's compute the same, so conversion is a rename of every key, a reshape of four
-kinds of parameters, and dropping the Haar filters, which are constants.
+The published modules and this package's compute the same. So a conversion renames every key, reshapes four kinds of
+parameters and drops the Haar filters, which are constants.
 """
 
 import re
@@ -16,12 +16,12 @@ Rule = tuple[str, str | Callable[["re.Match[str]"], str]]
 
 
 def _place(match: "re.Match[str]") -> str:
-    """``blocks2.``/``blocks3.`` begin with the transition (dw3 and FFN, merging, dw3 and FFN), then come the blocks."""
+    """``blocks2.`` and ``blocks3.`` hold the transition (0: dw3, FFN; 1: merging; 2: dw3, FFN), then the blocks."""
     stage, index = int(match[1]) - 1, int(match[2])
     return f"stages.{stage}.blocks.{index - 3}." if index > 2 else f"stages.{stage}.transition.part{index}."
 
 
-#: Applied to a key in this order, each wherever it matches.
+#: All rules are applied to a key, in this order.
 RULES: tuple[Rule, ...] = (
     (r"^blocks1\.(\d+)\.", r"stages.0.blocks.\1."),
     (r"^blocks([23])\.(\d+)\.", _place),
@@ -31,7 +31,7 @@ RULES: tuple[Rule, ...] = (
     # wrappers without parameters of their own: a residual, and the split of the channels
     (r"\.m\.", "."),
     (r"\.attn\.", "."),
-    # convolution with BatchNorm; in the classifiers, BatchNorm with a linear layer
+    # convolution and BatchNorm; in the classifiers, BatchNorm and a linear layer
     (r"\.c\.", ".conv."),
     (r"\.bn\.", ".norm."),
     (r"^(head|head_dist)\.l\.", r"\1.linear."),
@@ -64,17 +64,17 @@ RULES: tuple[Rule, ...] = (
     (r"\.proj\.1\.", ".proj."),
 )
 
-#: Signs of the orthonormal Haar filters LL, LH, HL, HH, which are 0.5 in size (published files hold 0.49999997).
+#: Signs of the orthonormal Haar filters LL, LH, HL, HH. Their coefficients are +-0.5; published files hold 0.49999997.
 HAAR_SIGNS = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]
 
 
 def is_published(state_dict: dict[str, Tensor]) -> bool:
-    """Whether the keys (without ``module.``) are those of a published checkpoint."""
+    """Whether ``state_dict`` (keys without ``module.``) is a published checkpoint's."""
     return any(key.startswith(("patch_embed.0.c.", "blocks1.")) for key in state_dict)
 
 
 def rename(key: str, distilled: bool) -> str:
-    """This package's name of the published ``key``; unknown parts stay as they are, and so fit nothing.
+    """This package's name of the published ``key``. Unknown parts stay as they are, so that the name fits no model.
 
     Args:
         distilled: whether the checkpoint has two heads.
@@ -91,7 +91,7 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published ``state_dict`` (keys without ``module.``) with this package's names and shapes.
 
     Raises:
-        ValueError: a stored Haar filter is not the Haar filter, or two keys mean the same parameter.
+        ValueError: a stored Haar filter has other coefficients, or two keys name the same parameter.
     """
     distilled = any(key.startswith("head_dist.") for key in state_dict)
     converted: dict[str, Tensor] = {}
@@ -117,7 +117,7 @@ def _check_filter(key: str, tensor: Tensor) -> None:
 
 
 def _reshape(name: str, tensor: Tensor) -> Tensor:
-    """The four parameters whose shapes differ; one of an unexpected shape is left for the check of all shapes."""
+    """Reshape the four kinds of parameters whose shapes differ. An unexpected shape stays, and fits no model."""
     shape = tuple(tensor.shape)
     if name.endswith(".ss2d.A_log") and len(shape) == 2 and shape[0] % 2 == 0:
         return tensor.reshape(2, -1, shape[1])  # (2 * D, N) -> (2, D, N)

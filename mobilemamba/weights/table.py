@@ -1,4 +1,4 @@
-"""The weights that have a name: what each file holds, and where it is published."""
+"""The table of weights that have a name: the contents of each file, and where it is published."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,11 @@ class WeightsEntry:
     Args:
         preset: name of the preset.
         variant: ``"plain"`` or ``"distilled"``.
-        file_name: name in the cache, or in the package where there is no ``drive_id``.
-        drive_id: Google Drive's name of the published file.
-        preprocessing: how the model wants its images.
-        top1, top5: published accuracy in percent on the data set's test images; None where none was published.
-        labels: names of the classes; None for ImageNet-1k, whose 1000 are in the usual order.
+        file_name: name in the cache; in the package if ``drive_id`` is None.
+        drive_id: Google Drive's identifier of the published file.
+        preprocessing: how the model expects its images.
+        top1, top5: published accuracy in percent on the test images; None if none was published.
+        labels: names of the classes; None for the 1000 classes of ImageNet-1k, which are in the usual order.
     """
 
     preset: str
@@ -36,11 +36,11 @@ class WeightsEntry:
 
     @property
     def url(self) -> str | None:
-        """Where the file is published."""
+        """The address of the published file; None if the file is part of the package."""
         return None if self.drive_id is None else DRIVE_URL.format(id=self.drive_id)
 
 
-# preset, pixels; then for plain and for distilled weights: Drive id, top-1, top-5
+# preset, pixels; then for plain and for distilled weights: Drive id, top-1 and top-5 in percent
 _PUBLISHED = (
     ("t2", 192, ("1LXh5wjVEUu5Kj1foclC9zmlKsy7JpMQ-", 73.6, 91.42), ("14UUeEeN62a1jo5qit-m0yChQnNU8JWQG", 76.9, 93.10)),
     ("t4", 192, ("17-5Q93_cEhBYMDzWTq4sDcc4_c_ezwpd", 76.1, 92.77), ("12e1RKJEYDWVjOZuQLycjOUkA5PqCUnwu", 78.9, 94.16)),
@@ -60,7 +60,7 @@ _NANO = WeightsEntry(
     labels=FASHION_MNIST_LABELS,
 )
 
-#: All weights that can be had by name.
+#: All weights that have a name.
 ENTRIES: tuple[WeightsEntry, ...] = (
     _NANO,
     *(
