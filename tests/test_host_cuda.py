@@ -114,7 +114,7 @@ MUTATIONS = {  # file, what stands there once, what is put there, tests that run
     ),
     "missing barrier of a block: chunks write while others still read": (
         "cuda/scan_backward.cu",
-        "    __syncthreads();  // what was handed on before has been read\n",
+        "    __syncthreads();  // all warps have read the previous state's values\n",
         "",
         "scan_in_float64",
         "E +assert",
@@ -128,7 +128,7 @@ MUTATIONS = {  # file, what stands there once, what is put there, tests that run
     ),
     "missing barrier of a block: a tile is staged over the one before": (
         "cuda/plane.cuh",
-        "    __syncthreads();  // the tile before has been read\n",
+        "    __syncthreads();  // all threads have read the previous tile\n",
         "",
         "haar_in_lower_precision",
         "E +assert",
@@ -149,8 +149,8 @@ MUTATIONS = {  # file, what stands there once, what is put there, tests that run
     ),
     "a barrier that not all threads reach": (
         "cuda/plane.cuh",
-        "    __syncthreads();\n  }\n\n  /// The staged numbers of a row",
-        "    if (threadIdx.y > 0) __syncthreads();\n  }\n\n  /// The staged numbers of a row",
+        "    __syncthreads();\n  }\n\n  /// A staged element of the plane's row",
+        "    if (threadIdx.y > 0) __syncthreads();\n  }\n\n  /// A staged element of the plane's row",
         "haar_in_lower_precision",
         "host_cuda: ",
     ),
