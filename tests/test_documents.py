@@ -321,7 +321,9 @@ SOURCES = ("benchmarks", "build_backend", "csrc", "examples", "mobilemamba", "te
 def expanded(text: str) -> list[str]:
     """``a.{h,cpp}`` as the shell expands it."""
     parts = re.split(r"\{([^{}]*)\}", text)
-    return ["".join(choice) for choice in product(*(part.split(",") if i % 2 else [part] for i, part in enumerate(parts)))]
+    return [
+        "".join(choice) for choice in product(*(part.split(",") if i % 2 else [part] for i, part in enumerate(parts)))
+    ]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -333,7 +335,9 @@ def test_paths_exist(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_variables_are_read(document: Path) -> None:
     """Environment variables and CMake options that a document names occur in the code."""
-    files = [path for folder in ("build_backend", "mobilemamba", "tests", "tools") for path in (ROOT / folder).rglob("*.py")]
+    files = [
+        path for folder in ("build_backend", "mobilemamba", "tests", "tools") for path in (ROOT / folder).rglob("*.py")
+    ]
     code = "".join(path.read_text() for path in [*files, ROOT / "CMakeLists.txt"])
     for span in spans(document):
         if match := re.fullmatch(r"(?:-D)?([A-Z]+(?:_[A-Z]+)+)(?:=.*)?", span):
