@@ -84,6 +84,7 @@ def test_python_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(zoo.weights, "load_pretrained", load_what_is_here)
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     names: dict[str, object] = {}
     for block in blocks(document, "python"):
         exec(compile(block, str(document), "exec"), names)
@@ -91,7 +92,7 @@ def test_python_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert tuple(names["logits"].shape) == (1, 1000)
         assert [tuple(m.shape[1:]) for m in names["maps"]] == [(192, 14, 14), (384, 7, 7), (448, 4, 4)]
     if document.name == "training.md":
-        assert names["accuracy"] > 0.15  # after one epoch from a new head; chance is 0.1
+        assert names["accuracy"] > 0.4  # 0.59 to 0.72 for three seeds, 0.1 is chance
         assert weights.read("digits.pt").preset == "nano"
     if document.name == "deployment.md":
         assert tuple(names["logits"].shape) == (3, 10)
