@@ -115,11 +115,7 @@ def build_ext_class() -> type[build_ext]:
     from torch.utils.cpp_extension import BuildExtension, include_paths, is_ninja_available, library_paths
 
     class BuildNative(BuildExtension):
-        """Compiles csrc/ with ninja into one library that registers operators: not a Python module."""
-
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, **kwargs)
-            self.no_python_abi_suffix = True
+        """Compiles csrc/ with ninja into the Python module _C, which is the library with the operators too."""
 
         def finalize_options(self) -> None:
             super().finalize_options()
@@ -133,11 +129,11 @@ def build_ext_class() -> type[build_ext]:
             (library,) = self.extensions
             describe(library, plan, self.distribution.get_version(), include_paths("cpu"), library_paths("cpu"))
             super().run()
-            path = Path(self.get_ext_fullpath(library.name)).with_name("_build.json")
-            path.write_text(json.dumps(self.build_info(), indent=2) + "\n")
+            path = Path(self.get_ext_fullpath(library.name)).with_suffix(".json")  # _C.cpython-311-x86_64-linux-gnu.json
+            path.write_text(json.dumps(self.record(), indent=2) + "\n")
 
-        def build_info(self) -> dict[str, object]:
-            cxx = subprocess.run([*self.compiler.compiler_cxx, "--version"], capture_output=True, text=True)
+        def record(self) -> dict[str, object]:
+            """What must be known before the library is loaded, and what its compiler does not know."""
             cuda = plan.toolkit is not None
             return {
                 "version": self.distribution.get_version(),
@@ -145,10 +141,7 @@ def build_ext_class() -> type[build_ext]:
                 "torch": str(torch.__version__),
                 "torch_cuda": torch.version.cuda,
                 "cuda": plan.toolkit.version if plan.toolkit else None,
-                "archs": [arch_name(arch) for arch in plan.archs],
                 "why": str(plan),
-                "python": sysconfig.get_python_version(),
-                "compiler": cxx.stdout.partition("\n")[0],
                 "cxx_flags": CXX_FLAGS,
                 "nvcc_flags": [*NVCC_FLAGS, *gencode(plan.archs)] if cuda else [],
             }
@@ -171,6 +164,6 @@ def describe(library: object, plan: Plan, version: str, include_dirs: list[str],
     }
     library.library_dirs = [*library_dirs, *(plan.toolkit.library_dirs if plan.toolkit else ())]
     library.libraries = ["torch", "torch_cpu", "c10", *(["torch_cuda", "c10_cuda"] if cuda else [])]
-    library.extra_link_args = ["-fopenmp", "-Wl,-z,defs"]  # an undefined symbol is an error here, not at import
+    library.extra_link_args = ["-fopenmp"]
     if plan.toolkit is not None:  # the runtime by its SONAME, which is the one that torch has loaded already
         library.extra_link_args.append(f"-l:libcudart.so.{plan.toolkit.version.split('.')[0]}")
