@@ -134,7 +134,7 @@ def tests(stage: Stage) -> Result:
 
 
 def read_pytest(output: str) -> tuple[dict[str, int], list[str], str]:
-    """From the output of ``pytest -v``: counts, names of failures, and the test that was running if pytest broke off."""
+    """From the output of ``pytest -v``: counts, names of failures, and the test that was running when pytest died."""
     outcomes = dict(re.findall(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.M))
     counts = {what: sum(outcome == what.upper() for outcome in outcomes.values()) for what in OUTCOMES}
     failed = [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
