@@ -9,13 +9,19 @@ target. A torch installed there could be another one than the target's, so the b
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from typing import Any
 
-from mobilemamba_build import TORCH_MINIMUM, check_torch_version
+if importlib.util.find_spec("setuptools") is None:  # in a build without isolation
+    raise SystemExit(
+        f"mobilemamba: no setuptools to build with in {sys.prefix}: install torch, setuptools>=77 and ninja there"
+    )
+
+from mobilemamba_build import TORCH_MINIMUM, check_torch_version, missing_torch, torch_version
 from setuptools import build_meta
 
 Settings = dict[str, Any] | None
@@ -49,18 +55,18 @@ def _torch_to_ask_for() -> list[str]:
         check_torch_version(found[0])
         return []
     if not any(name in os.environ for name in _PIP_VARIABLES):
-        raise SystemExit(
-            "mobilemamba: this isolated build cannot see the torch of your environment: install torch, setuptools>=77 "
-            "and ninja there, and build with --no-build-isolation (uv) or --no-isolation (python -m build)"
-        )
+        raise missing_torch()
     return [f"torch>={TORCH_MINIMUM}"]
 
 
 def _make_torch_importable() -> None:
+    """Without a torch, refuse already when asked for metadata: a front end downloads the requirements next."""
     found = target_torch()
     if found is not None:  # after the build's own packages, which keep their precedence
         sys.path.extend(path for path in found[1] if path and path not in sys.path)
         importlib.invalidate_caches()
+    if torch_version() is None:
+        raise missing_torch()
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:

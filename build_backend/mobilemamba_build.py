@@ -118,13 +118,19 @@ class CleanBuild(build):
         super().run()
 
 
+def missing_torch() -> SystemExit:
+    """The refusal to build without a torch. It names the option for front ends that hide the torch of the target."""
+    return SystemExit(
+        f"mobilemamba: no torch to build against in {sys.prefix}: install torch, setuptools>=77 and ninja into your "
+        "environment, and build there with --no-build-isolation (uv) or --no-isolation (python -m build)"
+    )
+
+
 class MissingTorch(build_ext):
-    """build_ext without a torch: it only fails when it runs, because metadata and sdist need no torch."""
+    """build_ext without a torch: it fails when it runs, because an sdist needs no torch."""
 
     def run(self) -> None:
-        raise SystemExit(
-            "mobilemamba: no torch to build against; install one into this environment (pip install torch)"
-        )
+        raise missing_torch()
 
 
 def build_ext_class() -> type[build_ext]:

@@ -282,6 +282,28 @@ def test_other_front_ends_must_not_isolate(monkeypatch: pytest.MonkeyPatch) -> N
     assert backend.get_requires_for_build_sdist() == []
 
 
+def test_metadata_without_torch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would require any torch, which front ends download before they build."""
+    monkeypatch.setattr(backend, "target_torch", lambda: None)
+    monkeypatch.setattr(backend, "torch_version", lambda: None)
+    for hook in (backend.prepare_metadata_for_build_wheel, backend.prepare_metadata_for_build_editable):
+        with pytest.raises(
+            SystemExit, match="no torch to build against in .*: install torch, setuptools>=77 and ninja"
+        ):
+            hook(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_setuptools_is_missing() -> None:
+    """A build without isolation, in an environment that has never built anything."""
+    code = f"import sys; sys.path.insert(0, {str(BACKEND)!r}); import mobilemamba_backend"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"mobilemamba: no setuptools to build with in .*: install torch, setuptools>=77 and ninja there\n", done.stderr
+    )
+
+
 def test_pip_says_that_it_builds(tmp_path: Path) -> None:
     """The rule above stands on this: pip sets the variable while a backend runs."""
     (tmp_path / "pyproject.toml").write_text(
