@@ -288,7 +288,7 @@ def test_metadata_without_torch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(backend, "torch_version", lambda: None)
     for hook in (backend.prepare_metadata_for_build_wheel, backend.prepare_metadata_for_build_editable):
         with pytest.raises(
-            SystemExit, match="no torch to build against in .*: install torch, setuptools>=77 and ninja"
+            SystemExit, match=r"no torch to build against in .*: install torch, setuptools>=77 and ninja"
         ):
             hook(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
