@@ -16,7 +16,7 @@ pytestmark = pytest.mark.full
 
 @cache
 def kernels(capability: str) -> str:
-    program = "import mobilemamba, torch; print(torch.ops.mobilemamba.cpu_kernels())"
+    program = "from mobilemamba import _C; print(_C.cpu_kernels())"
     done = processes.run([sys.executable, "-c", program], {"ATEN_CPU_CAPABILITY": capability})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

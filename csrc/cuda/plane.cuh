@@ -9,7 +9,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
-#include "cuda/launch.h"
+#include "cuda/launch_kernel.cuh"
 
 namespace mobilemamba::cuda {
 

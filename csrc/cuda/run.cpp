@@ -3,8 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#define MOBILEMAMBA_STRING_(...) #__VA_ARGS__
-#define MOBILEMAMBA_STRING(...) MOBILEMAMBA_STRING_(__VA_ARGS__)
+#include "build.h"
 
 namespace mobilemamba::cuda {
 namespace {
@@ -25,9 +24,8 @@ void check_launch(cudaError_t error) {
     const int major = attribute(cudaDevAttrComputeCapabilityMajor),
               minor = attribute(cudaDevAttrComputeCapabilityMinor);
     TORCH_CHECK(false, "mobilemamba: the GPU has compute capability ", major, ".", minor,
-                ", and the library was built for " MOBILEMAMBA_STRING(MOBILEMAMBA_CUDA_ARCHS) "; rebuild it with "
-                "TORCH_CUDA_ARCH_LIST=", major, ".", minor,
-                " FORCE_CUDA=1 pip install --force-reinstall --no-deps . in the checkout");
+                ", and the library was built for ", build::cuda_archs, "; rebuild it with TORCH_CUDA_ARCH_LIST=", major,
+                ".", minor, " FORCE_CUDA=1 pip install --force-reinstall --no-deps . in the checkout");
   }
   C10_CUDA_CHECK(error);
 }
