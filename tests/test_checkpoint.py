@@ -143,9 +143,9 @@ def test_mismatches_are_listed_and_nothing_is_loaded(nano: MobileMamba) -> None:
 
 def test_other_preset(nano: MobileMamba, t2: dict[str, Tensor]) -> None:
     given = published.convert(t2)
-    with pytest.raises(ValueError, match=r"^file: expected weights of nano, got those of t2$"):
+    with pytest.raises(ValueError, match=r"^file: expected weights of nano, got weights of t2$"):
         weights.load_into(nano, given, source="file")
-    with pytest.raises(ValueError, match=r"expected those of nano, got those of no known preset; .* more; 1 unex"):
+    with pytest.raises(ValueError, match=r"expected weights of nano, got weights of no known preset; .* more; 1 unex"):
         weights.load_into(nano, {"weight": torch.zeros(3)})
     with pytest.raises(ValueError, match="the weights do not fit the model; 1 mis-shaped: "):
         weights.load_into(nano, {**nano.state_dict(), "head.linear.bias": torch.tensor(1.0)})
@@ -435,7 +435,7 @@ def test_convert_refuses(tmp_path: Path, t2: dict[str, Tensor]) -> None:
     torch.save(t2, source)
     with pytest.raises(ValueError, match=r"net\.pth: expected another file than the input"):
         zoo.convert(source, source)
-    with pytest.raises(ValueError, match=r"net\.pth: expected weights of s6, got those of t2$"):
+    with pytest.raises(ValueError, match=r"net\.pth: expected weights of s6, got weights of t2$"):
         zoo.convert(source, target, preset="s6")
     with pytest.raises(ValueError, match="unknown model 't3'; did you mean"):
         zoo.convert(source, target, preset="t3")

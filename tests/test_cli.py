@@ -139,7 +139,7 @@ REFUSALS = {
     "not a checkpoint": (("classify", "dark.png", "--checkpoint", "text.png"), "text.png: "),
     "another preset": (
         ("classify", "dark.png", "--model", "t2", *OWN),
-        "error: nano.pt: expected weights of t2, got those of nano\n",
+        "error: nano.pt: expected weights of t2, got weights of nano\n",
     ),
     "no head": (("classify", "dark.png", "--checkpoint", "headless.pt"), "headless.pt: expected a model with classes"),
     "not finite": (
@@ -167,7 +167,7 @@ REFUSALS = {
     "rate": (("train", "--lr", "-1", "--out", "new"), "lr must be positive, got -1.0"),
     "convert nothing": (("convert", "none.pt", "new.pt"), "none.pt: no such checkpoint"),
     "convert to what": (("convert", "nano.pt", "new.txt"), "new.txt: expected a name"),
-    "convert another": (("convert", "nano.pt", "new.pt", "--model", "t2"), "expected weights of t2, got those of nano"),
+    "convert another": (("convert", "nano.pt", "new.pt", "--model", "t2"), "of t2, got weights of nano"),
 }
 
 

@@ -13,7 +13,7 @@ HELP = "Print the most probable classes of images."
 
 
 def add_options(parser: Parser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
     add_model_options(parser)
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes per image (default: 5)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per pass (default: 32)")

@@ -1,6 +1,4 @@
 """The native operators in standard ONNX operators: a ``custom_translation_table`` for ``torch.onnx.export``."""
-# mypy: disable-error-code="operator, misc"
-# (onnxscript's functions are its own language)
 
 from collections.abc import Callable
 from typing import Any

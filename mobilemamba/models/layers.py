@@ -78,7 +78,7 @@ class Folded(nn.Module):
                 result = as_it_was.copy_(result)
             return result
 
-        return super()._apply(apply, recurse)
+        return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def pack(self) -> None:
@@ -177,6 +177,8 @@ class ConvNorm(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the convolution that computes the same with the running statistics."""
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
         scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
         return self.conv.weight * scale[:, None, None, None], self.norm.bias - self.norm.running_mean * scale
 
@@ -220,6 +222,7 @@ class PatchEmbedding(nn.Sequential):
     def fold(self) -> nn.Module:
         convs = {name: layer for name, layer in self.named_children() if not isinstance(layer, nn.ReLU)}
         for conv in list(convs.values())[:-1]:
+            assert isinstance(conv, DenseConv2d | DepthwiseConv2d)
             conv.activation = "relu"
         return InParts(convs)
 
@@ -230,7 +233,7 @@ class ResidualDepthwise(ConvNorm):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, kernel=3, groups=dim, norm_init=0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return x + self.norm(self.conv(x))
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -244,13 +247,15 @@ class FFN(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.expand = ConvNorm(dim, 2 * dim, activation="relu")
-        self.project = ConvNorm(2 * dim, dim, norm_init=0.0)
+        self.expand: nn.Module = ConvNorm(dim, 2 * dim, activation="relu")
+        self.project: nn.Module = ConvNorm(2 * dim, dim, norm_init=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.expand(x), x)
 
     def fold(self) -> nn.Module:
+        assert isinstance(self.expand, DenseConv2d)
+        assert isinstance(self.project, DenseConv2d)
         return FoldedFFN(self.expand, self.project)
 
 
@@ -292,6 +297,8 @@ class FoldedSqueezeExcite(nn.Module):
 
     def __init__(self, layer: SqueezeExcite) -> None:
         super().__init__()
+        assert layer.reduce.bias is not None
+        assert layer.expand.bias is not None
         self.reduce = DenseConv2d(layer.reduce.weight.detach(), layer.reduce.bias.detach(), 1, "relu")
         self.expand = DenseConv2d(layer.expand.weight.detach(), layer.expand.bias.detach(), 1, "none")
 

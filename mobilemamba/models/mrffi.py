@@ -1,6 +1,7 @@
 """MRFFI, the multi-receptive-field feature interaction: global, local and identity parts of the channels."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,11 +72,11 @@ class HaarConv2d(nn.Module):
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"wavelet kernel size must be odd, got {kernel}")
         self.weight = nn.Parameter(torch.empty(4 * dim, 1, kernel, kernel))
-        self.scale = nn.Parameter(torch.full((4 * dim,), 0.1))
+        self.scale: nn.Parameter | None = nn.Parameter(torch.full((4 * dim,), 0.1))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Conv2d's default
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.scale is not None:
             weight = weight * self.scale[:, None, None, None]
         return haar_conv2d(x, weight)
@@ -95,7 +96,7 @@ class WaveletMamba(nn.Module):
     def __init__(self, dim: int, kernel: int, ssm_ratio: float = 2.0, d_state: int = 1) -> None:
         super().__init__()
         self.ss2d = SS2D(dim, ssm_ratio, d_state)
-        self.base_scale = nn.Parameter(torch.ones(dim))
+        self.base_scale: nn.Parameter | None = nn.Parameter(torch.ones(dim))
         self.wavelet = HaarConv2d(dim, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class WaveletMamba(nn.Module):
     def fold(self) -> nn.Module:
         if self.base_scale is None:
             return self
-        out_proj = self.ss2d.out_proj  # folded already: a matrix product with bias
+        out_proj: Any = self.ss2d.out_proj  # folded already: a matrix product with bias
         out_proj.weight *= self.base_scale[:, None, None, None]
         out_proj.bias *= self.base_scale
         self.base_scale = None
@@ -156,9 +157,10 @@ class MultiKernelDepthwise(nn.Module):
         """
         if len(self.groups) == 0:
             return _parameters(like.new_empty(0, 1, 1, 1), *(like.new_empty(0) for _ in range(3)))
-        size = max(group[0].weight.size(3) for group in self.groups)
-        kernels = [F.pad(group[0].weight, [(size - group[0].weight.size(3)) // 2] * 4) for group in self.groups]
-        biases, scales, shifts = ([getattr(group[i], name) for group in self.groups] for i, name in FOLDED_GROUP)
+        groups: Any = self.groups
+        size = max(group[0].weight.size(3) for group in groups)
+        kernels = [F.pad(group[0].weight, [(size - group[0].weight.size(3)) // 2] * 4) for group in groups]
+        biases, scales, shifts = ([getattr(group[i], name) for group in groups] for i, name in FOLDED_GROUP)
         return _parameters(torch.cat(kernels), torch.cat(biases), torch.cat(scales), torch.cat(shifts))
 
 
@@ -212,7 +214,8 @@ class FoldedMRFFI(Folded):
     @torch.no_grad()
     def __init__(self, block: MRFFI) -> None:
         super().__init__()
-        ss2d, wavelet, proj = block.global_part.ss2d, block.global_part.wavelet, block.proj
+        folded: Any = block  # its convolutions are folded layers by now
+        ss2d, wavelet, proj = folded.global_part.ss2d, folded.global_part.wavelet, folded.proj
         self.eps = ss2d.norm.eps
         self.in_weight, self.in_bias = _parameters(ss2d.in_proj.weight.flatten(1), ss2d.in_proj.bias)
         self.conv_weight, self.conv_bias = in_order(ss2d.conv.weight, 1, 2, 3, 0), ss2d.conv.bias
@@ -222,7 +225,7 @@ class FoldedMRFFI(Folded):
         self.norm_weight, self.norm_bias = ss2d.norm.weight, ss2d.norm.bias
         self.out_weight, self.out_bias = _parameters(ss2d.out_proj.weight.flatten(1), ss2d.out_proj.bias)
         self.wavelet_weight = in_order(wavelet.weight.unflatten(0, (-1, 4)).squeeze(2), 1, 2, 3, 0)
-        local_weight, self.local_bias, self.local_scale, self.local_shift = block.local_part.folded(ss2d.conv.weight)
+        local_weight, self.local_bias, self.local_scale, self.local_shift = folded.local_part.folded(ss2d.conv.weight)
         self.local_weight = in_order(local_weight, 1, 2, 3, 0)
         self.proj_weight, self.proj_bias = _parameters(proj.weight.flatten(1), proj.bias)
 

@@ -56,7 +56,7 @@ def depthwise_conv2d(input: Shape, weight: Shape, *_: Any, out_shape: Shape, **_
 
 @register_flop_formula(NATIVE.depthwise_conv2d_backward)
 def depthwise_conv2d_backward(grad_output: Shape, input: Shape, weight: Shape, *_: Any, out_shape: Any = None) -> int:
-    return 2 * depthwise_conv2d(input, weight, out_val=grad_output)
+    return 2 * depthwise_conv2d(input, weight, out_val=grad_output)  # type: ignore[call-arg]
 
 
 @register_flop_formula(NATIVE.packed_conv2d)

@@ -86,12 +86,12 @@ def load_into(
         prefix = f"{source}: " if source else ""
         expected, got = (" or ".join(fitting_presets(weights)) for weights in (model.state_dict(), state_dict))
         if expected and got and expected != got:
-            raise ValueError(f"{prefix}expected weights of {expected}, got those of {got}")
+            raise ValueError(f"{prefix}expected weights of {expected}, got weights of {got}")
         problems = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", differing))
         counts = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems if keys)
         heads, hint = [_describe_head(weights) for weights in (model.state_dict(), state_dict)], ""
         if expected != got:
-            hint = f": expected those of {expected or 'no known preset'}, got those of {got or 'no known preset'}"
+            hint = f": expected weights of {expected or 'no known preset'}, got weights of {got or 'no known preset'}"
         elif heads[0] != heads[1] and all(map(_in_head, [*missing, *unexpected, *differing])):
             hint = f": expected {heads[0]}, got {heads[1]} (allow_head_mismatch=True keeps the model's)"
         raise ValueError(f"{prefix}the weights do not fit the model{hint}; {counts}")
