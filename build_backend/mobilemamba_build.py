@@ -46,7 +46,7 @@ def check_torch_version(version: str) -> None:
 
 
 def check_compiler(command: str) -> None:
-    """Refuse a C++ compiler, as $CXX gives it, that is missing, too old or without C++20."""
+    """Refuse a C++ compiler, as $CXX gives it, that is missing, too old, or without C++20 or OpenMP."""
     words = shlex.split(command) or [""]
     if shutil.which(words[0]) is None:
         raise SystemExit(
@@ -67,6 +67,10 @@ def check_compiler(command: str) -> None:
     if _preprocess(*words, "-std=c++20").returncode != 0:
         raise SystemExit(
             f"mobilemamba: the C++ compiler {command!r} does not accept -std=c++20; set CXX to one that does"
+        )
+    if _preprocess(*words, "-fopenmp", "-include", "omp.h").returncode != 0:
+        raise SystemExit(
+            f"mobilemamba: the C++ compiler {command!r} has no OpenMP; install it (apt install libomp-dev for clang)"
         )
 
 

@@ -25,10 +25,10 @@ def read_build(library: Path) -> dict[str, Any]:
 
 
 def check_match(build: dict[str, Any], torch_version: str, torch_cuda: str | None) -> None:
-    """Refuse a library that was built against another torch release, or whose CUDA kernels are for another CUDA."""
+    """Refuse a library that was built against another torch release or, with CUDA kernels, another major CUDA."""
 
     def identity(version: str, cuda: str | None) -> tuple[str, str | None]:
-        kernels = build["cuda"] is not None  # a library without CUDA kernels links only what every torch has
+        kernels = build["cuda"] is not None  # without CUDA kernels the library links only what every torch has
         return version.partition("+")[0], cuda.partition(".")[0] if kernels and cuda else None
 
     if identity(build["torch"], build["torch_cuda"]) != identity(torch_version, torch_cuda):
@@ -73,5 +73,5 @@ BUILD: dict[str, Any] = _load()
 
 
 def has_cuda_kernels() -> bool:
-    """Whether the library was built with CUDA kernels (which says nothing about a GPU being there)."""
+    """Whether the library was built with CUDA kernels. They may be there without a GPU."""
     return BUILD["cuda"] is not None

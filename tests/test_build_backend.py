@@ -45,10 +45,10 @@ def cuda_home(tmp_path: Path) -> Path:
     return tmp_path / "cuda"
 
 
-def write_compiler(folder: Path, macros: str, accepts_cpp20: bool = True) -> Path:
+def write_compiler(folder: Path, macros: str, refused_option: str = "none") -> Path:
     """A program that preprocesses like a compiler with these macros, and compiles nothing."""
     compiler = folder / "some-compiler"
-    refusal = "" if accepts_cpp20 else '*" -std=c++20 "*) exit 1 ;;\n'
+    refusal = f'*" {refused_option} "*) exit 1 ;;\n'
     compiler.write_text(f'#!/bin/sh\ncase " $* " in\n{refusal}*" -dM "*) printf \'{macros}\' ;;\nesac\n')
     compiler.chmod(0o755)
     return compiler
@@ -81,9 +81,13 @@ def test_an_old_compiler_is_refused(tmp_path: Path, macros: str, found: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_a_compiler_without_cpp20_is_refused(tmp_path: Path) -> None:
-    compiler = write_compiler(tmp_path, r"#define __GNUC__ 11\n", accepts_cpp20=False)
-    with pytest.raises(SystemExit, match=r"does not accept -std=c\+\+20; set CXX to one"):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("-std=c++20", r"does not accept -std=c\+\+20; set CXX to one"), ("-fopenmp", "has no OpenMP; install it")],
+)
+def test_a_compiler_without_an_option_is_refused(tmp_path: Path, option: str, message: str) -> None:
+    compiler = write_compiler(tmp_path, r"#define __GNUC__ 11\n", option)
+    with pytest.raises(SystemExit, match=message):
         build.check_compiler(str(compiler))
 
 

@@ -25,7 +25,6 @@ alignas(128) unsigned char shared_memory[shared_capacity];
 
 namespace mobilemamba {
 // The test library registers its kernels over those of the package, which is loaded first.
-bool first_copy();
 bool first_copy() {
   return true;
 }
