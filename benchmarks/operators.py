@@ -5,7 +5,7 @@ bytes, alternating.
     python benchmarks/operators.py --device cuda --batch 256 1 --dtype float32 bfloat16 float16
 
 The bytes are those of every input and output tensor, counted once; the copy reads and writes as many together. GFLOP/s
-are by the formulas of torch's flop counter (mobilemamba/flops.py). On CUDA
+are by the formulas of torch's flop counter (mobilemamba/ops/flops.py). On CUDA
 the launches are replayed inside a CUDA graph, on as many sets of tensors as the L2 cache cannot hold (64 at most, which
 it does hold at batch 1). 16-bit operators take float32 parameters, as under autocast. Backward is the backward pass by
 itself; its plain form is autograd's.
@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mobilemamba
 from mobilemamba import ops, weights
-from mobilemamba.layers import fold_batchnorm
+from mobilemamba.models.layers import fold_batchnorm
 
 Thunk = Callable[[], Any]
 NATIVE = torch.ops.mobilemamba
@@ -169,7 +169,9 @@ def mrffi_case(size: str, mixer: mobilemamba.MRFFI, width: int, side: int) -> Ca
         folded.requires_grad_(False)
         captured: list[Tensor] = []
         images = [image(batch, width, side, dtype) for _ in range(2)]
-        with mock.patch("mobilemamba.mrffi.mrffi", lambda x, residual, weights, eps: captured.extend(weights) or x):
+        with mock.patch(
+            "mobilemamba.models.mrffi.mrffi", lambda x, residual, weights, eps: captured.extend(weights) or x
+        ):
             folded(*images)
         return [*images, *captured]
 

@@ -1,4 +1,4 @@
-// In a library without CUDA kernels the operators say so, and how to get them: never a silent slow path.
+// Without CUDA kernels the operators throw an error for CUDA tensors that says how to build them: no silent slow path.
 #ifndef MOBILEMAMBA_CUDA
 #include <ATen/core/dispatch/Dispatcher.h>
 

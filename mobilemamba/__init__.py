@@ -1,11 +1,10 @@
-"""MobileMamba (CVPR 2025) as a C++/CUDA extension of PyTorch: operators, modules, presets, weights, training."""
+"""MobileMamba (CVPR 2025) as a C++/CUDA extension of PyTorch: operators, models, weights, training."""
 
-from . import flops, ops  # noqa: F401  (flops registers its formulas)
-from .model import MobileMamba
-from .mrffi import MRFFI
+from . import data, deploy, models, ops, training, weights
+from .deploy import export
+from .models import MRFFI, PRESETS, MobileMamba
 from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d
-from .presets import PRESETS
-from .zoo import b1, b2, b4, create_model, list_models, nano, s6, t2, t4
+from .zoo import b1, b2, b4, create_model, list_models, nano, open_model, s6, t2, t4
 
 __version__ = "0.1.0"
 
@@ -18,12 +17,19 @@ __all__ = [
     "b4",
     "bidirectional_scan",
     "create_model",
+    "data",
+    "deploy",
     "depthwise_conv2d",
+    "export",
     "haar_conv2d",
     "list_models",
+    "models",
     "nano",
+    "open_model",
     "ops",
     "s6",
     "t2",
     "t4",
+    "training",
+    "weights",
 ]

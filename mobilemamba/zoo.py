@@ -1,124 +1,140 @@
-"""Models by name: making them, with weights by name or from a file."""
+"""Makes models by name, with weights by name or from a file."""
 
-import difflib
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, weights
-from .files import sha256
-from .identify import fitting_presets
-from .model import MobileMamba
-from .presets import PRESETS
+from typing_extensions import Unpack
+
+from . import weights
+from .models import PRESETS, MobileMamba
+from .models.options import ModelOptions, with_model_options
+from .models.presets import check_preset
+from .weights.files import sha256
 
 __all__ = ["b1", "b2", "b4", "convert", "create_model", "list_models", "nano", "open_model", "s6", "t2", "t4"]
 
+Pretrained = bool | str | os.PathLike[str]
+
 
 def list_models() -> list[str]:
-    """Names that :func:`create_model` knows."""
+    """The names that :func:`create_model` takes."""
     return list(PRESETS)
 
 
+@with_model_options()
 def create_model(
-    name: str, pretrained: bool | str | os.PathLike[str] = False, *, allow_head_mismatch: bool = False, **kwargs: Any
+    name: str, pretrained: Pretrained = False, *, allow_head_mismatch: bool = False, **options: Unpack[ModelOptions]
 ) -> MobileMamba:
     """Make a model by name.
 
     Args:
         name: one of :func:`list_models`.
-        pretrained: True for the published plain weights (for ``nano`` the ones inside the package), ``"distilled"``
-            for the published distilled ones, or the path of a checkpoint.
-        allow_head_mismatch: where the head of the weights is another one (other ``num_classes``, one head against
-            two), keep a fresh head instead of raising.
-        kwargs: arguments of :class:`MobileMamba` that replace the preset's, such as ``num_classes``, ``in_chans``,
-            ``distillation``, ``drop_path_rate``.
+        pretrained: False for random weights, True for the published plain weights (for ``nano``, those in the package),
+            ``"distilled"`` for the published distilled weights, or the path of a checkpoint.
+        allow_head_mismatch: keep the random head if the head of the weights differs (another ``num_classes``, or one
+            head against two). By default that is an error.
+        options: arguments of :class:`MobileMamba` that replace the preset's, such as ``num_classes``, ``in_chans``,
+            ``distillation``, ``drop_path_rate``. ``pretrained="distilled"`` makes ``distillation`` True.
 
     Raises:
-        ValueError: an unknown name (the message has the nearest ones), or weights that do not fit.
+        ValueError: the name is unknown (the message has the nearest names), an option is out of its range, or the
+            weights do not fit.
+        TypeError: an option has an unknown name.
+        OSError: ``pretrained`` is a path without a file, or the download failed.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"unknown model '{name}'; {hint}expected one of {', '.join(PRESETS)}")
+    check_preset(name)
     if pretrained == "distilled":
-        kwargs.setdefault("distillation", True)
-    model = MobileMamba(**{**PRESETS[name], **kwargs})
+        options.setdefault("distillation", True)
+    model = MobileMamba(**{**PRESETS[name], **options})
     if pretrained is not False:
         weights.load_pretrained(model, name, pretrained, allow_head_mismatch)
     return model
 
 
-def nano(pretrained: bool | str = False, **kwargs: Any) -> MobileMamba:
-    """A small model for 28x28 grey images, whose Fashion-MNIST weights are part of the package."""
-    return create_model("nano", pretrained, **kwargs)
+@with_model_options(PRESETS["nano"])
+def nano(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
+    """MobileMamba-nano: 0.86 M parameters, grey images of 28 pixels. Its Fashion-MNIST weights are in the package."""
+    return create_model("nano", pretrained, **options)
 
 
-def t2(pretrained: bool | str = False, **kwargs: Any) -> MobileMamba:
-    """MobileMamba-T2: 8.8 M parameters, 192 pixels."""
-    return create_model("t2", pretrained, **kwargs)
+@with_model_options(PRESETS["t2"])
+def t2(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
+    """MobileMamba-T2: 8.8 M parameters, trained for 192 pixels."""
+    return create_model("t2", pretrained, **options)
 
 
-def t4(pretrained: bool | str = False, **kwargs: Any) -> MobileMamba:
-    """MobileMamba-T4: 14.2 M parameters, 192 pixels."""
-    return create_model("t4", pretrained, **kwargs)
+@with_model_options(PRESETS["t4"])
+def t4(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
+    """MobileMamba-T4: 14.2 M parameters, trained for 192 pixels."""
+    return create_model("t4", pretrained, **options)
 
 
-def s6(pretrained: bool | str = False, **kwargs: Any) -> MobileMamba:
-    """MobileMamba-S6: 15.0 M parameters, 224 pixels."""
-    return create_model("s6", pretrained, **kwargs)
+@with_model_options(PRESETS["s6"])
+def s6(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
+    """MobileMamba-S6: 15.0 M parameters, trained for 224 pixels."""
+    return create_model("s6", pretrained, **options)
 
 
-def b1(pretrained: bool | str = False, **kwargs: Any) -> MobileMamba:
-    """MobileMamba-B1: 17.1 M parameters, 256 pixels."""
-    return create_model("b1", pretrained, **kwargs)
+@with_model_options(PRESETS["b1"])
+def b1(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
+    """MobileMamba-B1: 17.1 M parameters, trained for 256 pixels."""
+    return create_model("b1", pretrained, **options)
 
 
-def b2(pretrained: bool | str = False, **kwargs: Any) -> MobileMamba:
-    """MobileMamba-B2: the network of B1 trained for 384 pixels."""
-    return create_model("b2", pretrained, **kwargs)
+@with_model_options(PRESETS["b2"])
+def b2(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
+    """MobileMamba-B2: the network of B1, trained for 384 pixels."""
+    return create_model("b2", pretrained, **options)
 
 
-def b4(pretrained: bool | str = False, **kwargs: Any) -> MobileMamba:
-    """MobileMamba-B4: the network of B1 trained for 512 pixels."""
-    return create_model("b4", pretrained, **kwargs)
+@with_model_options(PRESETS["b4"])
+def b4(pretrained: Pretrained = False, **options: Unpack[ModelOptions]) -> MobileMamba:
+    """MobileMamba-B4: the network of B1, trained for 512 pixels."""
+    return create_model("b4", pretrained, **options)
 
 
-def open_model(source: str | os.PathLike[str], preset: str | None = None) -> tuple[MobileMamba, checkpoint.Checkpoint]:
-    """The model in a file, and the file's content with preset and preprocessing known.
+def open_model(source: weights.Source, preset: str | None = None) -> tuple[MobileMamba, weights.Checkpoint]:
+    """Make the model of ``source`` with its weights; returns the model and the checkpoint.
 
     Args:
-        preset: the preset, needed where the shapes fit several (b1, b2 and b4 are one network) or none. What the file
-            says of another preset, and of its preprocessing, gives way.
+        source: an entry of the table of weights (:func:`mobilemamba.weights.entry`), or the path of a checkpoint.
+        preset: as for :func:`mobilemamba.weights.load`.
+
+    Raises:
+        OSError: no such file, or the download failed.
+        ValueError: the file is not a checkpoint, its preset is unknown, or the weights do not fit the preset.
     """
-    stored = checkpoint.read(source)
-    name = preset or stored.preset
-    if name is None:
-        fitting = fitting_presets(stored.state_dict)
-        which = f"of {' or '.join(fitting)}, which are one network" if fitting else "of no known preset by their shapes"
-        raise ValueError(f"{source}: the weights are {which}; expected the model to be named (--model)")
-    model = create_model(name, **stored.model_args)
-    checkpoint.load_into(model, stored.state_dict, source=source)
-    if stored.preprocessing is None or stored.preset not in (None, name):
-        return model, replace(stored, preset=name, preprocessing=weights.entry(name).preprocessing)
-    return model, replace(stored, preset=name)
+    stored = weights.load(source, preset)
+    assert stored.preset is not None
+    model = create_model(stored.preset, **stored.model_args)
+    weights.load_into(model, stored.state_dict, source=stored.path)
+    return model, stored
 
 
 def convert(
     source: str | os.PathLike[str], target: str | os.PathLike[str], preset: str | None = None
 ) -> dict[str, Any]:
-    """Write the weights of any readable file in this package's format, checked against the whole model first.
+    """Write the weights of any readable checkpoint in this package's format. They must fill the whole model.
 
     Args:
-        preset: as for :func:`open_model`.
+        source: the checkpoint.
+        target: the file to write; its name ends with ``.safetensors``, ``.pt`` or ``.pth``.
+        preset: as for :func:`mobilemamba.weights.load`.
 
     Returns:
-        ``preset``, ``model_args``, number of ``parameters`` and ``tensors``, and the ``sha256`` of ``target``.
+        A dict with ``preset``, ``model_args``, the number of ``parameters`` and of ``tensors``, and the ``sha256`` of
+        ``target``.
+
+    Raises:
+        FileNotFoundError: no such file as ``source``.
+        ValueError: as for :func:`open_model`; or ``target`` is the same file as ``source``, or its name has another
+            ending.
     """
     model, stored = open_model(source, preset)
     if Path(target).exists() and os.path.samefile(source, target):
-        raise ValueError(f"{target}: expected another file than the input, which is not overwritten")
-    checkpoint.save(target, stored)
+        raise ValueError(f"{target}: expected another file than the input: the input is not overwritten")
+    weights.save(target, stored)
     return {
         "preset": stored.preset,
         "model_args": stored.model_args,

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import mobilemamba
-from mobilemamba import checkpoint, cli
-from mobilemamba.transforms import Preprocessing
+from mobilemamba import cli, weights
+from mobilemamba.cli.options import checked_device
+from mobilemamba.data import Preprocessing
 
 LABELS = [f"thing {i}" for i in range(10)]
 
@@ -26,19 +27,19 @@ def folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = mobilemamba.nano()
     preprocessing = Preprocessing(resize=28, crop=28, mean=(0.286,), std=(0.353,))
-    stored = checkpoint.Checkpoint(model.state_dict(), "nano", {"num_classes": 10}, LABELS, preprocessing)
-    checkpoint.save("nano.pt", stored)
+    stored = weights.Checkpoint(model.state_dict(), "nano", {"num_classes": 10}, LABELS, preprocessing)
+    weights.save("nano.pt", stored)
     headless = mobilemamba.nano(num_classes=0)
-    checkpoint.save("headless.pt", checkpoint.Checkpoint(headless.state_dict(), "nano", {"num_classes": 0}))
+    weights.save("headless.pt", weights.Checkpoint(headless.state_dict(), "nano", {"num_classes": 0}))
     infinite = {**model.state_dict(), "head.linear.bias": torch.full((10,), math.nan)}
-    checkpoint.save("infinite.pt", checkpoint.Checkpoint(infinite, "nano"))
+    weights.save("infinite.pt", weights.Checkpoint(infinite, "nano"))
     (tmp_path / "latin.txt").write_bytes("Häuser\n".encode("latin-1"))
     (tmp_path / "empty.txt").touch()
     # as much of b1 as tells the shapes
     widths, depths = (200, 376, 448), (2, 3, 2)
     blocks = [f"stages.{stage}.blocks.{i}.mixer.proj.conv.weight" for stage in range(3) for i in range(depths[stage])]
     torch.save({key: torch.zeros(widths[int(key[7])], 1) for key in blocks}, "b.pt")
-    checkpoint.save("unlabelled.pt", checkpoint.Checkpoint(model.state_dict(), "nano", {}, None, preprocessing))
+    weights.save("unlabelled.pt", weights.Checkpoint(model.state_dict(), "nano", {}, None, preprocessing))
     return tmp_path
 
 
@@ -97,7 +98,7 @@ def test_convert(folder, capsys):
     code, out, _ = run(capsys, "convert", "nano.pt", "nano.safetensors")
     assert code == 0
     assert "nano.safetensors" in out
-    assert checkpoint.read("nano.safetensors").labels == LABELS
+    assert weights.read("nano.safetensors").labels == LABELS
 
 
 def test_info(capsys):
@@ -130,20 +131,23 @@ REFUSALS = {
     "unknown model": (("classify", "dark.png", "--model", "nono"), "unknown model 'nono'; did you mean nano"),
     "unknown model to train": (("train", "--model", "s7", "--data", "digits", "--out", "new"), "did you mean s6"),
     "no distilled weights": (("classify", "dark.png", "--distilled"), "no distilled weights for model 'nano'"),
-    "distilled checkpoint": (("classify", "dark.png", "--distilled", *OWN), "--distilled goes with --model"),
+    "distilled checkpoint": (
+        ("classify", "dark.png", "--distilled", *OWN),
+        "expected either --distilled or --checkpoint, got both",
+    ),
     "missing checkpoint": (("classify", "dark.png", "--checkpoint", "none.pt"), "none.pt: no such checkpoint"),
     "not a checkpoint": (("classify", "dark.png", "--checkpoint", "text.png"), "text.png: "),
     "another preset": (
         ("classify", "dark.png", "--model", "t2", *OWN),
-        "error: nano.pt: expected weights of t2, got those of nano\n",
+        "error: nano.pt: expected weights of t2, got weights of nano\n",
     ),
     "no head": (("classify", "dark.png", "--checkpoint", "headless.pt"), "headless.pt: expected a model with classes"),
     "not finite": (
         ("classify", "light.png", "dark.png", "--checkpoint", "infinite.pt"),
         "error: light.png: expected finite outputs of the model, got [nan",
     ),
-    "several presets": (("classify", "dark.png", "--checkpoint", "b.pt"), "b.pt: the weights are of b1 or b2 or b4, "),
-    "convert several": (("convert", "b.pt", "new.pt"), "b.pt: the weights are of b1 or b2 or b4, which are one "),
+    "several presets": (("classify", "dark.png", "--checkpoint", "b.pt"), "b.pt: the weights fit b1 or b2 or b4, "),
+    "convert several": (("convert", "b.pt", "new.pt"), "b.pt: the weights fit b1 or b2 or b4, which are one "),
     "labels not in UTF-8": (
         ("classify", "dark.png", "--labels", "latin.txt", *OWN),
         "latin.txt: expected names in UTF",
@@ -151,7 +155,7 @@ REFUSALS = {
     "no labels": (("classify", "dark.png", "--labels", "empty.txt", *OWN), "empty.txt: expected 10 labels"),
     "labels for others": (("classify", "dark.png", "--labels", "text.png", *OWN), "expected 10 labels"),
     "missing labels": (("classify", "dark.png", "--labels", "none.txt", *OWN), "none.txt"),
-    "topk": (("classify", "dark.png", "--topk", "0"), "argument --topk: must be at least 1, got 0"),
+    "topk": (("classify", "dark.png", "--topk", "0"), "argument --topk: expected at least 1, got 0"),
     **{
         f"device {name}": (("classify", "dark.png", "--device", name, *OWN), f"device '{name}' is not available; expec")
         for name in ("toaster", "gpu", "cuda:99", "cuda:256", "cuda:x", "cuda:", "")
@@ -163,7 +167,7 @@ REFUSALS = {
     "rate": (("train", "--lr", "-1", "--out", "new"), "lr must be positive, got -1.0"),
     "convert nothing": (("convert", "none.pt", "new.pt"), "none.pt: no such checkpoint"),
     "convert to what": (("convert", "nano.pt", "new.txt"), "new.txt: expected a name"),
-    "convert another": (("convert", "nano.pt", "new.pt", "--model", "t2"), "expected weights of t2, got those of nano"),
+    "convert another": (("convert", "nano.pt", "new.pt", "--model", "t2"), "of t2, got weights of nano"),
 }
 
 
@@ -183,35 +187,35 @@ def test_interrupt_is_one_line(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "info", interrupted)
+    monkeypatch.setattr(cli.info, "run", interrupted)
     assert run(capsys, "info") == (130, "", "\nmobilemamba info: interrupted\n")
-    monkeypatch.setattr(cli, "train", interrupted)
+    monkeypatch.setattr(cli.train, "run", interrupted)
     code, _, err = run(capsys, "train", "--out", "somewhere")
-    assert (code, err) == (130, "\nmobilemamba train: interrupted: --resume goes on from the latest epoch\n")
+    assert (code, err) == (130, "\nmobilemamba train: interrupted: --resume continues from the latest epoch\n")
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):
     def broken(_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "info", broken)
+    monkeypatch.setattr(cli.info, "run", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["info"])
 
 
 def test_device_is_one_that_exists(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [cli.checked_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    assert [checked_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
     for name in ("cuda:2", "cuda:256", "cuda:x", "gpu"):
         with pytest.raises(ValueError, match=f"'{name}' is not available; expected cpu or cuda or cuda:0 or cuda:1$"):
-            cli.checked_device(name)
+            checked_device(name)
 
 
 def test_a_missing_kernel_is_the_users_to_mend(monkeypatch, capsys):
     def missing(_):
         raise NotImplementedError("mobilemamba::haar_conv2d: this version has no CUDA kernel for it")
 
-    monkeypatch.setattr(cli, "info", missing)
+    monkeypatch.setattr(cli.info, "run", missing)
     code, out, err = run(capsys, "info")
     assert (code, out) == (2, "")
     assert err == "mobilemamba info: error: mobilemamba::haar_conv2d: this version has no CUDA kernel for it\n"

@@ -10,8 +10,7 @@ from torch import nn
 
 import mobilemamba
 from mobilemamba import cli, weights
-from mobilemamba import export as exporting
-from mobilemamba.export import export
+from mobilemamba.deploy import export, exporting
 
 NANO = weights.entry("nano")
 
@@ -120,10 +119,10 @@ def test_command(tmp_path, monkeypatch, capsys):
     [
         (["--format", "aoti", "nano.pt"], "expected a name that ends with .pt2"),
         (["--format", "onnx", "--dtype", "bfloat16", "nano.onnx"], "expected float32 for ONNX, got bfloat16"),
-        (["--format", "onnx", "--trainable", "nano.onnx"], "can be trained is expected as torchscript, got onnx"),
+        (["--format", "onnx", "--trainable", "nano.onnx"], "torchscript for a module that can be trained, got onnx"),
         (["--format", "torchscript", "none/nano.pt"], "none: no such folder"),
         (["--format", "torchscript", "--checkpoint", "none.pt", "nano.pt"], "none.pt: no such checkpoint file"),
-        (["--format", "torchscript", "--labels", "/dev/null", "nano.pt"], "expected 10 labels, one in a line, got 0"),
+        (["--format", "torchscript", "--labels", "/dev/null", "nano.pt"], "expected 10 labels, one per line, got 0"),
     ],
 )
 def test_refusals(options, message, tmp_path, monkeypatch, capsys):

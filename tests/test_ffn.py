@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import cpu_only, randn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_operators import LOW_PRECISION, check_against_reference, relative_error
 from torch import Tensor
 
 import mobilemamba
 from mobilemamba import ops
+from mobilemamba.models import backbone, layers
 
 NAMES = ("input", "residual", "expand_weight", "expand_bias", "project_weight", "project_bias")
 MATRICES = (2, 4)
@@ -77,7 +78,6 @@ def test_in_lower_precision(shape, dtype, function):
         check_against_reference(function, plain, arguments, 2 * LOW_PRECISION[dtype])
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.integers(1, 4),
     st.integers(1, 100),
@@ -261,7 +261,10 @@ def test_modules_fold_to_the_operator():
     """The layer, and the block around it with its own residual; statistics are not those of a fresh BatchNorm."""
     torch.manual_seed(0)
     mixer = mobilemamba.MRFFI(32, 0.5, 0.25, 3, (3,))
-    for module, count in ((mobilemamba.layers.FFN(32), 1), (mobilemamba.model.Block(32, mixer, 0.5), 2)):
+    for module, count in (
+        (layers.FFN(32), 1),
+        (backbone.Block(32, mixer, 0.5), 2),
+    ):
         module.double().eval()
         for norm in module.modules():
             if isinstance(norm, torch.nn.BatchNorm2d):
@@ -271,10 +274,10 @@ def test_modules_fold_to_the_operator():
                     tensor.normal_()
         x = torch.randn(2, 32, 9, 6, dtype=torch.float64)
         expected = module(x)
-        folded = mobilemamba.layers.fold_batchnorm(module)
-        parts = [part for part in folded.modules() if isinstance(part, mobilemamba.layers.FoldedFFN)]
+        folded = layers.fold_batchnorm(module)
+        parts = [part for part in folded.modules() if isinstance(part, layers.FoldedFFN)]
         assert len(parts) == count
-        assert type(folded) in (mobilemamba.layers.FoldedFFN, mobilemamba.model.FoldedBlock)
+        assert type(folded) in (layers.FoldedFFN, backbone.FoldedBlock)
         assert relative_error(folded(x), expected) < 1e-12
         for part in parts:
             assert {name for name, _ in part.named_parameters()} == set(NAMES[2:])

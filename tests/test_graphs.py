@@ -219,6 +219,58 @@ def test_model_compiled_for_training():
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
+class Detector(torch.nn.Module):
+    def __init__(self, backbone: mobilemamba.MobileMamba):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        maps = self.backbone.forward_features(images, stages=True)
+        return [m.relu() for m in maps]
+
+
+class Segmenter(torch.nn.Module):
+    def __init__(self, backbone: mobilemamba.MobileMamba):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone.forward_features(images).relu()
+
+
+class Chooser(torch.nn.Module):
+    def __init__(self, backbone: mobilemamba.MobileMamba):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor, stages: bool) -> list[torch.Tensor]:
+        return self.backbone.forward_features(images, stages)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [Detector, Segmenter])
+def test_features_scripted_and_loaded_again(model, kind, fused):
+    """The types of the results are known to TorchScript: a list of maps with ``stages=True``, one map without."""
+    network = kind(model.fuse() if fused else model)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(network), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for shape in IMAGES:
+        x = torch.randn(shape)
+        expected, actual = network(x), loaded(x)
+        assert type(actual) is type(expected)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_scripted_features_refuse_a_flag_that_asks_for_one_map(model):
+    """The type of a result cannot depend on the value of an argument in TorchScript."""
+    scripted, x = torch.jit.script(Chooser(model)), torch.randn(IMAGES[0])
+    assert len(scripted(x, True)) == 3
+    with pytest.raises(torch.jit.Error, match="expected stages=True or no stages in TorchScript, got stages=False"):
+        scripted(x, False)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_model_exported(model, fused):
     model = model.fuse() if fused else model

@@ -12,8 +12,8 @@ from torch import nn
 
 import mobilemamba
 from mobilemamba import MRFFI, create_model
-from mobilemamba.layers import DropPath
-from mobilemamba.mrffi import split_channels
+from mobilemamba.models.layers import DropPath
+from mobilemamba.models.mrffi import split_channels
 
 PUBLISHED = {  # parameters in millions, and (global, local, identity) channels of each stage
     "t2": (8.837, [(112, 28, 4), (192, 54, 26), (224, 110, 34)]),

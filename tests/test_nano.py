@@ -8,7 +8,7 @@ import torch
 
 import mobilemamba
 from mobilemamba import data, weights
-from mobilemamba.train import evaluate
+from mobilemamba.training import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {

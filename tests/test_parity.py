@@ -10,7 +10,8 @@ from devices import DEVICE
 from figures import FULL, Case, full_cases, make_input, small_cases
 from torch import Tensor
 
-from mobilemamba import MobileMamba, checkpoint, create_model, published
+from mobilemamba import MobileMamba, create_model, weights
+from mobilemamba.weights import published
 
 FULL_CASES = {case.name: case for case in full_cases()}
 CASES = FULL_CASES or {f"{case.name}-leading": case for case in small_cases()}
@@ -28,12 +29,12 @@ def model(case: Case, tmp_path_factory: pytest.TempPathFactory) -> MobileMamba:
     path = tmp_path_factory.mktemp("published") / "net.pth"
     averaged = {f"module.{key}": tensor for key, tensor in case.state_dict().items()}
     torch.save({"net": {"module.head.bn.weight": torch.zeros(1)}, "net_E": averaged, "epoch": 300}, path)
-    stored = checkpoint.read(path)
+    stored = weights.read(path)
     path.unlink()
     assert stored.preset == (None if case.preset.startswith("b") else case.preset)  # b1, b2 and b4 are one network
     assert stored.model_args == {**case.model_args, "in_chans": 3}
     model = create_model(case.preset, **stored.model_args, drop_path_rate=0.0).double().eval()
-    checkpoint.load_into(model, stored.state_dict)
+    weights.load_into(model, stored.state_dict)
     return model
 
 

@@ -10,16 +10,17 @@ import torch
 
 import mobilemamba
 from mobilemamba import data
-from mobilemamba.train import Ema, Run, TrainConfig, learning_rate, parameter_groups, train
+from mobilemamba.training import Ema, TrainConfig, learning_rate, parameter_groups, train
+from mobilemamba.training.loop import Run
 
 pytest.importorskip("sklearn")
 CONFIG = TrainConfig(data="digits", epochs=4, batch_size=48, flip=False, crop=1, drop_path=0.1)
 KILLED_IN_SECOND_SAVE = """
 import os, pathlib, signal, sys, torch
 import mobilemamba.data
-from mobilemamba.train import TrainConfig, train
+from mobilemamba.training import TrainConfig, train
 whole = mobilemamba.data.load("digits")
-part = mobilemamba.data.InMemory(whole.train.pixels[:100], whole.train.labels[:100])
+part = mobilemamba.data.datasets.InMemory(whole.train.pixels[:100], whole.train.labels[:100])
 small = mobilemamba.data.DataSet(part, part, whole.labels, whole.preprocessing)
 mobilemamba.data.load = lambda *_: small
 save, calls = torch.save, []
@@ -170,7 +171,7 @@ def test_a_broken_checkpoint_is_refused(tmp_path, small_digits, content):
         torch.save({"some": "thing"}, tmp_path / "last.pt")
     else:
         (tmp_path / "last.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"last\.pt: (not a whole torch file|expected a (training )?checkpoint)"):
+    with pytest.raises(ValueError, match=r"last\.pt: expected a ((training )?checkpoint|complete torch file)"):
         train(CONFIG, tmp_path, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 

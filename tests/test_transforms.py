@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mobilemamba.transforms import Preprocessing, open_image
+from mobilemamba.data import Preprocessing, open_image
 
 GREY = Preprocessing(resize=28, crop=28, mean=(0.286,), std=(0.353,))
 
@@ -111,8 +111,8 @@ def test_json() -> None:
         ({"resize": 20, "crop": 0}, "expected a crop of 1 to resize=20 pixels, got 0"),
         ({"mean": (0.5, 0.5), "std": (1, 1)}, "mean and std of 1 or 3 channels"),
         ({"mean": (0.5,)}, "mean and std of 1 or 3 channels"),
-        ({"std": (1, 0, 1)}, "std must be positive"),
-        ({"std": (1, float("nan"), 1)}, "std must be positive"),
+        ({"std": (1, 0, 1)}, "expected a positive std"),
+        ({"std": (1, float("nan"), 1)}, "expected a positive std"),
         ({"crop": 27.5}, "expected resize and crop in whole pixels, got 28 and 27.5"),
         ({"interpolation": "magic"}, "interpolation: expected bicubic or bilinear, got 'magic'"),
     ],

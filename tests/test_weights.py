@@ -181,7 +181,7 @@ def test_google_drives_question(server: Server, torch_file: bytes) -> None:
         (QUESTION % b"http://elsewhere.invalid", b"", "got a web page that says 'Virus scan warning'"),
         (None, BROKEN_PAGE, "expected the file, got a web page"),
         (None, b"something else", "expected a torch file, got something else"),
-        (None, None, "expected a whole torch file, got one that is cut off"),
+        (None, None, "expected a complete torch file, got one that is cut off"),
     ],
 )
 def test_refused(
@@ -195,7 +195,7 @@ def test_refused(
 
 
 def test_no_server(cache: Path) -> None:
-    with pytest.raises(OSError, match=r"failed: .*refused; try again, which continues it, or put the file from http"):
+    with pytest.raises(OSError, match=r"failed: .*refused; try again to continue it, or put the file from http"):
         weights.download(T2, url="http://127.0.0.1:9/file", progress=False)
     assert names(cache) == []
 
@@ -211,7 +211,7 @@ def test_changed_file(server: Server, cache: Path, torch_file: bytes) -> None:
     server.body = torch_file
     path = weights.download(T2, url=server.url, progress=False)
     path.write_bytes(b"changed")
-    with pytest.raises(ValueError, match=r"as at the first download, got .*; to accept a new file remove it together"):
+    with pytest.raises(ValueError, match=r"as at the first download, got .*; to download the file again, remove"):
         weights.download(T2)
     with pytest.raises(ValueError, match="as at the first download"):
         create_model("t2", pretrained=True)
@@ -242,7 +242,7 @@ def test_create_model_downloads(server: Server, monkeypatch: pytest.MonkeyPatch)
     buffer = io.BytesIO()
     torch.save(source.state_dict(), buffer)
     server.body = buffer.getvalue()
-    monkeypatch.setattr(weights, "DRIVE_URL", server.url + "?id={id}")
+    monkeypatch.setattr(weights.table, "DRIVE_URL", server.url + "?id={id}")
     model = create_model("t2", pretrained="distilled")
     assert model.distillation
     assert all(
@@ -259,7 +259,7 @@ def test_create_model_downloads(server: Server, monkeypatch: pytest.MonkeyPatch)
 
 def test_pretrained_argument(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match="expected True, 'distilled' or a checkpoint, got 'distiled', not a file"
+        FileNotFoundError, match="expected True, 'distilled' or a checkpoint, got 'distiled', which is not a file"
     ):
         create_model("nano", pretrained="distiled")
     with pytest.raises(ValueError, match="pretrained: expected True, False, 'distilled' or a path, got 3"):

@@ -11,11 +11,11 @@ namespace mobilemamba::cuda {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& launch, cudaStream_t stream,
                           const Arguments&... arguments) {
-  if (launch.shared_bytes > 48 * 1024) {  // beyond what every device grants unasked
+  if (launch.shared_bytes > 48 * 1024) {  // a kernel must ask for more than 48 KiB
     int device = 0, limit = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    // always the same number for a device, since other threads may be launching the same kernel
+    // The limit is the same for every launch on a device: other threads may be launching the same kernel.
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(clamp(limit, 0, stage_budget)));

@@ -1,4 +1,4 @@
-// The convolution on a packed weight on CUDA: torch's own. Models keep their weights unpacked there.
+// The convolution with a packed weight on CUDA, by torch. Models on CUDA keep their weights unpacked.
 #include "ops/packed_conv2d.h"
 
 #include "cuda/run.h"

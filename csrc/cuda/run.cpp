@@ -1,4 +1,4 @@
-// Errors of launches in words; see run.h.
+// The message of a failed launch, and a device's limits; see run.h.
 #include "cuda/run.h"
 
 #include <cuda_runtime_api.h>
@@ -20,7 +20,7 @@ int attribute(cudaDeviceAttr name) {
 void check_launch(cudaError_t error) {
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
       error == cudaErrorUnsupportedPtxVersion) {
-    (void)cudaGetLastError();  // reported here: the next caller should not find it
+    (void)cudaGetLastError();  // clears the error: the message below reports it
     const int major = attribute(cudaDevAttrComputeCapabilityMajor),
               minor = attribute(cudaDevAttrComputeCapabilityMinor);
     TORCH_CHECK(false, "mobilemamba: the GPU has compute capability ", major, ".", minor,

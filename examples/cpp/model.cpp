@@ -15,7 +15,7 @@ namespace {
 
 constexpr int newest_version = 1;
 
-/// The records that mobilemamba/export.py writes.
+/// The records that mobilemamba/deploy/exporting.py writes.
 class Records {
  public:
   explicit Records(const std::string& path) : path_(path), archive_(path) {}

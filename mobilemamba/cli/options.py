@@ -1,0 +1,83 @@
+"""Options that several commands share, and functions that turn their values into models and devices."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from .. import weights, zoo
+from ..data import Preprocessing
+from ..models import MobileMamba
+
+__all__ = ["Parser", "add_device_option", "add_model_options", "checked_device", "open_model", "positive"]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(text: str) -> int:
+    """The type of an option: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def add_device_option(parser: Parser, what: str = "") -> None:
+    parser.add_argument("--device", default="cpu", help=f"cpu or cuda{what} (default: cpu)")
+
+
+def checked_device(name: str) -> str:
+    """``name``, if this torch has that device.
+
+    Raises:
+        ValueError: this torch does not have it.
+    """
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    having = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
+    if name not in having:
+        raise ValueError(f"device '{name}' is not available; expected {' or '.join(having)}")
+    return name
+
+
+def add_model_options(parser: Parser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="preset (default: nano); with --checkpoint, the preset of PATH")
+    parser.add_argument("--distilled", action="store_true", help="use the weights that were trained with a teacher")
+    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="use the weights in this file")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one per line")
+
+
+def open_model(args: argparse.Namespace) -> tuple[MobileMamba, Sequence[str] | None, Preprocessing]:
+    """The model, its labels and its preprocessing, from the options of :func:`add_model_options`.
+
+    Raises:
+        OSError: a file is missing, or the download failed.
+        ValueError: the options exclude each other, or a file does not fit.
+    """
+    if args.checkpoint is None:
+        model, stored = zoo.open_model(weights.entry(args.model or "nano", args.distilled))
+    elif args.distilled:
+        raise ValueError("expected either --distilled or --checkpoint, got both")
+    else:
+        model, stored = zoo.open_model(args.checkpoint, args.model)
+    labels = read_labels(args.labels) if args.labels else stored.labels
+    if labels is not None and len(labels) != model.num_classes:
+        raise ValueError(
+            f"{args.labels or stored.path}: expected {model.num_classes} labels, one per line, got {len(labels)}"
+        )
+    assert stored.preprocessing is not None
+    return model, labels, stored.preprocessing
+
+
+def read_labels(path: Path) -> list[str]:
+    """The lines of a UTF-8 file."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected names in UTF-8, one per line, got other bytes ({error})") from error

@@ -1,0 +1,171 @@
+"""Preprocessing: from an image file to the tensor that a model expects, with Pillow."""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "open_image"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+ImageOrPath = Union["Image.Image", str, os.PathLike[str]]
+
+
+def open_image(path: str | os.PathLike[str]) -> "Image.Image":
+    """Read a complete image file and turn the image upright, as its EXIF orientation says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not an image, or it is damaged; the message names the file.
+    """
+    from PIL import Image, ImageOps
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such image file")
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: expected an image, got a folder")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{path}: expected an image, got a file of no known image format") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, DecompressionBombError, EOFError ...
+        raise ValueError(f"{path}: not a readable image: {error}") from error
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model expects its images: the short side resized, the centre cropped, the channels normalised.
+
+    Args:
+        resize: short side in pixels after resizing; the aspect ratio is kept.
+        crop: side of the centre square in pixels, from 1 to ``resize``.
+        mean, std: for each channel, of values from 0 to 1. Three values mean RGB, one means grey.
+        interpolation: ``"bicubic"`` or ``"bilinear"``, antialiased.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    resize: int
+    crop: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        if type(self.crop) is not int or type(self.resize) is not int:
+            raise ValueError(f"expected resize and crop in whole pixels, got {self.resize!r} and {self.crop!r}")
+        if not 1 <= self.crop <= self.resize:
+            raise ValueError(f"expected a crop of 1 to resize={self.resize} pixels, got {self.crop}")
+        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
+            raise ValueError(f"expected mean and std of 1 or 3 channels, got {self.mean} and {self.std}")
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"expected a positive std, got {self.std}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation: expected {' or '.join(INTERPOLATIONS)}, got '{self.interpolation}'")
+
+    @property
+    def channels(self) -> int:
+        """3 for RGB, 1 for grey."""
+        return len(self.mean)
+
+    def transforms(self) -> Callable[[ImageOrPath], Tensor]:
+        """A function from a PIL image or its path to a normalised float32 tensor ``(channels, crop, crop)``.
+
+        The results equal those of torchvision's ``Resize``, ``CenterCrop``, ``ToTensor`` and ``Normalize`` on PIL
+        images: the published models are evaluated with these. A path is opened by :func:`open_image`, which turns the
+        image upright; a PIL image is not turned. Every colour mode becomes RGB, or grey if the model has one channel.
+        Transparency is dropped, and 16 bits are reduced to 8. If one side is longer than 16 times the other, only the
+        centre is used: the memory for the resized image would have no bound.
+
+        The function raises ValueError for an image that cannot be read or converted, FileNotFoundError for a path
+        without a file, and TypeError for anything else.
+        """
+        return self._normalized
+
+    def pixels(self) -> Callable[[ImageOrPath], Tensor]:
+        """Like :meth:`transforms` without normalisation: the function returns uint8 ``(channels, crop, crop)``."""
+        return self._pixels
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """``(pixels / 255 - mean) / std`` for each channel: uint8 ``(..., channels, H, W)`` -> float32."""
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)  # one product instead of two divisions
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "Preprocessing":
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a field is unknown, missing or out of its range.
+        """
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"preprocessing: expected the fields of Preprocessing, got {fields!r:.200}") from error
+
+    def _normalized(self, image: ImageOrPath) -> Tensor:
+        return self.normalize(self._pixels(image))
+
+    def _pixels(self, image: ImageOrPath) -> Tensor:
+        from PIL import Image
+
+        if isinstance(image, (str, os.PathLike)):
+            path, image = image, open_image(image)
+            try:
+                return self._pixels(image)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"image: expected a PIL image or a path, got {type(image).__name__}")
+        image = to_mode(image, "RGB" if self.channels == 3 else "L")
+        image = image.crop(centre_box(image.size, *(min(side, 16 * min(image.size)) for side in image.size)))
+        short = min(image.size)
+        if short < 1:
+            raise ValueError(f"image: expected at least one pixel, got {image.width} x {image.height}")
+        size = (int(self.resize * image.width / short), int(self.resize * image.height / short))
+        image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        image = image.crop(centre_box(size, self.crop, self.crop))
+        data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return data.view(self.crop, self.crop, self.channels).permute(2, 0, 1).contiguous()
+
+
+def centre_box(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the centre rectangle of an image of ``size``, rounded as torchvision does."""
+    left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
+    return left, top, left + width, top + height
+
+
+def to_mode(image: "Image.Image", mode: str) -> "Image.Image":
+    """``image`` in ``mode``: ``"RGB"`` or ``"L"``, 8 bits per channel."""
+    if image.mode == mode:
+        return image
+    if image.mode.startswith("I"):  # 16 bits: convert("L") would clip them to 255
+        image = image.convert("I")
+        low, high = cast("tuple[int, int]", image.getextrema())  # one channel
+        if low < 0 or high > 65535:
+            raise ValueError(f"image: expected 8 or 16 bits per channel, got values from {low} to {high}")
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode == "F":
+        raise ValueError("image: expected 8 or 16 bits per channel, got floating point of unknown range")
+    try:
+        return image.convert(mode)
+    except ValueError as error:
+        raise ValueError(f"image: no conversion from mode {image.mode} to {mode}") from error

@@ -1,0 +1,7 @@
+"""The network: its layers, its mixer, the backbone, and the presets."""
+
+from .backbone import MobileMamba
+from .mrffi import MRFFI
+from .presets import PRESETS
+
+__all__ = ["MRFFI", "PRESETS", "MobileMamba"]

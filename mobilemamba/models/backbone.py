@@ -1,0 +1,417 @@
+"""The backbone: patch embedding, three stages of blocks with transitions between them, pooling and head."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .layers import (
+    FFN,
+    ConvNorm,
+    DropPath,
+    Folded,
+    FoldedLinear,
+    PatchEmbedding,
+    PatchMerging,
+    ResidualDepthwise,
+    fold_batchnorm,
+    is_short,
+)
+from .mrffi import MRFFI
+
+__all__ = ["MobileMamba"]
+
+Logits = Tensor | tuple[Tensor, Tensor]
+
+
+class FeatureInfo(TypedDict):
+    """What is known of a stage's feature map before any image is seen."""
+
+    num_chs: int  # channels
+    reduction: int  # stride against the image, in pixels
+    module: str  # name of the module that ends the stage
+
+
+class Block(nn.Module):
+    """``x + DropPath(g(x))``, where ``g`` is dw3, FFN, MRFFI, dw3, FFN, each with its own residual.
+
+    ``(B, C, H, W) -> (B, C, H, W)``. The identity is added twice, inside ``g`` and around it: the published weights
+    were trained that way.
+    """
+
+    def __init__(self, dim: int, mixer: nn.Module, drop_path: float) -> None:
+        super().__init__()
+        self.depthwise0 = ResidualDepthwise(dim)
+        self.ffn0 = FFN(dim)
+        self.mixer = mixer
+        self.depthwise1 = ResidualDepthwise(dim)
+        self.ffn1 = FFN(dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ffn0(self.depthwise0(x))
+        y = self.mixer(y, y)
+        return x + self.drop_path(self.ffn1(self.depthwise1(y)))
+
+    def fold(self) -> nn.Module:
+        return FoldedBlock(self)
+
+
+class FoldedBlock(nn.Module):
+    """A :class:`Block` with folded layers. Its last layer adds the residual around ``g``."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.depthwise0, self.ffn0, self.mixer = block.depthwise0, block.ffn0, block.mixer
+        self.depthwise1, self.ffn1 = block.depthwise1, block.ffn1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ffn0(self.depthwise0(x))
+        y = self.mixer(y, y)
+        return self.ffn1(self.depthwise1(y), x)
+
+
+class Transition(nn.Sequential):
+    """The layers between two stages: dw3 and FFN at the old width, patch merging, dw3 and FFN at the new width.
+
+    ``(B, dim, H, W) -> (B, out_dim, ceil(H/2), ceil(W/2))``.
+    """
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__(
+            ResidualDepthwise(dim), FFN(dim), PatchMerging(dim, out_dim), ResidualDepthwise(out_dim), FFN(out_dim)
+        )
+
+
+class Stage(nn.Module):
+    """A transition and then blocks: ``(B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))``.
+
+    The first stage has ``nn.Identity()`` as its transition and keeps the shape.
+    """
+
+    def __init__(self, transition: nn.Module, blocks: list[Block]) -> None:
+        super().__init__()
+        self.transition = transition
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transition(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = self._checkpointed(block, x)
+            else:
+                x = block(x)
+        return x
+
+    @torch.jit.unused
+    def _checkpointed(self, block: nn.Module, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # torch.compile decides by itself what to recompute
+            return block(x)
+        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block)))
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of ``module``: recomputation in the backward pass shows them a batch again."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    momenta = [norm.momentum for norm in norms]
+    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    counts = [counter.clone() for counter in counters]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for counter, count in zip(counters, counts, strict=True):
+            counter.copy_(count)
+
+
+class Classifier(nn.Module):
+    """BatchNorm and a linear layer on pooled features. ``(B, C) -> (B, num_classes)``."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+        self.linear = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+    @torch.no_grad()
+    def fold(self) -> FoldedLinear:
+        norm, linear = self.norm, self.linear
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        bias = linear.bias + linear.weight @ (norm.bias - norm.running_mean * scale)
+        return FoldedLinear(linear.weight * scale, bias)
+
+
+class DistilledClassifier(nn.Module):
+    """Two classifiers on pooled features: ``(B, C) -> (B, num_classes)``.
+
+    Training returns both outputs, evaluation their mean.
+    """
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.labels: nn.Module = Classifier(dim, num_classes)
+        self.teacher: nn.Module = Classifier(dim, num_classes)
+
+    def forward(self, x: Tensor) -> Logits:
+        labels, teacher = self.labels(x), self.teacher(x)
+        if self.training:
+            return labels, teacher
+        return (labels + teacher) / 2
+
+    @torch.no_grad()
+    def fold(self) -> FoldedLinear:
+        labels, teacher = self.labels, self.teacher
+        assert isinstance(labels, FoldedLinear)
+        assert isinstance(teacher, FoldedLinear)
+        # the mean of two linear layers is one linear layer
+        labels.conv.weight.add_(teacher.conv.weight).div_(2)
+        labels.conv.bias.add_(teacher.conv.bias).div_(2)
+        return labels
+
+
+class MobileMamba(nn.Module):
+    """MobileMamba backbone with classifier: images ``(B, in_chans, H, W)`` -> logits ``(B, num_classes)``.
+
+    H and W may be any size from 1 on, odd or even. Images are floating point, scaled and normalised.
+
+    Args:
+        num_classes: classes of the head. With 0 the model returns the pooled features ``(B, num_features)``.
+        in_chans: image channels.
+        distillation: two heads. Training returns the outputs of both as a tuple, evaluation returns their mean.
+        widths: channels of each stage.
+        depths: number of blocks in each stage.
+        global_ratios, local_ratios: for each stage, the shares of the channels that go to the global and to the local
+            part of MRFFI.
+        wavelet_kernels: for each stage, the kernel size on the Haar sub-bands; odd.
+        local_kernels: for each stage, the kernel sizes of the local part; odd.
+        patch_strides: strides of the 3x3 convolutions of the patch embedding. Their widths double up to ``widths[0]``.
+        ssm_ratio: inner width of the scan over the width of the global part.
+        d_state: state size of the scan.
+        drop_path_rate: rate of stochastic depth in the last block. It rises linearly from 0 in the first block.
+
+    Attributes:
+        num_features: channels of the last feature map.
+        feature_info: for each stage, its channels, its stride and the name of the module that ends it.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source: "MobileMamba: Lightweight Multi-Receptive Visual Mamba Network" (arXiv 2411.15941).
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        distillation: bool = False,
+        *,
+        widths: tuple[int, int, int],
+        depths: tuple[int, int, int],
+        global_ratios: tuple[float, float, float] = (0.8, 0.7, 0.6),
+        local_ratios: tuple[float, float, float] = (0.2, 0.2, 0.3),
+        wavelet_kernels: tuple[int, int, int] = (7, 5, 3),
+        local_kernels: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((7,), (5,), (3,)),
+        patch_strides: tuple[int, ...] = (2, 2, 2, 2),
+        ssm_ratio: float = 2.0,
+        d_state: int = 1,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.in_chans, self.distillation = num_classes, in_chans, distillation
+        self.num_features = widths[-1]
+        reduction = 1
+        stem: list[nn.Module] = []
+        chans = in_chans
+        for i, stride in enumerate(patch_strides):
+            out_chans = widths[0] // 2 ** (len(patch_strides) - 1 - i)
+            stem += [nn.ReLU()] if stem else []
+            stem.append(ConvNorm(chans, out_chans, kernel=3, stride=stride))
+            chans = out_chans
+            reduction *= stride
+        self.patch_embed = PatchEmbedding(*stem)
+
+        rates = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
+        stages = []
+        for i in range(3):
+            transition = Transition(widths[i - 1], widths[i]) if i else nn.Identity()
+            blocks = []
+            for _ in range(depths[i]):
+                mixer = MRFFI(
+                    widths[i],
+                    global_ratios[i],
+                    local_ratios[i],
+                    wavelet_kernels[i],
+                    local_kernels[i],
+                    ssm_ratio,
+                    d_state,
+                )
+                blocks.append(Block(widths[i], mixer, rates.pop(0)))
+            stages.append(Stage(transition, blocks))
+        self.stages = nn.ModuleList(stages)
+        self.feature_info: list[FeatureInfo] = [
+            {"num_chs": widths[i], "reduction": reduction * 2**i, "module": f"stages.{i}"} for i in range(3)
+        ]
+        self.head = self._make_head()
+
+    def _make_head(self) -> nn.Module:
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {self.num_classes}")
+        if self.num_classes == 0:
+            return nn.Identity()
+        kind = DistilledClassifier if self.distillation else Classifier
+        return kind(self.num_features, self.num_classes)
+
+    def forward_stages(self, x: Tensor) -> list[Tensor]:
+        """The feature maps after stages 1, 2 and 3 of images ``(B, in_chans, H, W)``.
+
+        Returns:
+            Maps ``(B, widths[i], ceil(H / stride), ceil(W / stride))``, channels-last in memory. The published presets
+            have strides of 16, 32 and 64; ``feature_info`` has them for every model.
+
+        Raises:
+            ValueError: the shape or the type of the images does not fit.
+        """
+        if x.dim() != 4 or x.size(1) != self.in_chans:
+            raise ValueError(
+                f"input: expected images of shape (batch, {self.in_chans}, height, width), got {list(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"input: expected images of a floating-point type, scaled and normalised, got {x.dtype}")
+        if x.size(2) < 1 or x.size(3) < 1:
+            raise ValueError(f"input: expected height and width of at least 1, got {list(x.shape)}")
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        maps: list[Tensor] = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    @overload
+    def forward_features(self, x: Tensor, stages: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward_features(self, x: Tensor, stages: Literal[True]) -> list[Tensor]: ...
+    @overload
+    def forward_features(self, x: Tensor, stages: bool) -> Tensor | list[Tensor]: ...
+
+    # TorchScript chooses an overload by the types of the arguments, not by their values: a call without `stages` takes
+    # the first one, a call with `stages` the second one. It does not know the overloads in a subclass.
+    if not TYPE_CHECKING:
+
+        @torch.jit._overload_method
+        def forward_features(self, x: Tensor, stages: None = None) -> Tensor: ...
+        @torch.jit._overload_method
+        def forward_features(self, x: Tensor, stages: bool) -> list[Tensor]: ...  # noqa: F811
+
+    def forward_features(self, x: Tensor, stages: bool = False) -> Tensor | list[Tensor]:
+        """Feature maps of images ``(B, in_chans, H, W)``.
+
+        Returns:
+            The map after the last stage. With ``stages=True`` the list of all three maps, as :meth:`forward_stages`
+            returns it.
+
+        Raises:
+            ValueError: as :meth:`forward_stages`.
+
+        ``torch.jit.script`` compiles calls with ``stages=True`` and calls without ``stages``. A subclass of this class
+        calls :meth:`forward_stages` instead.
+        """
+        maps = self.forward_stages(x)
+        if torch.jit.is_scripting():
+            if stages is None:
+                return maps[-1]
+            if not stages:
+                raise ValueError("forward_features: expected stages=True or no stages in TorchScript, got stages=False")
+            return maps
+        return maps if stages else maps[-1]
+
+    @overload
+    def forward_head(self, x: Tensor, pre_logits: Literal[False] = False) -> Logits: ...
+    @overload
+    def forward_head(self, x: Tensor, pre_logits: Literal[True]) -> Tensor: ...
+    @overload
+    def forward_head(self, x: Tensor, pre_logits: bool) -> Logits: ...
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Logits:
+        """Pooling and classifier on the last feature map ``(B, num_features, H, W)``.
+
+        Returns:
+            Logits ``(B, num_classes)``, or a tuple of two where the model has two heads and trains. With
+            ``pre_logits=True`` the pooled features ``(B, num_features)``.
+        """
+        pooled = x.mean((2, 3))
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x: Tensor) -> Logits:
+        return self.forward_head(self.forward_stages(x)[-1])
+
+    @torch.jit.unused
+    def reset_classifier(self, num_classes: int, distillation: bool | None = None) -> None:
+        """Replace the head by a fresh one, on the model's device and in its dtype.
+
+        Args:
+            num_classes: classes of the new head; 0 for no head.
+            distillation: whether the new head is two heads; None keeps the model's choice.
+
+        Raises:
+            ValueError: ``num_classes`` is negative.
+        """
+        self.num_classes = num_classes
+        if distillation is not None:
+            self.distillation = distillation
+        self.head = self._make_head().to(next(self.parameters()))
+
+    @torch.jit.unused
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Save memory in training at the price of time: keep only the input of each block and recompute the rest.
+
+        It has no effect under ``torch.compile``, which decides by itself what to recompute.
+        """
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+    @torch.jit.unused
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters of the state space. They get no weight decay, though some have two dimensions."""
+        leaves = ("A_log", "D", "dt_bias")
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}
+
+    @torch.jit.unused
+    def fuse(self) -> "MobileMamba":
+        """A copy for inference, in evaluation mode, with every BatchNorm and scale folded into a neighbouring layer.
+
+        Outputs are equal up to rounding. BatchNorm goes into its convolution or linear layer, the residual of a
+        depthwise convolution into its centre tap, ``base_scale`` into ``out_proj``, the wavelet scale into the wavelet
+        kernel, and two heads become one. A model in float16 or bfloat16 is folded in float32; its biases, depthwise
+        kernels and scan parameters stay in float32.
+
+        The copy can be moved, cast, copied, pickled, scripted, compiled and exported. Its parameters have the memory
+        order of the kernels, which safetensors does not store: keep the model that it is made from.
+        """
+        first = next(self.parameters())
+        fused = copy.deepcopy(self).eval()
+        if is_short(first):
+            fold_batchnorm(fused.float())
+            fused.to(first.dtype)
+        else:
+            fold_batchnorm(fused)
+        fused.distillation = False
+        for module in fused.modules():
+            if isinstance(module, Folded) and next(module.parameters()).device.type == "cpu":
+                module.pack()
+        return fused.requires_grad_(False)

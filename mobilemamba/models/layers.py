@@ -1,0 +1,344 @@
+"""The small layers that the network is built from: convolution with BatchNorm, FFN, patch merging, drop path."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import depthwise_conv2d, ffn, pack_conv2d_weight, packed_conv2d
+
+__all__ = [
+    "FFN",
+    "ChannelAffine",
+    "ConvNorm",
+    "DenseConv2d",
+    "DepthwiseConv2d",
+    "DropPath",
+    "Folded",
+    "FoldedFFN",
+    "FoldedLinear",
+    "PatchEmbedding",
+    "PatchMerging",
+    "ResidualDepthwise",
+    "SqueezeExcite",
+    "fold_batchnorm",
+    "in_order",
+    "is_short",
+]
+
+
+def fold_batchnorm(module: nn.Module) -> nn.Module:
+    """Fold every BatchNorm under ``module``, in place where possible; returns the module to use instead.
+
+    A layer takes part by defining ``fold()``, which is called after its children were folded.
+    """
+    for name, child in module.named_children():
+        setattr(module, name, fold_batchnorm(child))
+    fold = getattr(module, "fold", None)
+    return fold() if fold is not None else module
+
+
+def in_order(weight: Tensor, *dims: int) -> nn.Parameter:
+    """The same weight, in memory in the order of ``dims``: where that is a kernel's, it is read without a copy."""
+    inverse = sorted(range(len(dims)), key=lambda i: dims[i])
+    return nn.Parameter(weight.detach().permute(dims).contiguous().permute(inverse))
+
+
+def is_short(tensor: Tensor) -> bool:
+    """Whether its numbers have 16 bits."""
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+class Folded(nn.Module):
+    """A folded layer: ``matrices`` names the parameters that are multiplied in the type of the images.
+
+    The others are few, and what rounding them costs in accuracy buys no time: they stay float32 where the layer goes to
+    16 bits. ``pack`` puts the matrices into the order in which the CPU kernel reads them, as their only copies. No
+    memory format changes how a parameter lies.
+    """
+
+    matrices: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Folded":
+        small = [p for name, p in self.named_parameters(recurse=False) if name not in self.matrices]
+        kept = {id(tensor) for p in small for tensor in (p, p.grad)}
+
+        def apply(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if id(tensor) in kept and is_short(result) and not is_short(tensor):
+                result = tensor.to(result.device, torch.float32)
+            if result.shape == tensor.shape and result.stride() != tensor.stride():
+                as_it_was = torch.empty_strided(tensor.shape, tensor.stride(), dtype=result.dtype, device=result.device)
+                result = as_it_was.copy_(result)
+            return result
+
+        return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        if not self.packed:
+            for name in self.matrices:
+                weight = getattr(self, name)
+                kernel = weight if weight.dim() == 4 else weight[:, :, None, None]
+                setattr(self, name, nn.Parameter(pack_conv2d_weight(kernel), weight.requires_grad))
+            self.packed = True
+
+
+class DenseConv2d(Folded):
+    """A folded convolution with activation."""
+
+    matrices = ("weight",)
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int, activation: str) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.kernel_size, self.stride, self.activation = weight.size(3), stride, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed:
+            return packed_conv2d(x, self.weight, self.bias, None, self.kernel_size, self.stride, self.activation)
+        bias = self.bias.to(x.dtype)
+        if self.kernel_size == 1 and self.stride == 1:
+            y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), bias).permute(0, 3, 1, 2)
+        else:
+            y = F.conv2d(x, self.weight, bias, self.stride, self.kernel_size // 2)
+        return y.relu_() if self.activation == "relu" else y
+
+
+class FoldedLinear(nn.Module):
+    """A linear layer that ``pack`` takes part in. ``(B, C) -> (B, out)``."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.conv = DenseConv2d(weight[:, :, None, None], bias, 1, "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x[:, :, None, None]).flatten(1)
+
+
+class DepthwiseConv2d(Folded):
+    """A folded depthwise convolution with activation: one operator."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int, activation: str) -> None:
+        super().__init__()
+        self.weight, self.bias = in_order(weight, 1, 2, 3, 0), nn.Parameter(bias)
+        self.stride, self.activation = stride, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.bias, None, self.stride, self.activation)
+
+
+class ChannelAffine(nn.Module):
+    """A folded depthwise 1x1 convolution: one weight and bias per channel."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
+
+
+class ConvNorm(nn.Module):
+    """Bias-free "same" convolution, BatchNorm, activation. ``(B, C_in, H, W) -> (B, C_out, H', W')``.
+
+    Args:
+        norm_init: initial weight of the BatchNorm; 0 for the one that ends a residual branch.
+        activation: "none" or "relu".
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        norm_init: float = 1.0,
+        activation: str = "none",
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(out_chans)
+        self.activation = activation
+        nn.init.constant_(self.norm.weight, norm_init)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.norm(self.conv(x))
+        if self.activation == "relu":
+            y = y.relu()
+        return y if residual is None else y + residual
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution that computes the same with the running statistics."""
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
+        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
+        return self.conv.weight * scale[:, None, None, None], self.norm.bias - self.norm.running_mean * scale
+
+    @torch.no_grad()
+    def fold(self) -> nn.Module:
+        """The same function of an input as one layer (inference statistics)."""
+        conv = self.conv
+        weight, bias = self.folded()
+        if conv.groups == conv.in_channels == conv.out_channels:
+            if conv.kernel_size[0] == 1:
+                return ChannelAffine(weight.flatten(), bias)
+            return DepthwiseConv2d(weight, bias, conv.stride[0], self.activation)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return DenseConv2d(weight, bias, conv.stride[0], self.activation)
+
+
+class InParts(nn.Sequential):
+    """Layers in sequence. On the CPU for some images at a time, so that what is between the layers stays near."""
+
+    def __init__(self, layers: dict[str, nn.Module], images: int = 4) -> None:
+        super().__init__(OrderedDict(layers))
+        self.images = images
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if torch.compiler.is_compiling():  # whose graphs have no loops over the batch
+                return self.layers(x)
+        if x.device.type != "cpu" or x.size(0) <= self.images:
+            return self.layers(x)
+        return torch.cat([self.layers(part) for part in x.split(self.images)])
+
+    def layers(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+class PatchEmbedding(nn.Sequential):
+    """Strided 3x3 convolutions with BatchNorm, and ReLU between them."""
+
+    def fold(self) -> nn.Module:
+        convs = {name: layer for name, layer in self.named_children() if not isinstance(layer, nn.ReLU)}
+        for conv in list(convs.values())[:-1]:
+            assert isinstance(conv, DenseConv2d | DepthwiseConv2d)
+            conv.activation = "relu"
+        return InParts(convs)
+
+
+class ResidualDepthwise(ConvNorm):
+    """``x + BN(depthwise 3x3(x))``. ``(B, C, H, W) -> (B, C, H, W)``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, kernel=3, groups=dim, norm_init=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x + self.norm(self.conv(x))
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        weight, bias = super().folded()
+        weight[:, 0, 1, 1] += 1  # the residual is one more weight on the centre tap
+        return weight, bias
+
+
+class FFN(nn.Module):
+    """``x + BN(1x1(ReLU(BN(1x1(x)))))`` with a hidden width of ``2 * dim``. ``(B, C, H, W) -> (B, C, H, W)``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.expand: nn.Module = ConvNorm(dim, 2 * dim, activation="relu")
+        self.project: nn.Module = ConvNorm(2 * dim, dim, norm_init=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.expand(x), x)
+
+    def fold(self) -> nn.Module:
+        assert isinstance(self.expand, DenseConv2d)
+        assert isinstance(self.project, DenseConv2d)
+        return FoldedFFN(self.expand, self.project)
+
+
+class FoldedFFN(Folded):
+    """An :class:`FFN` whose convolutions are folded, with one more residual, as one operator."""
+
+    matrices = ("expand_weight", "project_weight")
+
+    def __init__(self, expand: DenseConv2d, project: DenseConv2d) -> None:
+        super().__init__()
+        self.expand_weight, self.expand_bias = nn.Parameter(expand.weight.detach().flatten(1)), expand.bias
+        self.project_weight, self.project_bias = nn.Parameter(project.weight.detach().flatten(1)), project.bias
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ffn(x, residual, self.expand_weight, self.expand_bias, self.project_weight, self.project_bias)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate from the global mean. ``(B, C, H, W) -> (B, C, H, W)``; ``C/4`` hidden channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(dim, dim // 4, 1)
+        self.expand = nn.Conv2d(dim // 4, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean((2, 3))
+        hidden = F.linear(pooled, self.reduce.weight.flatten(1), self.reduce.bias).relu()
+        gate = F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias).sigmoid()
+        return x * gate[:, :, None, None]
+
+    @torch.no_grad()
+    def fold(self) -> nn.Module:
+        return FoldedSqueezeExcite(self)
+
+
+class FoldedSqueezeExcite(nn.Module):
+    """A :class:`SqueezeExcite` that ``pack`` takes part in. ``(B, C, H, W) -> (B, C, H, W)``."""
+
+    def __init__(self, layer: SqueezeExcite) -> None:
+        super().__init__()
+        assert layer.reduce.bias is not None
+        assert layer.expand.bias is not None
+        self.reduce = DenseConv2d(layer.reduce.weight.detach(), layer.reduce.bias.detach(), 1, "relu")
+        self.expand = DenseConv2d(layer.expand.weight.detach(), layer.expand.bias.detach(), 1, "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True))).sigmoid()
+
+
+class PatchMerging(nn.Module):
+    """Halves the resolution and changes the width. ``(B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))``."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        hidden = 4 * dim
+        self.expand = ConvNorm(dim, hidden, activation="relu")
+        self.depthwise = ConvNorm(hidden, hidden, kernel=3, stride=2, groups=hidden, activation="relu")
+        self.squeeze_excite = SqueezeExcite(hidden)
+        self.project = ConvNorm(hidden, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.squeeze_excite(self.depthwise(self.expand(x))))
+
+    def fold(self) -> nn.Module:
+        return InParts(dict(self.named_children()), images=8)  # fewer, and squeeze-excite reads its weights too often
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zeroes whole samples with probability ``rate`` and scales the rest up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"drop path rate must be in [0, 1), got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        mask = torch.empty([x.size(0)] + [1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"

@@ -1,0 +1,66 @@
+"""The arguments of :class:`MobileMamba` as one type, for functions that pass them on."""
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from typing_extensions import TypedDict
+
+from .backbone import MobileMamba
+
+__all__ = ["ModelOptions", "with_model_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class ModelOptions(TypedDict, total=False):
+    """Arguments of :class:`MobileMamba`, which documents them. Each may be left out: a preset has a value for it."""
+
+    num_classes: int
+    in_chans: int
+    distillation: bool
+    widths: tuple[int, int, int]
+    depths: tuple[int, int, int]
+    global_ratios: tuple[float, float, float]
+    local_ratios: tuple[float, float, float]
+    wavelet_kernels: tuple[int, int, int]
+    local_kernels: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    patch_strides: tuple[int, ...]
+    ssm_ratio: float
+    d_state: int
+    drop_path_rate: float
+
+
+class _OfThePreset:
+    """Stands for a default that depends on the preset."""
+
+    def __repr__(self) -> str:
+        return "<the preset's>"
+
+
+def with_model_options(preset: Mapping[str, Any] | None = None) -> Callable[[F], F]:
+    """Give a function that takes ``**options: Unpack[ModelOptions]`` a signature with every option, for ``help()``.
+
+    Args:
+        preset: the preset's arguments, shown as defaults. Arguments that the preset leaves out have the defaults of
+            :class:`MobileMamba`. None: the preset is chosen at the call, so no default is known.
+    """
+
+    def decorate(function: F) -> F:
+        kinds = typing.get_type_hints(MobileMamba.__init__)
+        own = inspect.signature(function)
+        options = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=_OfThePreset() if preset is None else preset.get(name, parameter.default),
+                annotation=kinds[name],
+            )
+            for name, parameter in inspect.signature(MobileMamba).parameters.items()
+        ]
+        kept = [parameter for parameter in own.parameters.values() if parameter.kind != inspect.Parameter.VAR_KEYWORD]
+        function.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+        return function
+
+    return decorate

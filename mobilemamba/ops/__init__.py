@@ -1,0 +1,24 @@
+"""The native operators, and what they cost in floating-point operations."""
+
+from . import flops  # noqa: F401  (registers the formulas with torch's counter)
+from .operators import (
+    MRFFI_WEIGHTS,
+    bidirectional_scan,
+    depthwise_conv2d,
+    ffn,
+    haar_conv2d,
+    mrffi,
+    pack_conv2d_weight,
+    packed_conv2d,
+)
+
+__all__ = [
+    "MRFFI_WEIGHTS",
+    "bidirectional_scan",
+    "depthwise_conv2d",
+    "ffn",
+    "haar_conv2d",
+    "mrffi",
+    "pack_conv2d_weight",
+    "packed_conv2d",
+]

@@ -1,0 +1,280 @@
+"""The operators of the native core, documented: the Python face of ``csrc/library.cpp``.
+
+Each function only calls ``torch.ops.mobilemamba``, so it works under autograd, autocast, ``torch.jit.script``,
+``torch.compile`` and ``torch.export``, on every backend that the library was built for.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _native  # noqa: F401  (registers the operators)
+
+__all__ = [
+    "MRFFI_WEIGHTS",
+    "bidirectional_scan",
+    "depthwise_conv2d",
+    "ffn",
+    "haar_conv2d",
+    "mrffi",
+    "pack_conv2d_weight",
+    "packed_conv2d",
+]
+
+
+def bidirectional_scan(
+    u: Tensor,
+    delta: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+) -> Tensor:
+    """Selective state-space scan of one sequence in both directions, summed.
+
+    For direction ``k`` (0 runs t = 0 .. L-1, 1 runs t = L-1 .. 0), channel ``d`` and state ``n``::
+
+        dt[t]    = softplus(sum_r dt_weight[k, d, r] * delta[k, r, t] + dt_bias[k, d])
+        h[n, t]  = exp(-exp(A_log[k, d, n]) * dt[t]) * h[n, t -+ 1] + dt[t] * B[k, n, t] * u[d, t]
+        y[d, t] += sum_n C[k, n, t] * h[n, t] + D[k, d] * u[d, t]
+
+    Everything is indexed by the position in the sequence, so the second direction needs no flipped copy. The step
+    size ``dt`` is rebuilt from its ``R`` low-rank rows inside the kernel and never stored.
+
+    Args:
+        u: input, ``(batch, channels, length)``; float16, bfloat16, float32 or float64, any strides. Unit stride in
+            ``channels`` (channels-last) is the fast layout; any other is copied to it first.
+        delta: low-rank step sizes, ``(batch, 2, R, length)``.
+        A_log: log of the negated state matrix, ``(2, channels, N)``.
+        B: input matrix, ``(batch, 2, N, length)``.
+        C: output matrix, ``(batch, 2, N, length)``.
+        D: skip weight, ``(2, channels)``.
+        dt_weight: projection of ``delta`` to the channels, ``(2, channels, R)``.
+        dt_bias: bias of that projection, ``(2, channels)``.
+            ``delta``, ``B`` and ``C`` have the dtype of ``u``. ``A_log``, ``D``, ``dt_weight`` and ``dt_bias`` have
+            it too, or are float32 beside a float16 or bfloat16 ``u``.
+
+    Returns:
+        ``y``, ``(batch, channels, length)`` in the dtype of ``u``, channels-last in memory. State and sums are kept in
+        float32 (float64 for float64). Differentiable once, in reverse mode, in every argument; deterministic.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
+            expected.
+
+    Source: "MobileMamba" (arXiv 2411.15941), the two-direction scan; "Mamba" (arXiv 2312.00752), the recurrence.
+    """
+    return torch.ops.mobilemamba.bidirectional_scan(u, delta, A_log, B, C, D, dt_weight, dt_bias)
+
+
+def haar_conv2d(input: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise convolution of the one-level Haar sub-bands: Haar transform, convolution, inverse transform.
+
+    The orthonormal transform of a patch ``[[a, b], [c, d]]`` gives, in this order, ``(a+b+c+d)/2`` (LL),
+    ``(a+b-c-d)/2`` (LH), ``(a-b+c-d)/2`` (HL) and ``(a-b-c+d)/2`` (HH); sub-band channel = 4 * channel + band. The
+    convolution is ``k x k`` with zero "same" padding in the half-resolution plane. An odd height or width is treated
+    as if a zero row or column were appended, and the result is cropped.
+
+    Args:
+        input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides;
+            channels-last is the fast layout.
+        weight: ``(4 * channels, 1, k, k)`` with ``k`` odd, in the dtype of ``input``, or float32 beside a float16 or
+            bfloat16 ``input``. Sums are kept in float32 (float64 for float64).
+
+    Returns:
+        ``(batch, channels, height, width)`` in the dtype of ``input``, channels-last in memory. Differentiable any
+        number of times; deterministic.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
+            expected.
+
+    Source: "MobileMamba" (arXiv 2411.15941); "Wavelet Convolutions for Large Receptive Fields" (arXiv 2407.05848).
+    """
+    return torch.ops.mobilemamba.haar_conv2d(input, weight)
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    activation: str = "none",
+) -> Tensor:
+    """Depthwise convolution with what usually follows it: ``activation(conv(input) + bias) + residual``.
+
+    Every channel is convolved with its own ``k x k`` kernel, with zero padding of ``k // 2`` on every side.
+
+    Args:
+        input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides. Unit stride in
+            ``channels`` (channels-last, or a slice of its channels) is the fast layout; any other is copied to it
+            first.
+        weight: ``(channels, 1, k, k)`` with ``k`` odd; sizes 3, 5 and 7 are the fast ones.
+        bias: ``(channels,)``. ``weight`` and ``bias`` have the dtype of ``input``, or are float32 beside a float16 or
+            bfloat16 ``input``. Sums are kept in float32 (float64 for float64).
+        residual: added last; of the output's shape, in the dtype of ``input``.
+        stride: of the convolution, at least 1.
+        activation: ``"none"``, ``"relu"`` or ``"silu"``.
+
+    Returns:
+        ``(batch, channels, ceil(height / stride), ceil(width / stride))`` in the dtype of ``input``, channels-last in
+        memory. Differentiable once, in reverse mode, in every tensor argument; deterministic. The backward pass
+        computes the convolution again, so that nothing but the arguments is kept for it.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, stride or activation does not fit; the message names the argument, what
+            came and what was expected.
+    """
+    return torch.ops.mobilemamba.depthwise_conv2d(input, weight, bias, residual, stride, activation)
+
+
+def pack_conv2d_weight(weight: Tensor) -> Tensor:
+    """The weight ``(out_channels, in_channels, k, k)`` of a convolution as :func:`packed_conv2d` takes it.
+
+    Returns:
+        ``(ceil(out_channels / 32), ceil(in_channels * k * k / 2), 32, 2)``, zero where there is no channel.
+    """
+    return torch.ops.mobilemamba.pack_conv2d_weight(weight)
+
+
+def packed_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    kernel_size: int = 1,
+    stride: int = 1,
+    activation: str = "none",
+) -> Tensor:
+    """Convolution with what usually follows it: ``activation(conv(input) + bias) + residual``.
+
+    With zero padding of ``kernel_size // 2`` on every side, and a weight that lies as the CPU kernel reads it.
+
+    Args:
+        input: ``(batch, in_channels, height, width)``; float16, bfloat16, float32 or float64, any strides.
+            Channels-last, or a slice of its channels, is the fast layout; any other is copied to it first.
+        weight: packed by :func:`pack_conv2d_weight`, in the dtype of ``input``.
+        bias: ``(out_channels,)``, in the dtype of ``input``, or float32 beside a float16 or bfloat16 ``input``.
+        residual: added last; of the output's shape, in the dtype of ``input``.
+        kernel_size: of the weight before packing, odd.
+        stride: of the convolution, at least 1.
+        activation: ``"none"`` or ``"relu"``.
+
+    Returns:
+        ``(batch, out_channels, ceil(height / stride), ceil(width / stride))`` in the dtype of ``input``, channels-last
+        in memory. Sums are kept in float32 (float64 for float64). Differentiable in every tensor argument;
+        deterministic.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, size or activation does not fit; the message names the argument, what came
+            and what was expected.
+    """
+    return torch.ops.mobilemamba.packed_conv2d(input, weight, bias, residual, kernel_size, stride, activation)
+
+
+def ffn(
+    input: Tensor,
+    residual: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    project_weight: Tensor,
+    project_bias: Tensor,
+) -> Tensor:
+    """The feed-forward layer with BatchNorm folded, with its own residual and one more.
+
+    At each position ``output = input + project_weight @ relu(expand_weight @ input + expand_bias) + project_bias +
+    residual``. On the CPU both products are made of some positions before the next ones, where there are enough for all
+    threads, so that what is between them stays in the cache.
+
+    Args:
+        input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides, channels-last
+            is the fast layout.
+        residual: added last; of the shape and dtype of ``input``.
+        expand_weight: ``(hidden, channels)``, in the dtype of ``input``, with ``hidden`` at least 1.
+        expand_bias: ``(hidden,)``, in the dtype of ``input``, or float32 beside a float16 or bfloat16 ``input``.
+        project_weight: ``(channels, hidden)``, in the dtype of ``input``. Both matrices may also be packed (by
+            :func:`pack_conv2d_weight`, as kernels of size 1), which is the fast form on the CPU.
+        project_bias: ``(channels,)``, like ``expand_bias``.
+
+    Returns:
+        ``(batch, channels, height, width)`` in the dtype of ``input``, channels-last in memory. Sums are kept in
+        float32 (float64 for float64), hidden numbers in the dtype of ``input``. Differentiable once, in reverse mode,
+        in every tensor; deterministic. The backward pass computes the hidden numbers again, so that nothing but the
+        arguments is kept for it.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
+            expected.
+
+    Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
+    """
+    return torch.ops.mobilemamba.ffn(input, residual, expand_weight, expand_bias, project_weight, project_bias)
+
+
+#: The names of :func:`mrffi`'s weights in their order, that of ``mrffi_weights`` in ``csrc/ops/mrffi.cpp``.
+MRFFI_WEIGHTS = (
+    "in_weight",
+    "in_bias",
+    "conv_weight",
+    "conv_bias",
+    "x_weight",
+    "dt_weight",
+    "dt_bias",
+    "A_log",
+    "D",
+    "norm_weight",
+    "norm_bias",
+    "out_weight",
+    "out_bias",
+    "wavelet_weight",
+    "local_weight",
+    "local_bias",
+    "local_scale",
+    "local_shift",
+    "proj_weight",
+    "proj_bias",
+)
+
+
+def mrffi(input: Tensor, residual: Tensor | None, weights: list[Tensor], eps: float = 1e-5) -> Tensor:
+    """MRFFI, MobileMamba's mixer, with BatchNorm folded: one operator for all its parts.
+
+    The channels of ``input`` are divided into global (G), local (P) and identity parts::
+
+        u, z = (in_weight @ x_G + in_bias).split(D)
+        u = silu(conv(u, conv_weight) + conv_bias)
+        delta, B, C = x_weight @ u                       # for each direction R, N and N rows
+        y = LayerNorm(bidirectional_scan(u, delta, A_log, B, C, D, dt_weight, dt_bias)) * silu(z)
+        g = out_weight @ y + out_bias + haar_conv2d(x_G, wavelet_weight)
+        l = local_scale * relu(conv(x_P, local_weight) + local_bias) + local_shift
+        output = proj_weight @ relu(concat(g, l, x_I)) + proj_bias + residual
+
+    Args:
+        input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides, channels-last
+            is the fast layout.
+        residual: added last; of the shape and dtype of ``input``.
+        weights: in the order of ``MRFFI_WEIGHTS``, with inner width D, rank R and state size N: ``in_weight (2D, G)``,
+            ``in_bias (2D,)``,
+            ``conv_weight (D, 1, k, k)``, ``conv_bias (D,)``, ``x_weight (2 * (R + 2N), D)``, ``dt_weight (2, D, R)``,
+            ``dt_bias (2, D)``, ``A_log (2, D, N)``, ``D (2, D)``, ``norm_weight (D,)``, ``norm_bias (D,)``,
+            ``out_weight (G, D)``, ``out_bias (G,)``, ``wavelet_weight (G, 4, k, k)``, ``local_weight (P, 1, k, k)``,
+            ``local_bias (P,)``, ``local_scale (P,)``, ``local_shift (P,)``, ``proj_weight (channels, channels)``,
+            ``proj_bias (channels,)``. The four matrices have the dtype of ``input`` and may also be packed (by
+            :func:`pack_conv2d_weight`, as kernels of size 1); the others may be float32 beside a float16 or bfloat16
+            ``input``.
+        eps: of the LayerNorm.
+
+    Returns:
+        ``(batch, channels, height, width)`` in the dtype of ``input``, channels-last in memory. Differentiable once, in
+        reverse mode, in every tensor; deterministic. The backward pass computes the parts again, so that nothing but
+        the arguments is kept for it.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
+            expected.
+
+    Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
+    """
+    return torch.ops.mobilemamba.mrffi(input, residual, weights, eps)

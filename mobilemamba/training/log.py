@@ -1,0 +1,63 @@
+"""The log of a run: a file with a line for each epoch, and a progress line on the terminal."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..weights.files import atomic_write
+
+__all__ = ["Log", "clock", "progress"]
+
+
+class Log:
+    """A file of JSON lines, one for each epoch.
+
+    Opening it drops the lines of epochs after ``epochs_done``, which will be repeated, and a line that a killed process
+    left unfinished.
+    """
+
+    def __init__(self, path: Path, epochs_done: int) -> None:
+        lines = path.read_text().splitlines() if path.exists() and epochs_done else []
+        kept = [line for line in lines if epoch_of(line) <= epochs_done]
+        atomic_write(path, lambda temporary: Path(temporary).write_text("".join(f"{x}\n" for x in kept)))
+        self.path = path
+
+    def write(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def epoch_of(line: str) -> float:
+    try:
+        return json.loads(line).get("epoch", math.inf)
+    except ValueError:
+        return math.inf
+
+
+def progress(batches: Tensor, describe: Callable[[int, int, float], str]) -> Iterator[Tensor]:
+    """Iterate over ``batches``. On a terminal, also show a line that is rewritten twice a second.
+
+    Args:
+        describe: the text of the line, from the number of batches done, the number of all batches and the seconds.
+    """
+    start = shown = time.perf_counter()
+    for i, batch in enumerate(batches):
+        yield batch
+        now = time.perf_counter()
+        if sys.stderr.isatty() and now - shown > 0.5:
+            shown = now
+            print(f"\r{describe(i + 1, len(batches), now - start)}\033[K", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """``seconds`` as ``h:mm:ss``."""
+    minutes, whole = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{whole:02d}"

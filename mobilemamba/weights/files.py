@@ -1,0 +1,47 @@
+"""Functions on files that several modules need: atomic writing, hashing, recognising a web page."""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["atomic_write", "is_page", "sha256"]
+
+PathLike = str | os.PathLike[str]
+
+
+def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
+    """Call ``write(temporary)`` with a path beside ``path``, then rename that file to ``path``.
+
+    A reader sees the complete old file or the complete new one, even if the process or the machine stops. A process
+    that is killed leaves ``.NAME.*.tmp`` behind.
+
+    Raises:
+        FileNotFoundError: the folder of ``path`` does not exist.
+    """
+    path = Path(os.path.realpath(path))  # a symbolic link stays; its target is replaced
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} into")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: PathLike) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_page(start: bytes) -> bool:
+    """Whether a file with these first bytes is HTML or XML. Servers send such pages instead of a file."""
+    return start.lstrip()[:1] == b"<"

@@ -1,0 +1,185 @@
+"""Checkpoint files: reads every known format, and writes this package's format atomically."""
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Preprocessing
+from . import published
+from .checkpoint import Checkpoint
+from .files import atomic_write, is_page
+from .identify import check_model_args, fitting_presets, guess_model_args
+
+__all__ = ["TRAINING_FORMAT", "VERSION", "load_torch", "read", "save"]
+
+PathLike = str | os.PathLike[str]
+
+FORMAT = "mobilemamba"  # weights for inference
+TRAINING_FORMAT = "mobilemamba-training"  # the state of a training run, written by training/loop.py
+VERSION = 1
+
+
+def read(path: PathLike) -> Checkpoint:
+    """Read a checkpoint: safetensors or a torch file, of this package or a published one.
+
+    A published training checkpoint gives its moving average of the weights, if it has one. Code in the file is never
+    run. The content tells the format, not the name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not a checkpoint, needs code to load, or has a newer version; the message names it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint file")
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a checkpoint file, got a folder")
+    with path.open("rb") as file:
+        start = file.read(64)
+    try:
+        if not start:
+            raise ValueError("expected a checkpoint, got an empty file")
+        if start[8:9] == b"{":  # the header follows 8 bytes with its length, which may look like a page
+            return replace(_interpret(*_read_safetensors(path)), path=path)
+        if is_page(start):
+            raise ValueError("expected a checkpoint, got an HTML or XML page")
+        return replace(_interpret(*_read_torch(path)), path=path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any]:
+    """Tensors, and the facts that :func:`save` stored beside them."""
+    _, safe_open = _safetensors()
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            meta = (file.metadata() or {}).get(FORMAT)
+        return tensors, None if meta is None else json.loads(meta)
+    except Exception as error:  # safetensors raises an exception class of its own, and OSError
+        raise ValueError(f"expected a complete safetensors file, got a damaged one: {_one_line(error)}") from error
+
+
+def load_torch(path: Path) -> Any:
+    """The object that ``torch.save`` stored, if it consists of tensors and plain containers.
+
+    Raises:
+        ValueError: the file holds other objects, or is not torch's; one line, without the name of the file.
+    """
+    if _is_torchscript(path):
+        raise ValueError("expected a checkpoint, got a TorchScript program; save the state_dict() of its model instead")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if blocked:
+            raise ValueError(
+                f"expected only tensors and plain containers, got an object whose loading runs code ({blocked[1]}): "
+                "save the state_dict() instead of the object"
+            ) from error
+        raise ValueError("expected a checkpoint (torch or safetensors), got something else") from error
+    except Exception as error:  # torch.load documents no errors: broken zip files, ends of file, missing records, ...
+        raise ValueError(f"expected a complete torch file, got a damaged one: {_one_line(error)}") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(re.match(r"[^/]+/(code/|constants\.pkl$)", name) for name in archive.namelist())
+    except Exception:  # damaged, or in another format: torch.load reports it
+        return False
+
+
+def _read_torch(path: Path) -> tuple[Any, Any]:
+    """Tensors by any known names, and the facts that :func:`save` or the training loop stored; None in other files."""
+    content = load_torch(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"expected a state dict or a training checkpoint, got a {type(content).__name__}")
+    kind = content.get("format")
+    if kind in (FORMAT, TRAINING_FORMAT):
+        meta = content.get("meta")
+        if not isinstance(meta, dict):
+            raise ValueError(f"meta: expected a dict, got {meta!r:.100}")
+        meta = {**meta, "version": content.get("version")}
+        if kind == FORMAT:
+            return content.get("state_dict"), meta
+        return (content.get("model") if content.get("ema") is None else content.get("ema")), meta
+    if "net" in content or "net_E" in content:  # published training checkpoint; net_E is the average
+        content = content.get("net") if content.get("net_E") is None else content["net_E"]
+    return content, None
+
+
+def _interpret(tensors: Any, meta: Any) -> Checkpoint:
+    """A checkpoint from tensors by any known names, and the facts ``meta`` of this package's own files."""
+    if not isinstance(tensors, Mapping) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+        keys = ", ".join(map(str, list(tensors)[:5])) if isinstance(tensors, Mapping) else type(tensors).__name__
+        raise ValueError(f"expected a state dict of tensors, or one under 'net' or 'net_E', got {keys or 'nothing'}")
+    state_dict = {str(key): tensor for key, tensor in tensors.items()}
+    if all(key.startswith("module.") for key in state_dict):  # saved inside DistributedDataParallel
+        state_dict = {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
+    if published.is_published(state_dict):
+        state_dict = published.convert(state_dict)
+    if meta is None:
+        fitting = fitting_presets(state_dict)
+        return Checkpoint(state_dict, fitting[0] if len(fitting) == 1 else None, guess_model_args(state_dict))
+    version = meta.get("version") if isinstance(meta, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"expected version {VERSION} of the format, got {version!r}")
+    if version > VERSION:
+        raise ValueError(f"expected at most version {VERSION} of the format, got {version}; upgrade mobilemamba")
+    fields = {name: meta.get(name) for name in ("preset", "model_args", "labels", "preprocessing")}
+    for name, kind in (("preset", str), ("model_args", dict), ("labels", list), ("preprocessing", dict)):
+        if not isinstance(fields[name], (kind, type(None))):
+            raise ValueError(f"{name}: expected a {kind.__name__}, got {fields[name]!r:.100}")
+    if not all(isinstance(label, str) for label in fields["labels"] or ()):
+        raise ValueError(f"labels: expected a list of names, got {fields['labels']!r:.100}")
+    fields["model_args"] = fields["model_args"] or {}
+    check_model_args(fields["model_args"])
+    fields["preprocessing"] = fields["preprocessing"] and Preprocessing.from_dict(fields["preprocessing"])
+    return Checkpoint(state_dict, **fields)
+
+
+def save(path: PathLike, checkpoint: Checkpoint) -> None:
+    """Write ``checkpoint`` atomically: an older file at ``path`` is replaced once the new one is complete.
+
+    Args:
+        path: its ending chooses the format: ``.safetensors``, ``.pt`` or ``.pth``.
+
+    Raises:
+        FileNotFoundError: the folder of ``path`` does not exist.
+        ValueError: ``path`` has another ending, or the package safetensors is missing.
+    """
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state_dict.items()}
+    if path.suffix == ".safetensors":
+        save_file, _ = _safetensors()
+        # only one key: safetensors writes several keys in random order, and equal weights should give equal files
+        metadata = {FORMAT: json.dumps({"version": VERSION, **checkpoint.meta()})}
+        atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+    elif path.suffix in (".pt", ".pth"):
+        content = {"format": FORMAT, "version": VERSION, "meta": checkpoint.meta(), "state_dict": tensors}
+        atomic_write(path, lambda temporary: torch.save(content, temporary))
+    else:
+        raise ValueError(f"{path}: expected a name that ends with .safetensors, .pt or .pth")
+
+
+def _safetensors() -> tuple[Any, Any]:
+    try:
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ValueError("safetensors files need the package safetensors: pip install safetensors") from error
+    return save_file, safe_open
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
