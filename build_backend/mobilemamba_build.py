@@ -1,4 +1,4 @@
-"""Builds the native library from csrc/ with the installed torch, and writes down beside it what it was built with."""
+"""Builds the native library from csrc/ with the installed torch, and writes a record of the build beside it."""
 
 import importlib.metadata
 import json
@@ -16,6 +16,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 TORCH_MINIMUM = "2.11"
+COMPILER_MINIMUM = {"GCC": 11, "clang": 14}  # the oldest that the kernels are tested with; CMake reads this line
 ROOT = Path(__file__).parent.parent.resolve()
 # No -march: kernels choose their instruction set at run time. at::parallel_for is serial without -fopenmp.
 # -g0: Python's own flags may ask for debug information, tens of megabytes of it.
@@ -45,12 +46,42 @@ def check_torch_version(version: str) -> None:
 
 
 def check_compiler(command: str) -> None:
-    """Refuse a C++ compiler, as $CXX gives it, that is not there."""
-    program = (shlex.split(command) or [""])[0]
-    if shutil.which(program) is None:
+    """Refuse a C++ compiler, as $CXX gives it, that is missing, too old, or without C++20 or OpenMP."""
+    words = shlex.split(command) or [""]
+    if shutil.which(words[0]) is None:
         raise SystemExit(
-            f"mobilemamba: no C++ compiler {program!r}; install one (apt install g++), or set CXX to one that there is"
+            f"mobilemamba: no C++ compiler {words[0]!r}; install one (apt install g++), or set CXX to another"
         )
+    macros = dict(re.findall(r"^#define (\w+) (.*)$", _preprocess(*words, "-dM").stdout, re.M))
+    name, macro = ("clang", "__clang_major__") if "__clang__" in macros else ("GCC", "__GNUC__")
+    expected = " or ".join(f"{family} {version}" for family, version in COMPILER_MINIMUM.items())
+    if macro not in macros:
+        raise SystemExit(
+            f"mobilemamba: {command!r} is not a C++ compiler that is known here; expected {expected} or later"
+        )
+    if int(macros[macro]) < COMPILER_MINIMUM[name]:
+        raise SystemExit(
+            f"mobilemamba: the C++ compiler {command!r} is {name} {macros[macro]}; expected {expected} or later: "
+            "install one (apt install g++-11) and set CXX to it"
+        )
+    if _preprocess(*words, "-std=c++20").returncode != 0:
+        raise SystemExit(
+            f"mobilemamba: the C++ compiler {command!r} does not accept -std=c++20; set CXX to one that does"
+        )
+    if _preprocess(*words, "-fopenmp", "-include", "omp.h").returncode != 0:
+        raise SystemExit(
+            f"mobilemamba: the C++ compiler {command!r} has no OpenMP; install it (apt install libomp-dev for clang)"
+        )
+
+
+def _preprocess(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*command, "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
+
+
+def without_wrapper(command: str) -> str:
+    """``command`` without ccache or sccache before it: torch puts them there itself, and takes $CXX as one word."""
+    words = shlex.split(command)
+    return words[1] if len(words) == 2 and words[0] in ("ccache", "sccache") else command
 
 
 def torch_requirement() -> str:
@@ -65,7 +96,7 @@ def build_base() -> str:
 
 
 def sources(cuda: bool) -> list[str]:
-    """Every source below csrc/, relative to the root; those below csrc/cuda/ only for CUDA."""
+    """Every source below csrc/, relative to the root; csrc/cuda/ for CUDA only."""
     csrc = ROOT / "csrc"
     found = [path for path in csrc.rglob("*.cpp") if cuda or csrc / "cuda" not in path.parents]
     found += (csrc / "cuda").rglob("*.cu") if cuda else []
@@ -73,7 +104,7 @@ def sources(cuda: bool) -> list[str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout, with -dirty after it where files differ; None outside a checkout."""
+    """Commit of the checkout, followed by -dirty if files differ; None outside a checkout."""
     if not (ROOT / ".git").exists():
         return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -84,24 +115,30 @@ def git_commit() -> str | None:
 
 
 class CleanBuild(build):
-    """build, into a folder emptied of an earlier build's modules (the objects lie elsewhere and are kept)."""
+    """build, into an empty folder: modules of an earlier build are removed. Objects are kept in another folder."""
 
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
 
+def missing_torch() -> SystemExit:
+    """The refusal to build without a torch. It names the option for front ends that hide the torch of the target."""
+    return SystemExit(
+        f"mobilemamba: no torch to build against in {sys.prefix}: install torch, setuptools>=77 and ninja into your "
+        "environment, and build there with --no-build-isolation (uv) or --no-isolation (python -m build)"
+    )
+
+
 class MissingTorch(build_ext):
-    """build_ext where there is no torch: metadata and sdist need none."""
+    """build_ext without a torch: it fails when it runs, because an sdist needs no torch."""
 
     def run(self) -> None:
-        raise SystemExit(
-            "mobilemamba: no torch to build against; install one (pip install torch), or leave out --no-build-isolation"
-        )
+        raise missing_torch()
 
 
 def build_ext_class() -> type[build_ext]:
-    """The build_ext command, on top of torch's where there is a torch."""
+    """The build_ext command, which extends torch's."""
     version = torch_version()
     if version is None:
         return MissingTorch
@@ -115,11 +152,7 @@ def build_ext_class() -> type[build_ext]:
     from torch.utils.cpp_extension import BuildExtension, include_paths, is_ninja_available, library_paths
 
     class BuildNative(BuildExtension):
-        """Compiles csrc/ with ninja into one library that registers operators: not a Python module."""
-
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, **kwargs)
-            self.no_python_abi_suffix = True
+        """Compiles csrc/ with ninja into the Python module _C, which is the library with the operators too."""
 
         def finalize_options(self) -> None:
             super().finalize_options()
@@ -130,14 +163,16 @@ def build_ext_class() -> type[build_ext]:
             if not is_ninja_available():
                 raise SystemExit("mobilemamba: no ninja to build with; install it (pip install ninja)")
             check_compiler(os.environ.get("CXX", "c++"))
+            if "CXX" in os.environ and hasattr(torch.utils.cpp_extension, "_wrap_compiler"):
+                os.environ["CXX"] = without_wrapper(os.environ["CXX"])
             (library,) = self.extensions
-            describe(library, plan, include_paths("cpu"), library_paths("cpu"))
+            describe(library, plan, self.distribution.get_version(), include_paths("cpu"), library_paths("cpu"))
             super().run()
-            path = Path(self.get_ext_fullpath(library.name)).with_name("_build.json")
-            path.write_text(json.dumps(self.build_info(), indent=2) + "\n")
+            path = Path(self.get_ext_fullpath(library.name)).with_suffix(".json")
+            path.write_text(json.dumps(self.record(), indent=2) + "\n")
 
-        def build_info(self) -> dict[str, object]:
-            cxx = subprocess.run([*self.compiler.compiler_cxx, "--version"], capture_output=True, text=True)
+        def record(self) -> dict[str, object]:
+            """What must be known before the library is loaded, and what its compiler does not know."""
             cuda = plan.toolkit is not None
             return {
                 "version": self.distribution.get_version(),
@@ -145,10 +180,7 @@ def build_ext_class() -> type[build_ext]:
                 "torch": str(torch.__version__),
                 "torch_cuda": torch.version.cuda,
                 "cuda": plan.toolkit.version if plan.toolkit else None,
-                "archs": [arch_name(arch) for arch in plan.archs],
                 "why": str(plan),
-                "python": sysconfig.get_python_version(),
-                "compiler": cxx.stdout.partition("\n")[0],
                 "cxx_flags": CXX_FLAGS,
                 "nvcc_flags": [*NVCC_FLAGS, *gencode(plan.archs)] if cuda else [],
             }
@@ -156,11 +188,12 @@ def build_ext_class() -> type[build_ext]:
     return BuildNative
 
 
-def describe(library: object, plan: Plan, include_dirs: list[str], library_dirs: list[str]) -> None:
+def describe(library: object, plan: Plan, version: str, include_dirs: list[str], library_dirs: list[str]) -> None:
     """Fill in the Extension: sources, flags and libraries for this plan. Torch's headers are system headers."""
     cuda = plan.toolkit is not None
     archs = ",".join(map(arch_name, plan.archs))
-    define = ["-DMOBILEMAMBA_CUDA", f"-DMOBILEMAMBA_CUDA_ARCHS={archs}"] if cuda else []
+    define = [f"-DMOBILEMAMBA_VERSION={version}"]
+    define += ["-DMOBILEMAMBA_CUDA", f"-DMOBILEMAMBA_CUDA_ARCHS={archs}"] if cuda else []
     headers = [*include_dirs, *(plan.toolkit.include_dirs if plan.toolkit else ())]
     library.sources = sources(cuda)
     library.include_dirs = [str(ROOT / "csrc")]
@@ -170,6 +203,6 @@ def describe(library: object, plan: Plan, include_dirs: list[str], library_dirs:
     }
     library.library_dirs = [*library_dirs, *(plan.toolkit.library_dirs if plan.toolkit else ())]
     library.libraries = ["torch", "torch_cpu", "c10", *(["torch_cuda", "c10_cuda"] if cuda else [])]
-    library.extra_link_args = ["-fopenmp", "-Wl,-z,defs"]  # an undefined symbol is an error here, not at import
+    library.extra_link_args = ["-fopenmp"]
     if plan.toolkit is not None:  # the runtime by its SONAME, which is the one that torch has loaded already
         library.extra_link_args.append(f"-l:libcudart.so.{plan.toolkit.version.split('.')[0]}")

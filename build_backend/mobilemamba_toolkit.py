@@ -1,4 +1,4 @@
-"""Decides whether CUDA is built, with which toolkit and for which archs; imports nothing of torch, needs no GPU."""
+"""Decides whether CUDA is built, with which toolkit and for which archs. Imports no torch and needs no GPU."""
 
 import os
 import re
@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # those that the toolkit knows; the last with PTX
+# Built by default: each that the toolkit knows, and PTX of the last of them. CMake reads this line.
+DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A CUDA toolkit, as its own nvcc describes it (which may be a wrapper far away from the rest)."""
+    """A CUDA toolkit, as its nvcc describes it. nvcc itself may be a wrapper in another folder."""
 
     home: Path
     version: str  # 13.0
-    archs: tuple[str, ...]  # 7.5, 8.0, ...: what it compiles for
+    archs: tuple[str, ...]  # 7.5, 8.0, ...: all that it compiles for
     include_dirs: tuple[str, ...]
     library_dirs: tuple[str, ...]
 
@@ -56,7 +57,12 @@ def choose_archs(requested: str, toolkit: Toolkit) -> tuple[str, ...]:
     """The archs of TORCH_CUDA_ARCH_LIST (separated by semicolons, commas or spaces), or the default list if empty."""
     archs = tuple(re.split(r"[;,\s]+", requested.strip(";, \t")))
     if archs == ("",):
-        known = [arch for arch in DEFAULT_ARCHS if arch in toolkit.archs] or [toolkit.archs[-1]]
+        known = [arch for arch in DEFAULT_ARCHS if arch in toolkit.archs]
+        if not known:
+            raise SystemExit(
+                f"mobilemamba: nvcc {toolkit.version} compiles for none of {' '.join(DEFAULT_ARCHS)}; "
+                "set TORCH_CUDA_ARCH_LIST"
+            )
         return (*known[:-1], known[-1] + "+PTX")
     for arch in archs:
         match = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", arch)
@@ -75,7 +81,7 @@ def choose_archs(requested: str, toolkit: Toolkit) -> tuple[str, ...]:
 
 
 def find_nvcc(environ: Mapping[str, str]) -> Path | None:
-    """nvcc of CUDA_HOME or CUDA_PATH if set, else the one on PATH, else that of the usual place."""
+    """nvcc of CUDA_HOME or CUDA_PATH if set, else the one on PATH, else /usr/local/cuda's."""
     home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     on_path = None if home else shutil.which("nvcc", path=environ.get("PATH"))
     nvcc = Path(on_path) if on_path else Path(home or "/usr/local/cuda") / "bin" / "nvcc"
@@ -83,7 +89,7 @@ def find_nvcc(environ: Mapping[str, str]) -> Path | None:
 
 
 def ask_nvcc(nvcc: Path) -> Toolkit:
-    """The toolkit behind ``nvcc``, from what it prints about itself."""
+    """The toolkit that ``nvcc`` belongs to, from its own output."""
 
     def output(*arguments: str) -> str:
         done = subprocess.run([str(nvcc), *arguments], capture_output=True, text=True)
@@ -108,14 +114,14 @@ def ask_nvcc(nvcc: Path) -> Toolkit:
 
 
 def make_plan(torch_cuda: str | None, environ: Mapping[str, str]) -> Plan:
-    """Build CUDA or not: FORCE_CUDA decides if set, else CUDA is built where torch has it and nvcc is found.
+    """Whether to build CUDA: FORCE_CUDA decides if set; otherwise CUDA is built if torch has it and nvcc is found.
 
     Args:
         torch_cuda: ``torch.version.cuda``, None for a CPU build of torch.
-        environ: FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME, PATH are looked at.
+        environ: FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CUDA_PATH and PATH are read.
 
     Raises:
-        SystemExit: CUDA was asked for and something is missing, or toolkit and torch are of different major versions.
+        SystemExit: CUDA was asked for but something is missing, or toolkit and torch differ in the major CUDA version.
     """
     force = environ.get("FORCE_CUDA", "")
     if force not in ("", "0", "1"):
@@ -136,8 +142,8 @@ def make_plan(torch_cuda: str | None, environ: Mapping[str, str]) -> Plan:
     toolkit = ask_nvcc(nvcc)
     if toolkit.version.split(".")[0] != torch_cuda.split(".")[0]:
         raise SystemExit(
-            f"mobilemamba: nvcc is of CUDA {toolkit.version} and torch of CUDA {torch_cuda}, another major version; "
-            "set CUDA_HOME to a matching toolkit, or FORCE_CUDA=0 to build for the CPU only"
+            f"mobilemamba: nvcc is of CUDA {toolkit.version} and torch of CUDA {torch_cuda}; expected the same major "
+            "version: set CUDA_HOME to a matching toolkit, or FORCE_CUDA=0 to build for the CPU only"
         )
     archs = choose_archs(environ.get("TORCH_CUDA_ARCH_LIST", ""), toolkit)
     return Plan(toolkit, archs, "TORCH_CUDA_ARCH_LIST" if environ.get("TORCH_CUDA_ARCH_LIST") else "default archs")

@@ -1,9 +1,9 @@
 // Under autocast, what flows along the sequence or the image takes the lower precision; parameters keep theirs.
 #include <ATen/autocast_mode.h>
-#include <torch/library.h>
 
 #include "mobilemamba.h"
 #include "ops/mrffi.h"
+#include "registration.h"
 
 namespace mobilemamba::autocast {
 namespace {
@@ -81,7 +81,7 @@ Tensor mixer(const Tensor& input, const std::optional<Tensor>& residual, at::Ten
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, AutocastCPU, m) {
+MOBILEMAMBA_LIBRARY_IMPL(AutocastCPU, m) {
   m.impl("ffn", feed_forward<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("mrffi", mixer<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("bidirectional_scan", scan<at::kCPU, c10::DispatchKey::AutocastCPU>);
@@ -90,7 +90,7 @@ TORCH_LIBRARY_IMPL(mobilemamba, AutocastCPU, m) {
   m.impl("packed_conv2d", packed_conv<at::kCPU, c10::DispatchKey::AutocastCPU>);
 }
 
-TORCH_LIBRARY_IMPL(mobilemamba, AutocastCUDA, m) {
+MOBILEMAMBA_LIBRARY_IMPL(AutocastCUDA, m) {
   m.impl("ffn", feed_forward<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("mrffi", mixer<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("bidirectional_scan", scan<at::kCUDA, c10::DispatchKey::AutocastCUDA>);

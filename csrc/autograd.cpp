@@ -3,10 +3,10 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/threshold_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include "mobilemamba.h"
 #include "ops/packed_conv2d.h"
+#include "registration.h"
 
 namespace mobilemamba::autograd {
 namespace {
@@ -292,7 +292,7 @@ Tensor packed_conv(const Tensor& input, const Tensor& weight, const Tensor& bias
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, Autograd, m) {
+MOBILEMAMBA_LIBRARY_IMPL(Autograd, m) {
   m.impl("ffn", feed_forward);
   m.impl("ffn_backward", feed_forward_backward);
   m.impl("mrffi", mixer);

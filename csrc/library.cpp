@@ -1,7 +1,25 @@
-// Every operator of the library: one schema each.
-#include <torch/library.h>
+// The schema of every operator.
+#include <ATen/core/dispatch/Dispatcher.h>
 
-TORCH_LIBRARY(mobilemamba, m) {
+#include "build.h"
+#include "registration.h"
+
+namespace mobilemamba {
+
+bool first_copy() {
+  static const bool first = [] {
+    const auto other = c10::Dispatcher::singleton().findSchema({"mobilemamba::version", ""});
+    if (!other) return true;
+    const std::string loaded = other->typed<std::string()>().call();
+    if (loaded != build::version)
+      TORCH_WARN("libmobilemamba ", build::version, " does not register its operators: those of mobilemamba ", loaded,
+                 " are in this process already, and all calls go to them; load one version only");
+    return false;
+  }();
+  return first;
+}
+
+MOBILEMAMBA_LIBRARY(m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def(
       "bidirectional_scan(Tensor u, Tensor delta, Tensor A_log, Tensor B, Tensor C, Tensor D, Tensor dt_weight, "
@@ -41,6 +59,11 @@ TORCH_LIBRARY(mobilemamba, m) {
       "mrffi_backward(Tensor grad_output, Tensor input, Tensor[] weights, float eps) -> (Tensor grad_input, "
       "Tensor[] grad_weights)",
       tags);
-  // the instruction set that the CPU kernels were chosen for: generic, avx2 or avx512
-  m.def("cpu_kernels() -> str");
+  m.def("version() -> str");  // of the copy that registered the operators
 }
+
+MOBILEMAMBA_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
+  m.impl("version", [] { return std::string(build::version); });
+}
+
+}  // namespace mobilemamba

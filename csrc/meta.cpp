@@ -1,12 +1,11 @@
 // Shapes without data: the same checks, and outputs laid out as the real backends lay them out. Symbolic sizes pass.
-#include <torch/library.h>
-
 #include "ops/bidirectional_scan.h"
 #include "ops/depthwise_conv2d.h"
 #include "ops/ffn.h"
 #include "ops/haar_conv2d.h"
 #include "ops/mrffi.h"
 #include "ops/packed_conv2d.h"
+#include "registration.h"
 
 namespace mobilemamba::meta {
 namespace {
@@ -90,7 +89,7 @@ MrffiGradients mixer_backward(const at::Tensor& grad_output, const at::Tensor& i
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, Meta, m) {
+MOBILEMAMBA_LIBRARY_IMPL(Meta, m) {
   m.impl("ffn", feed_forward);
   m.impl("ffn_backward", feed_forward_backward);
   m.impl("mrffi", mixer);

@@ -1,7 +1,8 @@
-// In a library without CUDA kernels the operators say so, and how to get them: never a silent slow path.
+// Without CUDA kernels the operators throw an error for CUDA tensors that says how to build them: no silent slow path.
 #ifndef MOBILEMAMBA_CUDA
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
+
+#include "registration.h"
 
 namespace mobilemamba {
 namespace {
@@ -14,7 +15,7 @@ void no_kernel(const c10::OperatorHandle& op, torch::jit::Stack*) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
   for (const char* name : {"bidirectional_scan", "bidirectional_scan_backward", "haar_conv2d",
                            "haar_conv2d_backward_weight", "depthwise_conv2d", "depthwise_conv2d_backward",
                            "packed_conv2d", "ffn", "ffn_backward", "mrffi", "mrffi_backward"})

@@ -84,4 +84,7 @@ MOBILEMAMBA_API std::tuple<at::Tensor, std::vector<at::Tensor>> mrffi_backward(c
                                                                                const at::Tensor& input,
                                                                                at::TensorList weights, double eps);
 
+/// The instruction set that the CPU kernels were chosen for on this machine: "generic", "avx2" or "avx512".
+MOBILEMAMBA_API std::string_view cpu_kernels();
+
 }  // namespace mobilemamba

@@ -1,6 +1,8 @@
 """Loads the native library once, after checking that it was built for the running torch."""
 
+import importlib
 import json
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,12 @@ import torch
 
 __all__ = ["BUILD", "LIBRARY", "has_cuda_kernels"]
 
-LIBRARY = Path(__file__).with_name("_C.so")
+LIBRARY = Path(__file__).with_name(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")  # one for each Python version
 
 
 def read_build(library: Path) -> dict[str, Any]:
-    """What ``library`` was built with, as the build wrote it down beside it."""
-    record = library.with_name("_build.json")
+    """The record that the build wrote beside ``library``: what it was built for."""
+    record = library.with_suffix(".json")
     if not (library.is_file() and record.is_file()):
         raise ImportError(
             f"mobilemamba is imported from {library.parent}, where the library is not built: "
@@ -23,10 +25,10 @@ def read_build(library: Path) -> dict[str, Any]:
 
 
 def check_match(build: dict[str, Any], torch_version: str, torch_cuda: str | None) -> None:
-    """Refuse a library that was built against another torch release, or whose CUDA kernels are for another CUDA."""
+    """Refuse a library that was built against another torch release or, with CUDA kernels, another major CUDA."""
 
     def identity(version: str, cuda: str | None) -> tuple[str, str | None]:
-        kernels = build["cuda"] is not None  # a library without CUDA kernels links only what every torch has
+        kernels = build["cuda"] is not None  # without CUDA kernels the library links only what every torch has
         return version.partition("+")[0], cuda.partition(".")[0] if kernels and cuda else None
 
     if identity(build["torch"], build["torch_cuda"]) != identity(torch_version, torch_cuda):
@@ -41,12 +43,25 @@ def _name(version: str, cuda: str | None) -> str:
     return f"{version} (CUDA {cuda})" if cuda else f"{version} (no CUDA)"
 
 
-def _load(library: Path) -> dict[str, Any]:
-    build = read_build(library)
+def check_copies(build: dict[str, Any]) -> None:
+    """Refuse to load beside operators of another version, which a C++ library registered in this process."""
+    if not hasattr(torch.ops.mobilemamba, "version"):
+        return
+    loaded = torch.ops.mobilemamba.version()
+    if loaded != build["version"]:
+        raise ImportError(
+            f"mobilemamba {build['version']} cannot be imported into a process that has loaded the C++ library "
+            f"libmobilemamba {loaded}: use the same version of both"
+        )
+
+
+def _load() -> dict[str, Any]:
+    build = read_build(LIBRARY)
     check_match(build, torch.__version__, torch.version.cuda)
+    check_copies(build)
     try:
-        torch.ops.load_library(library)
-    except OSError as error:
+        importlib.import_module("mobilemamba._C")  # registers the operators
+    except ImportError as error:
         raise ImportError(
             f"mobilemamba was built against torch {build['torch']} and does not load with torch {torch.__version__} "
             f"({error}): rebuild it with `pip install --force-reinstall --no-deps .` from the checkout"
@@ -54,9 +69,9 @@ def _load(library: Path) -> dict[str, Any]:
     return build
 
 
-BUILD: dict[str, Any] = _load(LIBRARY)
+BUILD: dict[str, Any] = _load()
 
 
 def has_cuda_kernels() -> bool:
-    """Whether the library was built with CUDA kernels (which says nothing about a GPU being there)."""
+    """Whether the library was built with CUDA kernels. They may be there without a GPU."""
     return BUILD["cuda"] is not None

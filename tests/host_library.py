@@ -1,9 +1,10 @@
-"""Builds the CUDA side with the host compiler and runs it in the CPU kernels' place; see host_cuda/include.
+"""Builds the CUDA sources with the host compiler, for tests that run them on the CPU; see host_cuda/include.
 
-As a pytest plugin (``-p host_library``) it loads the library named by HOST_CUDA_LIBRARY over the usual one, so that
-every test of CPU tensors becomes a test of the CUDA kernels, and fills uninitialised memory with NaN.
+As a pytest plugin (``-p host_library``) it loads the library that HOST_CUDA_LIBRARY names after the usual one. The CUDA
+kernels then replace the CPU kernels, so that every test of CPU tensors tests them. Uninitialised memory is NaN.
 """
 
+import fcntl
 import os
 import platform
 import shutil
@@ -42,9 +43,10 @@ FOLDER = HERE.parent / "build" / f"host_cuda-torch-{torch.__version__}-{sys.impl
 
 
 def build(csrc: Path = CSRC, folder: Path = FOLDER, only: list[Path] | None = None) -> Path:
-    """The library built from ``csrc`` in ``folder``; what is there already and up to date is not built again.
+    """Builds the library from ``csrc`` in ``folder``, as far as it is not up to date, and returns its path.
 
-    With ``only``, just these sources are built, and the other objects are those of the unchanged library.
+    With ``only``, it builds just these sources, and links them with the other objects of the unchanged library.
+    Processes that build in the same folder take turns.
     """
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -65,25 +67,28 @@ def build(csrc: Path = CSRC, folder: Path = FOLDER, only: list[Path] | None = No
         *(f"build {object}: compile {source}" for source, object in compiled.items()),
         f"build libhost_cuda.so: link {' '.join(linked)}",
     ]
-    (folder / "build.ninja").write_text("\n".join(rules) + "\n")
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    done = subprocess.run(["ninja"], cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(rules) + "\n")
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        done = subprocess.run(["ninja"], cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     if done.returncode != 0 or "warning:" in done.stdout:
         raise RuntimeError(f"the host build of the CUDA sources failed:\n{done.stdout}{done.stderr}")
     return folder / "libhost_cuda.so"
 
 
 def environment(library: Path, **settings: object) -> dict[str, str]:
-    """Of a process that tests ``library``: sanitizers first in line, HOST_CUDA_* settings as given."""
+    """Variables for a process that tests ``library``: sanitizers are preloaded, HOST_CUDA_* is as ``settings`` say."""
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
     return {
-        **os.environ,
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(HERE),  # where the plugin is
+        "OMP_NUM_THREADS": "1",
         "HOST_CUDA_LIBRARY": str(library),
         **{f"HOST_CUDA_{name.upper()}": str(value) for name, value in settings.items()},
     }

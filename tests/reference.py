@@ -1,4 +1,4 @@
-"""Slow, obvious PyTorch versions of the operators: the oracle of the tests and the baseline of the benchmarks."""
+"""Slow and obvious PyTorch versions of the operators: the tests' reference and the benchmarks' baseline."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from torch import Tensor
 def bidirectional_scan(
     u: Tensor, delta: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor
 ) -> Tensor:
-    """Position by position, as ``mobilemamba.ops.bidirectional_scan`` documents it."""
+    """Position by position; ``mobilemamba.ops.bidirectional_scan`` has the formula."""
     dt = F.softplus(torch.einsum("kdr,bkrl->bkdl", dt_weight, delta) + dt_bias[None, :, :, None])
     A = -A_log.exp()
     batch, channels, length = u.shape
@@ -30,14 +30,14 @@ def bidirectional_scan(
 
 @cache
 def haar_filters(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The four 2x2 analysis filters for each channel, ``(4 * channels, 1, 2, 2)``; made once, as a module's buffer."""
+    """The four 2x2 analysis filters of each channel, ``(4 * channels, 1, 2, 2)``; cached, like a module's buffer."""
     bands = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]
     with torch.inference_mode(False):
         return (torch.tensor(bands, dtype=dtype, device=device) / 2)[:, None].repeat(channels, 1, 1, 1)
 
 
 def haar_conv2d(input: Tensor, weight: Tensor) -> Tensor:
-    """Strided convolution, depthwise convolution, transposed convolution."""
+    """Strided convolution, depthwise convolution, transposed convolution, each by torch."""
     _batch, channels, height, width = input.shape
     if input.numel() == 0:
         return input + weight.sum() * 0
@@ -56,7 +56,7 @@ def depthwise_conv2d(
     stride: int = 1,
     activation: str = "none",
 ) -> Tensor:
-    """Convolution, activation and sum, one after the other."""
+    """Convolution, activation and sum, each by torch."""
     batch, channels, height, width = input.shape
     if input.numel() == 0:
         arguments = [x for x in (input, weight, bias, residual) if x is not None]
@@ -70,7 +70,7 @@ def depthwise_conv2d(
 
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
-    """Within it, ``mobilemamba``'s modules use these functions: the plain PyTorch rendition of the network."""
+    """Inside this context ``mobilemamba``'s modules call these functions: the network in plain PyTorch."""
     from mobilemamba.models import layers, mrffi
 
     ours = (bidirectional_scan, haar_conv2d, depthwise_conv2d)

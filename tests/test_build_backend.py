@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,12 +45,108 @@ def cuda_home(tmp_path: Path) -> Path:
     return tmp_path / "cuda"
 
 
+def write_compiler(folder: Path, macros: str, refused_option: str = "none") -> Path:
+    """A program that preprocesses like a compiler with these macros, and compiles nothing."""
+    compiler = folder / "some-compiler"
+    refusal = f'*" {refused_option} "*) exit 1 ;;\n'
+    compiler.write_text(f'#!/bin/sh\ncase " $* " in\n{refusal}*" -dM "*) printf \'{macros}\' ;;\nesac\n')
+    compiler.chmod(0o755)
+    return compiler
+
+
 def test_a_missing_compiler_is_named() -> None:
     with pytest.raises(SystemExit, match="no C\\+\\+ compiler 'no-such-c\\+\\+'; install one"):
         build.check_compiler("no-such-c++ -pipe")
     with pytest.raises(SystemExit, match="no C\\+\\+ compiler ''"):
         build.check_compiler(" ")
-    build.check_compiler(f"'{sys.executable}' -O2")  # any program that there is
+    with pytest.raises(
+        SystemExit, match="is not a C\\+\\+ compiler that is known here; expected GCC 11 or clang 14 or later"
+    ):
+        build.check_compiler(f"'{sys.executable}' -O2")
+
+
+@pytest.mark.parametrize(
+    ("macros", "found"),
+    [
+        (r"#define __GNUC__ 10\n", "GCC 10"),
+        (r"#define __GNUC__ 4\n#define __clang__ 1\n#define __clang_major__ 13\n", "clang 13"),
+    ],
+)
+def test_an_old_compiler_is_refused(tmp_path: Path, macros: str, found: str) -> None:
+    compiler = write_compiler(tmp_path, macros)
+    with pytest.raises(
+        SystemExit, match=f"{compiler.name}' is {found}; expected GCC 11 or clang 14 or later"
+    ) as caught:
+        build.check_compiler(str(compiler))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("-std=c++20", r"does not accept -std=c\+\+20; set CXX to one"), ("-fopenmp", "has no OpenMP; install it")],
+)
+def test_a_compiler_without_an_option_is_refused(tmp_path: Path, option: str, message: str) -> None:
+    compiler = write_compiler(tmp_path, r"#define __GNUC__ 11\n", option)
+    with pytest.raises(SystemExit, match=message):
+        build.check_compiler(str(compiler))
+
+
+@pytest.mark.parametrize(
+    "macros", [r"#define __GNUC__ 11\n", r"#define __GNUC__ 4\n#define __clang__ 1\n#define __clang_major__ 14\n"]
+)
+def test_the_oldest_compilers_are_accepted(tmp_path: Path, macros: str) -> None:
+    build.check_compiler(f"{write_compiler(tmp_path, macros)} -pipe")
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"), [("ccache g++", "g++"), ("sccache clang++-14", "clang++-14"), ("g++ -m64", "g++ -m64")]
+)
+def test_compiler_without_wrapper(command: str, expected: str) -> None:
+    assert build.without_wrapper(command) == expected
+
+
+def cmake_script(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Runs CMake commands on the functions that CMakeLists.txt shares with pip's build."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("no cmake")
+    path = folder / "script.cmake"
+    path.write_text(f"cmake_policy(VERSION 3.23)\ninclude({BACKEND.parent}/cmake/MobileMambaBuild.cmake)\n{script}\n")
+    return subprocess.run([cmake, "-P", str(path)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "version", "accepted"),
+    [("GNU", "10.9", False), ("GNU", "11.1", True), ("Clang", "13.0.1", False), ("Clang", "14.0.0", True)],
+)
+def test_cmake_refuses_the_same_compilers(tmp_path: Path, compiler: str, version: str, accepted: bool) -> None:
+    settings = f"set(CMAKE_CXX_COMPILER_ID {compiler})\nset(CMAKE_CXX_COMPILER_VERSION {version})\n"
+    done = cmake_script(tmp_path, f"{settings}mobilemamba_check_compiler()")
+    assert (done.returncode == 0) == accepted, done.stderr
+    if not accepted:
+        assert f"is {compiler} {version}; expected GCC 11 or clang 14 or later" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("known", [CUDA_13.archs, ("5.0", "5.2", "7.0", "7.5", "8.0", "9.0")])
+def test_cmake_has_the_same_default_archs(tmp_path: Path, known: tuple[str, ...]) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n" + "".join(f"echo compute_{arch.replace('.', '')}\n" for arch in known))
+    nvcc.chmod(0o755)
+    script = f'mobilemamba_default_archs({nvcc} archs)\nmobilemamba_arch_names("${{archs}}" names)\n'
+    done = cmake_script(tmp_path, script + 'message(STATUS "${archs} ${names}")')
+    archs = toolkit.choose_archs("", toolkit.Toolkit(Path("/cuda"), "13.0", known, (), ()))
+    numbers = [arch.removesuffix("+PTX").replace(".", "") for arch in archs]
+    expected = ";".join([*(f"{number}-real" for number in numbers[:-1]), numbers[-1]])
+    assert done.stdout == f"-- {expected} {','.join(map(toolkit.arch_name, archs))}\n", done.stderr
+
+
+def test_cmake_without_a_default_arch(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_50\n")
+    nvcc.chmod(0o755)
+    done = cmake_script(tmp_path, f"mobilemamba_default_archs({nvcc} archs)")
+    assert done.returncode != 0
+    assert "set CMAKE_CUDA_ARCHITECTURES" in " ".join(done.stderr.split())
 
 
 def test_default_archs_end_with_ptx() -> None:
@@ -56,11 +154,15 @@ def test_default_archs_end_with_ptx() -> None:
     assert archs == ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
 
 
-@pytest.mark.parametrize(
-    ("known", "expected"), [(("7.5", "8.0", "9.0"), ("7.5", "8.0", "9.0+PTX")), (("5.0", "6.0"), ("6.0+PTX",))]
-)
-def test_default_archs_of_other_toolkits(known: tuple[str, ...], expected: tuple[str, ...]) -> None:
-    assert toolkit.choose_archs("", toolkit.Toolkit(Path("/cuda"), "11.8", known, (), ())) == expected
+def test_default_archs_of_an_older_toolkit() -> None:
+    """CUDA 12 knows archs that are too old for the kernels."""
+    older = toolkit.Toolkit(Path("/cuda"), "12.0", ("5.0", "7.0", "7.5", "8.0", "9.0"), (), ())
+    assert toolkit.choose_archs("", older) == ("7.5", "8.0", "9.0+PTX")
+
+
+def test_no_default_arch() -> None:
+    with pytest.raises(SystemExit, match=r"nvcc 9\.0 compiles for none of 7\.5 .*; set TORCH_CUDA_ARCH_LIST"):
+        toolkit.choose_archs("", toolkit.Toolkit(Path("/cuda"), "9.0", ("5.0", "6.0"), (), ()))
 
 
 @pytest.mark.parametrize("requested", ["8.0;9.0a;12.0+PTX", "8.0 9.0a 12.0+PTX", "8.0, 9.0a, 12.0+PTX;"])
@@ -164,10 +266,59 @@ def test_target_torch_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert backend.get_requires_for_build_editable() == []
 
 
-def test_torch_is_asked_for_only_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_is_asked_for_a_torch_if_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "target_torch", lambda: None)
+    monkeypatch.setenv("PIP_BUILD_TRACKER", "/tmp/tracker")
     assert backend.get_requires_for_build_wheel() == ["torch>=2.11"]
+    assert backend.get_requires_for_build_editable() == ["torch>=2.11"]
     assert backend.get_requires_for_build_sdist() == []
+
+
+def test_other_front_ends_must_not_isolate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their build environment is not the target's, whose torch the library must be built against."""
+    monkeypatch.setattr(backend, "target_torch", lambda: None)
+    monkeypatch.delenv("PIP_BUILD_TRACKER", raising=False)
+    with pytest.raises(
+        SystemExit, match=r"--no-build-isolation \(uv\) or --no-isolation \(python -m build\)"
+    ) as caught:
+        backend.get_requires_for_build_wheel()
+    assert "\n" not in str(caught.value)
+    assert backend.get_requires_for_build_sdist() == []
+
+
+def test_metadata_without_torch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would require any torch, which front ends download before they build."""
+    monkeypatch.setattr(backend, "target_torch", lambda: None)
+    monkeypatch.setattr(backend, "torch_version", lambda: None)
+    for hook in (backend.prepare_metadata_for_build_wheel, backend.prepare_metadata_for_build_editable):
+        with pytest.raises(
+            SystemExit, match=r"no torch to build against in .*: install torch, setuptools>=77 and ninja"
+        ):
+            hook(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_setuptools_is_missing() -> None:
+    """A build without isolation, in an environment that has never built anything."""
+    code = f"import sys; sys.path.insert(0, {str(BACKEND)!r}); import mobilemamba_backend"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"mobilemamba: no setuptools to build with in .*: install torch, setuptools>=77 and ninja there\n", done.stderr
+    )
+
+
+def test_pip_says_that_it_builds(tmp_path: Path) -> None:
+    """The rule above stands on this: pip sets the variable while a backend runs."""
+    (tmp_path / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
+    (tmp_path / "backend.py").write_text(
+        "import os\nopen('variables', 'w').write(' '.join(os.environ))\nraise SystemExit('seen')\n"
+    )
+    command = [sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps", "--disable-pip-version-check", "."]
+    subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert set((tmp_path / "variables").read_text().split()) & set(backend._PIP_VARIABLES)
 
 
 def test_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +340,7 @@ def test_requirement_pins_the_torch_built_against(
 
 def test_sources_are_the_folders() -> None:
     cpu, cuda = set(build.sources(cuda=False)), set(build.sources(cuda=True))
-    assert "csrc/library.cpp" in cpu
+    assert {"csrc/library.cpp", "csrc/python.cpp"} < cpu
     assert not any(path.startswith("csrc/cuda/") for path in cpu)
     assert cpu < cuda
     assert {path.rpartition(".")[2] for path in cuda - cpu} == {"cpp", "cu"}
@@ -197,10 +348,11 @@ def test_sources_are_the_folders() -> None:
 
 
 def test_cmake_globs_the_same_folders() -> None:
-    """Both builds take every source of a folder; here are the two rules, side by side."""
+    """Both builds take every source of a folder; the C++ library takes all but the Python module's."""
     cmake = (BACKEND.parent / "CMakeLists.txt").read_text()
     rules = dict(re.findall(r"^file\(GLOB_RECURSE (\w+) CONFIGURE_DEPENDS (.*)\)$", cmake, re.M))
     found = {name: {str(p) for rule in rules[name].split() for p in expand(rule)} for name in rules}
+    assert re.search(r"^list\(REMOVE_ITEM sources \$\{cuda_sources\} \S+/csrc/python\.cpp\)", cmake, re.M)
     assert found["sources"] - found["cuda_sources"] == set(build.sources(cuda=False))
     assert found["sources"] | found["cuda_sources"] == set(build.sources(cuda=True))
 

@@ -1,6 +1,8 @@
-"""The CUDA kernels against the CPU's, and what only a GPU can show: streams, graphs, synchronisation, memory."""
+"""The CUDA kernels on a GPU, compared with the CPU kernels; then streams, graphs, synchronisation and memory."""
 
 import copy
+import fcntl
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -26,6 +28,18 @@ GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
+def one_process_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Some tests measure the GPU's memory, some need most of it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    with (folder / "gpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def float32_is_float32() -> Iterator[None]:
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in backends]
@@ -37,12 +51,12 @@ def float32_is_float32() -> Iterator[None]:
 
 
 def on_device(arguments: list[Tensor], device: torch.device = CUDA) -> list[Tensor]:
-    """Leaves of their own there, which want gradients."""
+    """Copies on the device that require gradients."""
     return [x.detach().to(device).requires_grad_(x.is_floating_point()) for x in arguments]
 
 
 def check_against_cpu(operator: Callable[..., Tensor], arguments: list[Tensor]) -> None:
-    """Value and gradients on the device against those of the CPU kernels in float64."""
+    """Compares value and gradients on the device with those of the CPU kernels in float64."""
 
     def on_cpu(*arguments: Tensor) -> Tensor:
         return operator(*[x.cpu() for x in arguments]).to(CUDA)
@@ -55,7 +69,7 @@ def check_against_cpu(operator: Callable[..., Tensor], arguments: list[Tensor]) 
 SCAN_SHAPES = [  # batch, channels, length, rank, state
     *((2, 33, length, 3, state) for length in (1, 7, 8, 9, 196, 256, 257, 1000) for state in (1, 3)),
     *((1, channels, 196, 2, 1) for channels in (1, 31, 544)),
-    (2, 544, 49, 17, 1),  # the network's: 17 low-rank rows
+    (2, 544, 49, 17, 1),  # as in s6: 17 low-rank rows
     (1, 64, 20, 40, 16),
     (1, 33, 65536, 2, 1),
     (1, 5, 65536, 1, 3),
@@ -107,7 +121,7 @@ def test_packed_conv(shape, activation, dtype):
 
 
 def cases(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    """The operators and arguments on the device, large enough for many blocks and several passes."""
+    """Operators and their arguments on the device, large enough for many blocks and for several passes of the scan."""
     return {
         "scan": (ops.bidirectional_scan, on_device(scan_arguments(2, 70, 700, 3, dtype=dtype))),
         "scan of several states": (ops.bidirectional_scan, on_device(scan_arguments(2, 70, 60, 3, 4, dtype=dtype))),
@@ -149,7 +163,7 @@ def test_bit_equal_every_time(name):
 def test_memory_is_written_before_it_is_read(name):
     operator, arguments = cases()[name]
     expected = step(operator, arguments)
-    torch.use_deterministic_algorithms(True)  # with which torch.empty gives NaN
+    torch.use_deterministic_algorithms(True)  # torch.empty then gives NaN
     assert torch.utils.deterministic.fill_uninitialized_memory
     try:
         assert all_equal(step(operator, arguments), expected)
@@ -159,7 +173,7 @@ def test_memory_is_written_before_it_is_read(name):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_outputs_are_laid_out_as_on_the_cpu(layout):
-    """Channels-last, also the gradients of images."""
+    """Outputs, and gradients of images, are channels-last."""
     image, weight, bias, residual = depthwise_arguments(2, 33, 9, 8, 3, dtype=torch.float32)
     image, residual = (x.contiguous(memory_format=layout) for x in (image, residual))
     scan = scan_arguments(2, 33, 20, dtype=torch.float32)
@@ -198,7 +212,7 @@ def test_refuses_tensors_of_two_devices():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
-    """Under autocast an operator computes what it computes of lowered input and float32 parameters."""
+    """Under autocast an operator gives the same as on lowered activations and float32 parameters."""
     varying = {"scan": (0, 1, 3, 4), "haar": (0,), "depthwise": (0, 3)}
     for name, lowered in varying.items():
         operator, arguments = cases()[name]
@@ -215,14 +229,14 @@ def test_autocast(dtype):
 
 @each_case
 def test_ordered_with_the_current_stream(name):
-    """What comes before in the stream is seen, without waiting for it on the host."""
+    """A kernel sees the results of earlier work in the stream, and the host does not wait for them."""
     operator, arguments = cases()[name]
     expected = step(operator, arguments)
     late = [torch.full_like(x, torch.nan).requires_grad_() for x in arguments]
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        step(operator, arguments)  # the allocator has memory for this stream now
+        step(operator, arguments)  # so that the allocator has memory for this stream
         stream.synchronize()
         torch.cuda._sleep(10**9)  # about half a second
         with torch.no_grad():
@@ -246,7 +260,7 @@ def test_no_synchronisation(name):
 
 
 def captured(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """``function`` as a graph, and the tensors that hold its results after each replay."""
+    """Captures ``function``; returns the graph and the tensors that hold its results after a replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -320,16 +334,16 @@ def needs(gibibytes: int) -> None:
 
 
 def repeated(x: Tensor, batch: int) -> Tensor:
-    """A tensor of its own in which each batch entry is ``x``'s only one, in the same layout."""
+    """A new tensor whose batch entries all equal the only one of ``x``, in the same layout."""
     channels_last = x.movedim(1, -1).expand(batch, *x.movedim(1, -1).shape[1:]).contiguous()
     return channels_last.movedim(-1, 1)
 
 
 def check_large_batch(operator, backward, images: int, arguments: list[Tensor]) -> None:
-    """More than 2**31 elements in many equal batch entries: what one entry gives, in each of them.
+    """With more than 2**31 elements in equal batch entries, each entry's results equal those of a single entry.
 
-    The arguments with the indices ``images`` have a batch; ``backward(grad, *arguments)`` gives their gradients, and
-    those of the parameters, which are sums.
+    The arguments with the indices ``images`` have a batch dimension. ``backward(grad, *arguments)`` returns their
+    gradients and those of the parameters, which are sums over the batch.
     """
     batch = MANY // arguments[0].numel() + 1
     large = [repeated(x, batch) if i in images else x for i, x in enumerate(arguments)]
@@ -381,7 +395,7 @@ def test_depthwise_of_more_than_2_to_the_31_elements(stride):
 
 
 def test_one_image_of_more_than_2_to_the_31_elements():
-    """Its last rows, which are what they are in a small image."""
+    """Its last rows equal those of a small image."""
     needs(40)
     rows, margin, height = 24, 8, MANY // (64 * 4096) + 2
     image = torch.randn(1, height, 4096, 64, device=CUDA, dtype=torch.bfloat16).permute(0, 3, 1, 2)
@@ -403,7 +417,7 @@ def test_one_image_of_more_than_2_to_the_31_elements():
 
 @pytest.fixture(scope="module")
 def s6() -> mobilemamba.MobileMamba:
-    """In float64 on the CPU; its residual branches all do something, unlike at initialisation."""
+    """In float64 on the CPU, with residual branches that are not zero, as they are at initialisation."""
     torch.manual_seed(0)
     model = mobilemamba.s6()
     for module in model.modules():
@@ -425,7 +439,7 @@ def test_model(s6):
     results = [device_model(device_x), device_model(last), device_model.fuse()(device_x)]
     for y in results:
         assert error(y, expected) < 1e-4
-    torch.testing.assert_close(results[1], results[0])  # whatever the layout of the input
+    torch.testing.assert_close(results[1], results[0])  # for either layout of the input
     maps = device_model.forward_features(last, stages=True)
     assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
     for dtype in (torch.bfloat16, torch.float16):
@@ -434,13 +448,13 @@ def test_model(s6):
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative, in the norm."""
+    """The relative error in the norm."""
     return ((actual.detach().cpu().double() - expected).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [(torch.float64, 1e-8), (torch.float32, 5e-2)],  # what float32 gives up on the CPU is up to 1e-2
+    [(torch.float64, 1e-8), (torch.float32, 5e-2)],  # float32 on the CPU is off by up to 1e-2
     ids=str,
 )
 def test_training_step(s6, dtype, tolerance):
@@ -459,7 +473,7 @@ def test_training_step(s6, dtype, tolerance):
     assert error(actual["loss"], expected["loss"]) < 1e-5
     for name, value in actual.items():
         assert value.isfinite().all(), name
-        if expected[name].double().norm() > 1e-9:  # a bias before BatchNorm has a gradient of 0 but for rounding
+        if expected[name].double().norm() > 1e-9:  # the gradient of a bias before BatchNorm is 0 up to rounding
             assert error(value, expected[name]) < tolerance, name
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import cpu_only, randn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_operators import LOW_PRECISION, check_against_reference, relative_error
 from torch import Tensor
@@ -78,7 +78,6 @@ def test_in_lower_precision(shape, dtype, function):
         check_against_reference(function, plain, arguments, 2 * LOW_PRECISION[dtype])
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.integers(1, 4),
     st.integers(1, 100),

@@ -1,4 +1,4 @@
-"""The parts of tools/gpu_check.py that need no GPU: arguments, results and their table, what pytest printed."""
+"""The parts of tools/gpu_check.py that need no GPU: arguments, results, their table, and reading pytest's output."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def test_unknown_stage(capsys: pytest.CaptureFixture[str]) -> None:
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
 def test_no_gpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main(["--results", str(tmp_path / "results")]) == 2
     out, err = capfd.readouterr()
@@ -37,7 +37,7 @@ def test_no_gpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that says it has a GPU."""
+    """A machine that reports a GPU."""
     facts = {"torch": "2.11.0+cu130", "cuda": "13.0", "gpu": "NVIDIA H200", "capability": "9.0"}
     monkeypatch.setattr(gpu_check, "PROBE", f"print({json.dumps(json.dumps(facts))})")
 
@@ -70,7 +70,7 @@ def test_stages_run_in_order_whatever_fails(
     arguments = ["--results", str(tmp_path), "--limit", "30", "--commit", "abc"]
     assert gpu_check.main(arguments) == 1
     assert list(limits) == list(stages)
-    assert [round(limit) for limit in limits.values()] == [10, 15, 30]  # what one leaves, the next ones get
+    assert [round(limit) for limit in limits.values()] == [10, 15, 30]  # the next stages get the time that one leaves
     content = json.loads((tmp_path / "h200.json").read_text())
     assert content["gpu"] == "NVIDIA H200"
     assert list(content["stages"]) == list(stages)
@@ -82,7 +82,7 @@ def test_stages_run_in_order_whatever_fails(
     assert "kernels: passed in 0.0 s: 1 rows" in capsys.readouterr().out
 
     stages["tests"] = stage("tests", {"status": "passed", "summary": "7 passed"})
-    assert gpu_check.main([*arguments, "tests"]) == 0  # this stage anew, beside the others' results
+    assert gpu_check.main([*arguments, "tests"]) == 0  # runs this stage again and keeps the others' results
     content = json.loads((tmp_path / "h200.json").read_text())
     assert [stage["status"] for stage in content["stages"].values()] == ["failed", "passed", "passed"]
     assert "tests/a.py::b" not in (tmp_path / "h200.md").read_text()
@@ -139,7 +139,7 @@ def test_after(): pass
 """
 
 
-def test_reading_what_pytest_printed(tmp_path: Path) -> None:
+def test_reading_the_output_of_pytest(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text(SUITE)
     (tmp_path / "tests" / "test_unimportable.py").write_text("import no_such_module")

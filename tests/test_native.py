@@ -1,6 +1,9 @@
-"""The library's checks at import, and what `mobilemamba info` is made of."""
+"""The library's checks at import, two copies of it in one process, and the facts of `mobilemamba info`."""
 
+import importlib.metadata
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobilemamba import _native
+import mobilemamba
+from mobilemamba import _C, _native
 from mobilemamba.cli import info
 
 CPU_BUILD = {"torch": "2.13.0+cpu", "torch_cuda": None, "cuda": None}
@@ -18,13 +22,20 @@ CUDA_TORCH_CPU_BUILD = {"torch": "2.15.0+cu132", "torch_cuda": "13.2", "cuda": N
 
 def test_library_is_not_built(tmp_path: Path) -> None:
     with pytest.raises(ImportError, match=r"imported from .*, where the library is not built: run `pip install -e \.`"):
-        _native.read_build(tmp_path / "_C.so")
+        _native.read_build(tmp_path / _native.LIBRARY.name)
 
 
 def test_library_without_its_record(tmp_path: Path) -> None:
-    (tmp_path / "_C.so").touch()
+    library = tmp_path / _native.LIBRARY.name
+    library.touch()
     with pytest.raises(ImportError, match="is not built"):
-        _native.read_build(tmp_path / "_C.so")
+        _native.read_build(library)
+
+
+def test_library_is_of_this_python() -> None:
+    """Two Pythons can share an editable checkout: the names of the library and its record carry the version."""
+    assert sys.implementation.cache_tag in _native.LIBRARY.name
+    assert _native.LIBRARY.samefile(_C.__file__)
 
 
 @pytest.mark.parametrize(
@@ -62,17 +73,95 @@ def test_another_torch(build: dict, version: str, cuda: str | None, message: str
     assert "\n" not in str(caught.value)
 
 
+def python(folder: Path, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in a fresh process, outside the checkout."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
 def test_library_that_does_not_load(tmp_path: Path) -> None:
-    record = dict(CPU_BUILD, torch=str(torch.__version__), torch_cuda=torch.version.cuda)
-    (tmp_path / "_C.so").write_text("not a library")
-    (tmp_path / "_build.json").write_text(json.dumps(record))
-    with pytest.raises(ImportError, match="does not load with torch"):
-        _native._load(tmp_path / "_C.so")
+    package = tmp_path / "mobilemamba"
+    shutil.copytree(_native.LIBRARY.parent, package, ignore=shutil.ignore_patterns("*.so", "assets", "__pycache__"))
+    (package / _native.LIBRARY.name).write_text("not a library")
+    done = python(tmp_path, "import mobilemamba")
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"ImportError: mobilemamba was built against torch .* does not load with torch .* rebuild .*", message
+    )
 
 
-def test_library_needs_no_python() -> None:
-    """The operators are for C++ programs too, so the library must not want symbols of an interpreter."""
+def test_library_needs_no_libtorch_python() -> None:
     assert b"libtorch_python" not in _native.LIBRARY.read_bytes()
+
+
+def test_package_requires_what_the_library_needs() -> None:
+    """The tag says CPython's version and Linux; the metadata says the release of torch."""
+    distribution = importlib.metadata.distribution("mobilemamba")
+    version = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert re.search(rf"^Tag: {version}-{version}-linux_\w+$", distribution.read_text("WHEEL") or "", re.M)
+    needed = [requirement for requirement in distribution.requires or [] if "extra ==" not in requirement]
+    assert sorted(needed) == ["numpy", "pillow", f"torch=={torch.__version__.partition('+')[0]}"]
+
+
+def test_build_facts() -> None:
+    facts = _C.build_facts()
+    assert facts["version"] == mobilemamba.__version__ == _native.BUILD["version"]
+    assert facts["torch"] == _native.BUILD["torch"].partition("+")[0]
+    assert facts["cuda"] == _native.BUILD["cuda"]
+    assert (facts["archs"] == []) == (facts["cuda"] is None)
+    assert re.match(r"(GCC|Clang) \d+\.\d+", facts["compiler"])
+    assert _C.cpu_kernels() in ("generic", "avx2", "avx512")
+
+
+# Sums the gradient of an operator: kernels for autograd and for the CPU are called.
+GRADIENT = """
+u = torch.linspace(-1, 1, 96).view(1, 6, 4, 4).requires_grad_()
+torch.ops.mobilemamba.haar_conv2d(u, torch.linspace(0, 1, 216).view(24, 1, 3, 3)).square().sum().backward()
+total = u.grad.double().sum().item()
+"""
+PYTHON = "import mobilemamba\n"
+CPP = (
+    "import ctypes, sys, torch\nctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)\n"  # global, as if a program links it
+)
+
+
+@pytest.mark.parametrize("order", [PYTHON + CPP, CPP + PYTHON], ids=["Python first", "C++ first"])
+def test_two_copies_in_one_process(tmp_path: Path, order: str) -> None:
+    """The second copy works through the operators of the first."""
+    copy = shutil.copy(_native.LIBRARY, tmp_path / "libmobilemamba.so")
+    alone = {"torch": torch}
+    exec(GRADIENT, alone)
+    done = python(tmp_path, f"{order}{GRADIENT}print(torch.ops.mobilemamba.version(), total)", copy)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{mobilemamba.__version__} {alone['total']}\n", "")
+
+
+# Operators of another version, as far as the library can tell.
+ANOTHER = """
+import torch, sys
+torch.library.define("mobilemamba::version", "() -> str")
+torch.library.impl("mobilemamba::version", "CompositeExplicitAutograd", lambda: "9.8.7")
+"""
+
+
+def test_python_refuses_operators_of_another_version(tmp_path: Path) -> None:
+    done = python(tmp_path, ANOTHER + PYTHON)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: mobilemamba {mobilemamba.__version__} cannot be imported into a process that has loaded the C++ "
+        "library libmobilemamba 9.8.7: use the same version of both"
+    )
+
+
+def test_cpp_names_operators_of_another_version(tmp_path: Path) -> None:
+    copy = shutil.copy(_native.LIBRARY, tmp_path / "libmobilemamba.so")
+    code = ANOTHER + "torch.ops.load_library(sys.argv[1])\nprint(hasattr(torch.ops.mobilemamba, 'ffn'))"
+    done = python(tmp_path, code, copy)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert (
+        f"libmobilemamba {mobilemamba.__version__} does not register its operators: those of mobilemamba 9.8.7" in line
+    )
 
 
 def test_import_is_quick(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from devices import DEVICE, cpu_only, randn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -220,21 +220,18 @@ def test_float32_parameters_beside_16_bit_input(dtype):
 sizes = st.integers(1, 40)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(1, 3), sizes, st.integers(1, 150), st.integers(1, 5), st.integers(1, 4), st.integers(0, 9))
 def test_scan_on_random_shapes(batch, channels, length, rank, state, seed):
     arguments = scan_arguments(batch, channels, length, rank, state, seed=seed)
     check_against_reference(ops.bidirectional_scan, reference.bidirectional_scan, arguments, 1e-11)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(1, 3), sizes, st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 3, 5, 7, 9]))
 def test_haar_on_random_shapes(batch, channels, height, width, kernel):
     arguments = haar_arguments(batch, channels, height, width, kernel)
     check_against_reference(ops.haar_conv2d, reference.haar_conv2d, arguments, 1e-11)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.tuples(st.integers(1, 3), sizes, sizes, st.integers(1, 20), st.sampled_from([1, 3, 5, 7, 9]), st.integers(1, 4)),
     st.sampled_from(ACTIVATIONS),

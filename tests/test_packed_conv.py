@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import randn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_operators import LOW_PRECISION, check_against_reference, relative_error
 from torch import Tensor
@@ -84,7 +84,6 @@ def test_in_lower_precision(shape, dtype):
         check_against_reference(*operators, arguments, 2 * LOW_PRECISION[dtype])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.integers(1, 3),
     st.integers(1, 200),

@@ -1,11 +1,11 @@
-"""Everything that a machine with a GPU has to show, in one command, without a network and within ten minutes.
+"""Runs every check that needs a GPU, in one command, without a network and within ten minutes.
 
     python tools/gpu_check.py                  # build, tests, sanitizer, kernels, models
-    python tools/gpu_check.py tests kernels    # some of them
+    python tools/gpu_check.py tests kernels    # only these
 
-Each stage's result goes into benchmarks/results/DEVICE.json as soon as it is there (beside what other stages left there
-before), and from there into DEVICE.md; its whole output is DEVICE-STAGE.log. No failure stops the stages that follow.
-Exit status: 0 where no stage failed, 1 where one did, 2 where there is no GPU.
+When a stage ends, its result replaces its earlier one in benchmarks/results/DEVICE.json and in the table DEVICE.md.
+Its whole output is in DEVICE-STAGE.log. A failure does not stop the stages that follow.
+Exit status: 0 if no stage failed, 1 if one did, 2 without a GPU.
 """
 
 import argparse
@@ -41,7 +41,7 @@ print(json.dumps(facts))
 
 @dataclass
 class Stage:
-    """What a stage may use: seconds, a log, facts about the GPU."""
+    """What a stage has: a limit in seconds, a log, facts about the GPU."""
 
     limit: float
     log: Path
@@ -55,7 +55,7 @@ class Stage:
         return max(1.0, self.end - time.monotonic())
 
     def run(self, *command: object, limit: float | None = None, **environment: str) -> tuple[int | None, str]:
-        """Exit status (None: stopped when the time was up) and output, which the log gets too."""
+        """Exit status (None: stopped at the time limit) and output, which is also appended to the log."""
         limit = min(self.left(), limit or self.left())
         with self.log.open("a+") as log:
             print("$", *command, file=log, flush=True)
@@ -74,14 +74,14 @@ class Stage:
                 status = None
             finally:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
+                    os.killpg(process.pid, signal.SIGKILL)  # and its children
                     process.wait()
             log.seek(start)
             return status, log.read()
 
 
 def ended(status: int | None) -> str:
-    return "the time was up" if status is None else f"exit status {status}"
+    return "time limit reached" if status is None else f"exit status {status}"
 
 
 def tail(output: str, lines: int = 25) -> list[str]:
@@ -92,7 +92,7 @@ def tail(output: str, lines: int = 25) -> list[str]:
 
 
 def build(stage: Stage) -> Result:
-    """The library, for this GPU's arch alone."""
+    """Builds the library, for this GPU's arch only."""
     options = ("--no-build-isolation", "--no-deps", "--no-index", "-v")
     settings = {"TORCH_CUDA_ARCH_LIST": stage.gpu["capability"], "FORCE_CUDA": "1", "MAX_JOBS": str(os.cpu_count())}
     status, output = stage.run(sys.executable, "-m", "pip", "install", *options, "-e", ".", **settings)
@@ -108,7 +108,7 @@ def build(stage: Stage) -> Result:
 
 
 def tests(stage: Stage) -> Result:
-    """What only a GPU can show, then the tests of the operators and models, on the device."""
+    """Runs the tests that need a GPU, then the tests of operators and models on it."""
     missing = [name for name in ("pytest", "hypothesis", "numpy") if importlib.util.find_spec(name) is None]
     if missing:
         return {"status": "failed", "summary": f"not installed: {', '.join(missing)}; expected mobilemamba[test]"}
@@ -134,11 +134,11 @@ def tests(stage: Stage) -> Result:
 
 
 def read_pytest(output: str) -> tuple[dict[str, int], list[str], str]:
-    """Counts, names of what failed, and the test that a run which broke off was in; from pytest's lines under -v."""
+    """From the output of ``pytest -v``: counts, names of failures, and the test that was running when pytest died."""
     outcomes = dict(re.findall(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.M))
     counts = {what: sum(outcome == what.upper() for outcome in outcomes.values()) for what in OUTCOMES}
     failed = [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
-    broken = re.findall(r"^ERROR (tests/[^:\s]+)(?: - .*)?$", output, re.M)  # files that were not even collected
+    broken = re.findall(r"^ERROR (tests/[^:\s]+)(?: - .*)?$", output, re.M)  # files that pytest could not collect
     counts["error"] += len(broken)
     failed += broken
     started = re.findall(r"^(tests/\S+?::.+?) ?$", output, re.M)
@@ -147,7 +147,7 @@ def read_pytest(output: str) -> tuple[dict[str, int], list[str], str]:
 
 
 def sanitizer(stage: Stage) -> Result:
-    """Small calls of every operator under compute-sanitizer; each tensor has memory of its own."""
+    """Runs small calls of every operator under compute-sanitizer; each tensor has an allocation of its own."""
     program = find_sanitizer()
     if program is None:
         return {"status": "absent", "summary": "no compute-sanitizer beside nvcc or on PATH"}
@@ -155,7 +155,7 @@ def sanitizer(stage: Stage) -> Result:
     good, output = True, ""
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         if tool != "memcheck" and stage.left() < 15:
-            found[tool] = "left out, no time"
+            found[tool] = "skipped: time limit"
             continue
         calls = (sys.executable, ROOT / "tools" / "operator_calls.py")
         options = ("--tool", tool, "--error-exitcode", "9")
@@ -183,14 +183,14 @@ def find_sanitizer() -> str | None:
 
 
 def kernels(stage: Stage) -> Result:
-    """Every operator at s6's sizes against a copy of its bytes and against plain PyTorch."""
+    """Times every operator at s6's sizes against a copy of its bytes and against plain PyTorch."""
     return benchmark(stage, "operators.py", "--batch", 256, 1, "--dtype", "float32", "bfloat16", "float16")
 
 
 def models(stage: Stage) -> Result:
-    """s6 against its plain PyTorch rendition, and a training step."""
+    """Times s6 against its plain PyTorch rendition, and a training step."""
     options = ("--batch", 1, 256, "--train", 256, "--dtype", "bfloat16", "float32", "float16")
-    alone = ("--no-peers", "--compile", "none")  # compiling takes longer than there is
+    alone = ("--no-peers", "--compile", "none")  # compiling takes longer than the limit
     return benchmark(stage, "models.py", *options, "--rounds", 9, *alone)
 
 
@@ -200,7 +200,7 @@ def benchmark(stage: Stage, name: str, *options: object) -> Result:
         command = (sys.executable, ROOT / "benchmarks" / name, "--device", "cuda", "--model", "s6", *options)
         status, output = stage.run(*command, "--json", measured, "--limit", max(1.0, stage.left() - 15))
         figures = json.loads(measured.read_text()) if measured.is_file() else {"rows": []}
-    figures.pop("results", None)  # single measurements: the rows have their medians and spreads
+    figures.pop("results", None)  # single measurements; the rows have their medians and spreads
     rows = len(figures["rows"])
     summary = f"{rows} rows, {figures.get('failed', 0)} failed, {figures.get('left_out', 0)} cases left out"
     if status == 0 and rows:
@@ -208,9 +208,9 @@ def benchmark(stage: Stage, name: str, *options: object) -> Result:
     return {"status": "failed", "summary": f"{summary}; {ended(status)}", "output": tail(output), **figures}
 
 
-#: The stages in their order, with their shares of the time; what one leaves is shared by those that follow.
+#: The stages in order, each with its share of the time. Later stages share the time that a stage does not use.
 STAGES: dict[str, tuple[Callable[[Stage], Result], float]] = {
-    "build": (build, 6.0),  # without it there is nothing else
+    "build": (build, 6.0),  # all other stages need it
     "tests": (tests, 3.0),
     "sanitizer": (sanitizer, 1.5),
     "kernels": (kernels, 1.5),
@@ -221,17 +221,17 @@ STAGES: dict[str, tuple[Callable[[Stage], Result], float]] = {
 
 
 def device_name(gpu: str) -> str:
-    """h200 of "NVIDIA H200", a100 of "NVIDIA A100-SXM4-80GB", geforce-rtx-4090 where there is no such word."""
+    """A name for files: h200 for "NVIDIA H200", a100 for "NVIDIA A100-SXM4-80GB", geforce-rtx-4090."""
     words = re.findall(r"[a-z0-9]+", gpu.lower().replace("nvidia", ""))
     models = [word for word in words if re.fullmatch(r"[a-z]{1,2}\d+[a-z]*", word)]
     return models[0] if models else "-".join(words)
 
 
 def merge(path: Path, gpu: str, stage: str, result: Result) -> None:
-    """Put a stage's result into the JSON file, in place of an earlier one, and write the table beside it."""
+    """Replace a stage's result in the JSON file, and write the table beside it."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):  # none yet, or one that broke off
+    except (OSError, ValueError):  # no file yet, or a damaged one
         content = {}
     before = content.get("stages", {}) if content.get("gpu") == gpu else {}
     stages = {name: {**before, stage: result}[name] for name in STAGES if name in before or name == stage}
@@ -244,7 +244,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     lines = [
         f"# {content['gpu']}",
         "",
-        "By `python tools/gpu_check.py`; this table is made from the JSON beside it.",
+        "Written by `python tools/gpu_check.py` from the JSON file beside it.",
         "",
     ]
     columns = ("stage", "result", "seconds", "summary", "commit", "date", "torch", "CUDA", "driver")
@@ -274,7 +274,7 @@ def table(columns: Any, rows: list[list[str]]) -> list[str]:
 
 
 def printed_by(*command: str) -> str:
-    """What a command prints, or nothing where it fails."""
+    """What a command prints; nothing if it fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
     except (OSError, subprocess.TimeoutExpired):
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all, in order)")
     parser.add_argument("--limit", type=float, default=560, help="seconds for all stages together (default: 560)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder to write to")
-    parser.add_argument("--commit", help="what the sources are (default: what git says)")
+    parser.add_argument("--commit", help="commit of the sources (default: git describe)")
     args = parser.parse_args(argv)
     unknown = [name for name in args.stages if name not in STAGES]
     if unknown:
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         start = time.monotonic()
         try:
             result = work(Stage(limit, path.with_name(f"{path.stem}-{name}.log"), facts))
-        except Exception as error:  # the other stages are worth their results
+        except Exception as error:  # one stage must not lose the results of the others
             result = {"status": "failed", "summary": f"{type(error).__name__}: {error}"}
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         head = {"status": result.pop("status"), "summary": result.pop("summary")}

@@ -1,7 +1,7 @@
-"""Registers, spills and shared memory of every CUDA kernel, from the compiler's report; needs nvcc, no GPU.
+"""Registers, spills and shared memory of every CUDA kernel, from the compiler's report. Needs nvcc, but no GPU.
 
 python tools/kernel_resources.py           writes the table, benchmarks/results/kernels.sm_90.md
-python tools/kernel_resources.py --check   compares it with what is there, and refuses spills in hot kernels
+python tools/kernel_resources.py --check   compares with the committed table, and fails on spills in hot kernels
 """
 
 import argparse
@@ -27,7 +27,7 @@ ENTRY = re.compile(
 
 
 def report(nvcc: Path, source: Path, arch: str) -> list[dict[str, str]]:
-    """What ptxas says of the kernels of one source."""
+    """What ptxas reports about the kernels of one source."""
     with tempfile.TemporaryDirectory() as folder:
         command = [str(nvcc), "-std=c++20", "-O3", "-I", str(ROOT / "csrc"), f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
         command += [str(source), "-o", str(Path(folder) / "kernels.cubin")]
@@ -39,13 +39,13 @@ def report(nvcc: Path, source: Path, arch: str) -> list[dict[str, str]]:
     demangled = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout.splitlines()
     for kernel, name in zip(kernels, demangled, strict=True):
         plain = re.sub(r"mobilemamba::|cuda::|\(anonymous namespace\)::|^void ", "", name)
-        kernel["name"] = re.sub(r"\([^()]*\)$", "", plain)  # the parameters
+        kernel["name"] = re.sub(r"\([^()]*\)$", "", plain)  # without the parameters
         kernel["shared"] = (re.search(r"(\d+) bytes smem", kernel["rest"]) or ["", "0"])[1]
     return sorted(kernels, key=lambda kernel: kernel["name"])
 
 
 def is_hot(name: str) -> bool:
-    """Whether models spend their time there: not in float64, nor in a scan with more than one state."""
+    """Whether models spend time in the kernel: all but float64 and scans with more than one state."""
     return "double" not in name and "false" not in name
 
 
@@ -70,7 +70,7 @@ def table(kernels: dict[str, list[dict[str, str]]], version: str, arch: str) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="90", help="compute capability without the dot (default 90)")
-    parser.add_argument("--check", action="store_true", help="compare with the table that is there")
+    parser.add_argument("--check", action="store_true", help="compare with the committed table")
     arguments = parser.parse_args()
     nvcc = toolkit.find_nvcc(os.environ)
     if nvcc is None:

@@ -1,4 +1,4 @@
-"""Calls every operator on the GPU, forward and backward, at small sizes: what compute-sanitizer watches."""
+"""Calls every operator on the GPU, forward and backward, at small sizes, for compute-sanitizer."""
 
 import itertools
 
@@ -14,7 +14,7 @@ def leaf(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def main() -> None:
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        # batch, channels, length, rank, state: one segment, several, a partial warp of channels
+        # batch, channels, length, rank, state: one segment; several segments; a partial warp of channels
         for b, d, n, r, s in ((2, 33, 20, 3, 1), (1, 5, 300, 2, 1), (1, 40, 70, 17, 3)):
             shapes = [(b, d, n), (b, 2, r, n), (2, d, s), (b, 2, s, n), (b, 2, s, n), (2, d), (2, d, r), (2, d)]
             ops.bidirectional_scan(*[leaf(*shape, dtype=dtype) for shape in shapes]).sum().backward()

@@ -1,10 +1,9 @@
 // The bidirectional scan on the CPU.
 #include "ops/bidirectional_scan.h"
 
-#include <torch/library.h>
-
 #include "cpu/backends.h"
 #include "cpu/run.h"
+#include "registration.h"
 
 namespace mobilemamba::cpu {
 constinit const ScanBackend scan = {
@@ -34,7 +33,7 @@ ScanGradients backward(const at::Tensor& grad_y, const at::Tensor& u, const at::
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
   m.impl("bidirectional_scan", forward);
   m.impl("bidirectional_scan_backward", backward);
 }

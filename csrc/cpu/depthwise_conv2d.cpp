@@ -1,12 +1,11 @@
 // The depthwise convolution on the CPU.
 #include "ops/depthwise_conv2d.h"
 
-#include <torch/library.h>
-
 #include <algorithm>
 
 #include "cpu/backends.h"
 #include "cpu/run.h"
+#include "registration.h"
 
 namespace mobilemamba::cpu {
 constinit const DepthwiseBackend depthwise = {
@@ -33,7 +32,7 @@ DepthwiseGradients backward(const at::Tensor& grad_output, const at::Tensor& inp
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
   m.impl("depthwise_conv2d", forward);
   m.impl("depthwise_conv2d_backward", backward);
 }

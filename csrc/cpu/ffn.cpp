@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
@@ -13,6 +12,7 @@
 #include "cpu/row_product.h"
 #include "cpu/run.h"
 #include "ops/common.h"
+#include "registration.h"
 
 namespace mobilemamba::cpu {
 namespace {
@@ -113,7 +113,7 @@ FfnGradients backward(const at::Tensor& grad_output, const at::Tensor& input, co
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
   m.impl("ffn", forward);
   m.impl("ffn_backward", backward);
 }

@@ -1,10 +1,9 @@
 // The Haar convolution on the CPU.
 #include "ops/haar_conv2d.h"
 
-#include <torch/library.h>
-
 #include "cpu/backends.h"
 #include "cpu/run.h"
+#include "registration.h"
 
 namespace mobilemamba::cpu {
 constinit const HaarBackend haar = {
@@ -25,7 +24,7 @@ at::Tensor backward_weight(const at::Tensor& grad_output, const at::Tensor& inpu
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
   m.impl("haar_conv2d", forward);
   m.impl("haar_conv2d_backward_weight", backward_weight);
 }

@@ -1,6 +1,8 @@
 // The CPU kernels for AVX-512.
 #ifdef __x86_64__
 // system headers first, so that nothing in them is compiled for more than every machine has
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

@@ -1,6 +1,8 @@
 // The convolution on a packed weight in bfloat16, for AVX-512 with sums of products of bfloat16 pairs.
 #ifdef __x86_64__
 // system headers first, so that nothing in them is compiled for more than every machine has
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -27,13 +29,6 @@ struct PairKernel {
   static constexpr int vectors = 2, most_rows = 8;
   using Task = PackedConvTask<most_rows>;
   typedef int32_t Pairs __attribute__((vector_size(64)));
-#ifdef __clang__
-  typedef __bf16 Lanes __attribute__((vector_size(64)));
-  static constexpr auto dot = [](auto sum, Lanes a, Lanes b) { return __builtin_ia32_dpbf16ps_512(sum, a, b); };
-#else
-  typedef short Lanes __attribute__((vector_size(64)));
-  static constexpr auto dot = [](auto sum, Lanes a, Lanes b) { return __builtin_ia32_dpbf16ps_v16sf(sum, a, b); };
-#endif
 
   static size_t scratch_bytes(const PackedConvForward& p) { return Patches<BFloat16, 2>::scratch_bytes(p); }
 
@@ -57,12 +52,12 @@ struct PairKernel {
   static void tile(const PackedConvForward& p, const BFloat16* input, int64_t input_row, int64_t row,
                    const Task& task) {
     const BFloat16* weight = static_cast<const BFloat16*>(p.weight) + task.channel * 2 * p.pairs();
-    Vec<float>::Raw sum[rows][vectors] = {};
+    __m512 sum[rows][vectors] = {};
     for (int r = 0; r < rows; ++r)
       prefetch_row<BFloat16>(p, row + r, task.channel);
     const int64_t whole = p.patch() / 2 * 2;
     for (int64_t k = 0; k < p.patch(); k += 2) {
-      Lanes w[vectors];
+      __m512bh w[vectors];
       __builtin_memcpy(w, weight + k * panel, sizeof w);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
@@ -71,10 +66,10 @@ struct PairKernel {
           __builtin_memcpy(&pair, input + r * input_row + k, 4);
         else
           __builtin_memcpy(&pair, input + r * input_row + k, 2);
-        const Lanes x = (Lanes)(Pairs{} + pair);
+        const __m512bh x = (__m512bh)(Pairs{} + pair);
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v)
-          sum[r][v] = dot(sum[r][v], x, w[v]);
+          sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, w[v]);
       }
     }
     float sums[rows][panel];

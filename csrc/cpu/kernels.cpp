@@ -1,11 +1,10 @@
 // Chooses the CPU kernels for this machine, once.
 #include "cpu/kernels.h"
 
-#include <torch/library.h>
-
 #include <cstdlib>
-#include <string>
 #include <string_view>
+
+#include "mobilemamba.h"
 
 namespace mobilemamba::cpu {
 namespace {
@@ -37,8 +36,8 @@ const Kernels& kernels() {
   return chosen;
 }
 
-TORCH_LIBRARY_IMPL(mobilemamba, CompositeExplicitAutograd, m) {
-  m.impl("cpu_kernels", [] { return std::string(kernels().name); });
-}
-
 }  // namespace mobilemamba::cpu
+
+std::string_view mobilemamba::cpu_kernels() {
+  return cpu::kernels().name;
+}

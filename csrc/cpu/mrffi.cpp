@@ -4,7 +4,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
@@ -13,6 +12,7 @@
 #include "cpu/run.h"
 #include "ops/common.h"
 #include "ops/packed_conv2d.h"
+#include "registration.h"
 
 namespace mobilemamba::cpu {
 namespace {
@@ -90,7 +90,7 @@ MrffiGradients backward(const at::Tensor& grad_output, const at::Tensor& input, 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
   m.impl("mrffi", forward);
   m.impl("mrffi_backward", backward);
 }

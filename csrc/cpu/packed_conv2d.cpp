@@ -1,10 +1,9 @@
 // The convolution on a packed weight on the CPU.
 #include "ops/packed_conv2d.h"
 
-#include <torch/library.h>
-
 #include "cpu/backends.h"
 #include "cpu/run.h"
+#include "registration.h"
 
 namespace mobilemamba::cpu {
 
@@ -28,7 +27,7 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const at::
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
   m.impl("packed_conv2d", forward);
 }
 

@@ -85,22 +85,18 @@ void finish_rows(const PackedConvForward& p, const float (*sums)[width], int64_t
     }
 }
 
-/// The numbers of even and of odd place in a and then b.
+/// The elements of even and of odd index in a followed by b.
 MOBILEMAMBA_HOST_DEVICE void split_pairs(Vec<float> a, Vec<float> b, Vec<float>& even, Vec<float>& odd) {
 #if MOBILEMAMBA_CPU_VECTOR_BYTES == 64
-#define MOBILEMAMBA_EVERY_SECOND(i) \
-  i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14, i + 16, i + 18, i + 20, i + 22, i + 24, i + 26, i + 28, i + 30
-  even.raw = __builtin_shufflevector(a.raw, b.raw, MOBILEMAMBA_EVERY_SECOND(0));
-  odd.raw = __builtin_shufflevector(a.raw, b.raw, MOBILEMAMBA_EVERY_SECOND(1));
-#undef MOBILEMAMBA_EVERY_SECOND
-#elif MOBILEMAMBA_CPU_VECTOR_BYTES == 32  // in two steps, each of which is one instruction
-  const auto first = __builtin_shufflevector(a.raw, b.raw, 0, 2, 8, 10, 4, 6, 12, 14);
-  const auto second = __builtin_shufflevector(a.raw, b.raw, 1, 3, 9, 11, 5, 7, 13, 15);
-  even.raw = __builtin_shufflevector(first, first, 0, 1, 4, 5, 2, 3, 6, 7);
-  odd.raw = __builtin_shufflevector(second, second, 0, 1, 4, 5, 2, 3, 6, 7);
+  even = shuffle<0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30>(a, b);
+  odd = shuffle<1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31>(a, b);
+#elif MOBILEMAMBA_CPU_VECTOR_BYTES == 32  // two steps, because each is one instruction
+  const auto first = shuffle<0, 2, 8, 10, 4, 6, 12, 14>(a, b), second = shuffle<1, 3, 9, 11, 5, 7, 13, 15>(a, b);
+  even = shuffle<0, 1, 4, 5, 2, 3, 6, 7>(first, first);
+  odd = shuffle<0, 1, 4, 5, 2, 3, 6, 7>(second, second);
 #else
-  even.raw = __builtin_shufflevector(a.raw, b.raw, 0, 2, 4, 6);
-  odd.raw = __builtin_shufflevector(a.raw, b.raw, 1, 3, 5, 7);
+  even = shuffle<0, 2, 4, 6>(a, b);
+  odd = shuffle<1, 3, 5, 7>(a, b);
 #endif
 }
 

@@ -93,6 +93,16 @@ MOBILEMAMBA_HOST_DEVICE Vec<T> abs(Vec<T> a) {
   return Vec<T>((typename Vec<T>::Raw)((Bits)a.raw & ~sign));
 }
 
+/// The given lanes of a followed by b. GCC has __builtin_shufflevector from 12 on; clang has no __builtin_shuffle.
+template <int... lanes, typename T>
+MOBILEMAMBA_HOST_DEVICE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+#if __has_builtin(__builtin_shufflevector)
+  return Vec<T>(__builtin_shufflevector(a.raw, b.raw, lanes...));
+#else
+  return Vec<T>(__builtin_shuffle(a.raw, b.raw, typename Vec<T>::RawInt{lanes...}));
+#endif
+}
+
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE T sum(Vec<T> a) {
   T lanes[Vec<T>::size];
@@ -188,11 +198,7 @@ MOBILEMAMBA_HOST_DEVICE Vec<float> widen(Bits16 packed, BFloat16) {
 /// Round to nearest even; NaN stays NaN.
 MOBILEMAMBA_HOST_DEVICE Bits16 narrow(Vec<float> x, BFloat16) {
 #ifdef MOBILEMAMBA_CPU_ROUNDS_TO_BFLOAT16  // in one instruction, which takes subnormal numbers for zero
-#ifdef __clang__
-  return (Bits16)__builtin_ia32_cvtneps2bf16_512(x.raw);
-#else
-  return (Bits16)__builtin_ia32_cvtneps2bf16_v16sf(x.raw);
-#endif
+  return (Bits16)_mm512_cvtneps_pbh((__m512)x.raw);
 #endif
   const Bits32 bits = (Bits32)x.raw;
   const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -228,7 +234,7 @@ MOBILEMAMBA_HOST_DEVICE Raw load_raw(const T* from, int count) {
   if (count * sizeof(T) == sizeof(Raw)) __builtin_memcpy(&raw, from, sizeof(Raw));
 #if MOBILEMAMBA_CPU_VECTOR_BYTES == 64
   else if constexpr (sizeof(T) == 4)
-    raw = (Raw)__builtin_ia32_loadups512_mask(from, (Vec<float>::Raw)raw, static_cast<uint16_t>((1u << count) - 1));
+    raw = (Raw)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
 #endif
   else
     __builtin_memcpy(&raw, from, count * sizeof(T));
@@ -239,7 +245,7 @@ MOBILEMAMBA_HOST_DEVICE void store_raw(T* to, const Raw& raw, int count) {
   if (count * sizeof(T) == sizeof(Raw)) __builtin_memcpy(to, &raw, sizeof(Raw));
 #if MOBILEMAMBA_CPU_VECTOR_BYTES == 64
   else if constexpr (sizeof(T) == 4)
-    __builtin_ia32_storeups512_mask(to, (Vec<float>::Raw)raw, static_cast<uint16_t>((1u << count) - 1));
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)raw);
 #endif
   else
     __builtin_memcpy(to, &raw, count * sizeof(T));

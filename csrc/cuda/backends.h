@@ -1,4 +1,4 @@
-// The operators' tables of CUDA kernels, for those that are composed of others.
+// The tables of CUDA kernels of those operators that others are composed of.
 #pragma once
 
 #include "ops/bidirectional_scan.h"

@@ -1,11 +1,10 @@
 // The bidirectional scan on CUDA.
 #include "ops/bidirectional_scan.h"
 
-#include <torch/library.h>
-
 #include "cuda/backends.h"
 #include "cuda/kernels.h"
 #include "cuda/run.h"
+#include "registration.h"
 
 namespace mobilemamba::cuda {
 constinit const ScanBackend scan = {
@@ -33,7 +32,7 @@ ScanGradients backward(const at::Tensor& grad_y, const at::Tensor& u, const at::
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
   m.impl("bidirectional_scan", forward);
   m.impl("bidirectional_scan_backward", backward);
 }

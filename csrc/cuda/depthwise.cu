@@ -1,4 +1,4 @@
-// The depthwise convolution on CUDA; see plane.cuh for two of its kernels.
+// The depthwise convolution on CUDA. Two of its kernels are in plane.cuh.
 #include "cuda/plane.cuh"
 
 namespace mobilemamba::cuda {
@@ -20,7 +20,8 @@ struct DepthwiseOp {
   __device__ static int64_t grad_width(const DepthwiseSizes& p) { return p.out_width(); }
   __device__ static int64_t stride(const DepthwiseSizes& p) { return p.stride; }
 
-  /// Bias, activation and residual; or the gradient through bias and activation.
+  /// Forward: adds the bias, applies the activation, adds the residual, then scales and shifts. Backward (`grad_output`
+  /// has data): the gradient with respect to the activation's input.
   __device__ static void store(const DepthwiseForward& p, int64_t batch, int64_t channel, int64_t y, int64_t x,
                                const Acc (&sum)[1]) {
     const auto at = [&](const Image& image) {
@@ -40,7 +41,7 @@ struct DepthwiseOp {
   }
 };
 
-/// Each input position gathers from the outputs that it went into. A warp takes one position of 32 channels.
+/// Each input position gathers from the outputs that it contributes to. A warp takes one position of 32 channels.
 template <typename T>
 __global__ void __launch_bounds__(plane_max_threads)
     depthwise_backward_input_kernel(const __grid_constant__ DepthwiseBackwardInput p,

@@ -1,11 +1,10 @@
 // The depthwise convolution on CUDA.
 #include "ops/depthwise_conv2d.h"
 
-#include <torch/library.h>
-
 #include "cuda/backends.h"
 #include "cuda/kernels.h"
 #include "cuda/run.h"
+#include "registration.h"
 
 namespace mobilemamba::cuda {
 constinit const DepthwiseBackend depthwise = {
@@ -40,7 +39,7 @@ DepthwiseGradients backward(const at::Tensor& grad_output, const at::Tensor& inp
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
   m.impl("depthwise_conv2d", forward);
   m.impl("depthwise_conv2d_backward", backward);
 }

@@ -1,4 +1,4 @@
-// What the kernels share on the device. A block is (32, warps) threads: a warp's lanes hold neighbouring channels.
+// Device functions that the kernels share. A block has (32, warps) threads; a warp's lanes hold neighbouring channels.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -36,7 +36,7 @@ __device__ __forceinline__ T narrow(typename AccumulateOf<T>::type x) {
     return __float2bfloat16_rn(x);
 }
 
-/// Calls run<T>() for the element type at hand.
+/// Calls run<T>() for an element type.
 template <typename Run>
 cudaError_t for_type(DType type, Run run) {
   switch (type) {
@@ -52,8 +52,8 @@ cudaError_t for_type(DType type, Run run) {
   return cudaErrorInvalidValue;
 }
 
-/// Sums value[i] over the warp, for all i together: lane l gets the sum of value[l / (32 / count)]. Each step halves
-/// the values, for a lane keeps one half and gives away the other; so 8 sums take 9 shuffles instead of 40.
+/// Sums each value[i] over the warp; lane l returns the sum of value[l / (32 / count)]. In each step a lane keeps half
+/// of its values and sends the other half to its partner, so that 8 sums take 9 shuffles instead of 40.
 template <int count, int distance = 16, typename V, int capacity>
 __device__ __forceinline__ V warp_sums(V (&value)[capacity]) {
   constexpr unsigned all = 0xffffffff;

@@ -1,9 +1,8 @@
 // The feed-forward layer on CUDA. Its matrix products are torch's.
 #include "ops/ffn.h"
 
-#include <torch/library.h>
-
 #include "cuda/run.h"
+#include "registration.h"
 
 namespace mobilemamba::cuda {
 namespace {
@@ -22,7 +21,7 @@ FfnGradients backward(const at::Tensor& grad_output, const at::Tensor& input, co
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
   m.impl("ffn", forward);
   m.impl("ffn_backward", backward);
 }

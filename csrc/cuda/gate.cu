@@ -1,7 +1,7 @@
-// The gate behind the scan on CUDA: a warp takes a row.
+// The gate after the scan on CUDA. A warp computes a row.
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
-#include "cuda/launch.h"
+#include "cuda/launch_kernel.cuh"
 #include "kernels/gate.h"
 
 namespace mobilemamba::cuda {

@@ -20,7 +20,7 @@ struct HaarOp {
   __device__ static int64_t grad_width(const HaarSizes& p) { return p.width; }
   __device__ static int64_t stride(const HaarSizes&) { return 1; }
 
-  /// The inverse transform of one position.
+  /// Stores the inverse transform of one position: four pixels, or fewer at the border of an odd image.
   __device__ static void store(const HaarForward& p, int64_t batch, int64_t channel, int64_t y, int64_t x,
                                const Acc (&band)[4]) {
     const HaarBands<Acc> pixels = haar(band[0], band[1], band[2], band[3]);

@@ -1,11 +1,10 @@
 // The Haar convolution on CUDA.
 #include "ops/haar_conv2d.h"
 
-#include <torch/library.h>
-
 #include "cuda/backends.h"
 #include "cuda/kernels.h"
 #include "cuda/run.h"
+#include "registration.h"
 
 namespace mobilemamba::cuda {
 constinit const HaarBackend haar = {
@@ -32,7 +31,7 @@ at::Tensor backward_weight(const at::Tensor& grad_output, const at::Tensor& inpu
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
   m.impl("haar_conv2d", forward);
   m.impl("haar_conv2d_backward_weight", backward_weight);
 }

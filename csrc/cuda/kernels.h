@@ -1,4 +1,4 @@
-// The CUDA kernels as the operators see them: launches that return an error code. Free of torch.
+// The interface of the CUDA kernels: functions that launch them and return an error code. No torch here.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,7 +19,7 @@ void scan_divide_backward(ScanBackward& p);
 size_t scan_backward_scratch_bytes(const ScanBackward& p);
 cudaError_t scan_backward(const ScanBackward& p, cudaStream_t stream);
 
-// `shared_limit`: bytes of shared memory that the device grants a block
+// `shared_limit`: bytes of shared memory that a block may have on this device.
 
 cudaError_t haar_forward(const HaarForward& p, size_t shared_limit, cudaStream_t stream);
 int64_t haar_backward_weight_slabs(const HaarSizes& p, size_t shared_limit);

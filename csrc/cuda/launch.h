@@ -1,9 +1,8 @@
-// How the kernels are launched: configurations as functions of the sizes alone, and the launch itself.
+// The launch configuration of every kernel, as a function of the sizes alone. Needs no CUDA headers: a library without
+// CUDA kernels has these functions too, for mobilemamba._C and its tests.
 //
-// Every grid is one-dimensional and its blocks walk over tasks, so that no size meets the limits of a grid.
+// Every grid is one-dimensional and its blocks loop over tasks, so that no size exceeds the limits of a grid.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -32,14 +31,14 @@ struct Launch {
   size_t shared_bytes;
 };
 
-// The scan: a thread takes a chunk of successive positions of one channel into its registers, a warp a chunk of 32
-// channels, a block several chunks: a segment. A sequence of one segment is read once; of more, a first pass collects
-// what each segment hands on.
+// The scan. A thread holds a chunk of successive positions of one channel in registers, a warp the same chunk of 32
+// channels, a block several successive chunks: a segment. A sequence of one segment is read once. With more segments, a
+// collect pass reads the sequence first to compute the decay and the last state of each.
 
-constexpr int staged_rows = 16;     // rows of delta, or of B and C, that a warp holds in shared memory
-constexpr int parameter_batch = 4;  // gradients of parameters that are summed over the warps together
+constexpr int staged_rows = 16;     // rows of delta, or of B and C, that a warp stages in shared memory at a time
+constexpr int parameter_batch = 4;  // gradients of parameters that one pair of barriers sums over the warps
 
-/// Positions of a chunk and chunks of a block: as many as a multiprocessor's registers hold.
+/// Positions of a chunk and the most chunks of a block. A multiprocessor's registers (256 KiB) hold one such block.
 struct ScanShape {
   int chunk_length, max_warps;
 };
@@ -54,11 +53,12 @@ struct ScanLaunch : Launch {
   int64_t segments, tiles;  // of the sequence, of the channels
 };
 
-/// `numbers`: of shared memory for each warp, beside the staged rows.
+/// `numbers`: elements of shared memory that each warp needs besides its staged rows.
 inline ScanLaunch scan_launch(const ScanForward& p, ScanShape shape, int numbers) {
   ScanLaunch launch;
   const int64_t chunks = ceil_div(p.length, shape.chunk_length);
-  // segments of about the same length; several of them have two warps or more each, which the first pass needs
+  // Splits the sequence into segments of about equal length. With more than one segment each has at least two warps:
+  // the collect pass of the backward kernel reduces in two of them.
   launch.warps = static_cast<int>(ceil_div(chunks, ceil_div(chunks, shape.max_warps)));
   launch.segments = ceil_div(chunks, launch.warps);
   launch.tiles = ceil_div(p.channels, warp_size);
@@ -67,28 +67,28 @@ inline ScanLaunch scan_launch(const ScanForward& p, ScanShape shape, int numbers
   return launch;
 }
 
-/// Shared memory: what a chunk hands on, its decay and its state, twice.
+/// Shared memory of a warp: decay and state of its chunk, in two buffers.
 inline ScanLaunch scan_forward_launch(const ScanForward& p) {
   return scan_launch(p, scan_forward_shape(p.dtype == DType::float64), 4 * warp_size);
 }
 
-/// Shared memory: u and grad_y; what a chunk hands on, its decay, state and gradient; sums of parameters' gradients.
+/// Shared memory of a warp: u and grad_y; decay, state and the state's gradient of its chunk; parameter gradients.
 inline ScanLaunch scan_backward_launch(const ScanForward& p) {
   const ScanShape shape = scan_backward_shape(p.dtype == DType::float64);
   return scan_launch(p, shape, (2 * shape.chunk_length + 3 + parameter_batch) * warp_size);
 }
 
-/// What a segment hands on, for each direction, state and channel: decay, state, and backward the gradient.
+/// Scratch memory: for each segment, direction, state and channel the decay, the state, and backward its gradient.
 inline size_t scan_scratch_bytes(const ScanForward& p, const ScanLaunch& launch, int values) {
   if (launch.segments == 1) return 0;
   return p.batch * launch.segments * 2 * p.state * values * p.channels * accumulate_bytes(p.dtype);
 }
 
-// Convolutions of planes: images, or the four sub-bands of the Haar transform. A block takes a tile of one plane's
-// positions for 32 channels; kernels of 3, 5 and 7 in 16 or 32 bits stage its input in shared memory, with the border.
+// Convolutions of planes: an image, or the four sub-bands of its Haar transform. A block computes a tile of positions
+// for 32 channels. With 16- or 32-bit elements and a kernel of 3, 5 or 7 it stages the tile's input in shared memory.
 
-constexpr int strip_height = 2, strip_width = 4;  // outputs that a thread computes together
-constexpr size_t stage_budget = 99 * 1024;        // bytes of shared memory: two blocks on a multiprocessor with 227 KiB
+constexpr int strip_height = 2, strip_width = 4;  // outputs of a thread
+constexpr size_t stage_budget = 99 * 1024;        // bytes of shared memory: two blocks fit the 227 KiB of sm_90
 
 struct PlaneLaunch : Launch {
   int64_t tiles_y, tiles_x, channel_tiles;
@@ -124,14 +124,14 @@ struct PlaneSizes {
 
   int64_t out_height() const { return ceil_div(height, stride); }
   int64_t out_width() const { return ceil_div(width, stride); }
-  /// Whether there is a kernel for this size that stages its input.
+  /// Whether this size has a kernel that stages its input.
   bool staged() const {
     const bool size = kernel == 3 || (stride == 1 && (kernel == 5 || kernel == 7));
     return size && stride <= 2 && dtype != DType::float64;
   }
 };
 
-/// `backward`: for the gradient of the weight. `shared_limit`: bytes that the device grants a block.
+/// `backward`: for the gradient of the weight. `shared_limit`: bytes of shared memory that a block may have.
 inline PlaneLaunch plane_launch(const PlaneSizes& p, bool backward, size_t shared_limit) {
   const size_t budget = shared_limit < stage_budget ? shared_limit : stage_budget;
   PlaneLaunch launch;
@@ -139,17 +139,17 @@ inline PlaneLaunch plane_launch(const PlaneSizes& p, bool backward, size_t share
   launch.tile_width = static_cast<int>(clamp(round_up(p.out_width(), strip_width), strip_width, backward ? 8 : 16));
   for (;;) {
     const int64_t height = (launch.tile_height - 1) * p.stride + p.kernel;
-    launch.stage_height = static_cast<int>(height < p.height ? height : p.height);  // rows beyond the plane are skipped
+    launch.stage_height = static_cast<int>(height < p.height ? height : p.height);  // no rows outside the plane
     launch.stage_width = static_cast<int>((launch.tile_width - 1) * p.stride + p.kernel);
     int64_t numbers = p.planes * launch.stage_height * launch.stage_width;
-    const int64_t sums = p.planes * p.kernel * p.kernel + 1;  // the warps' sums, in the same memory later
+    const int64_t sums = p.planes * p.kernel * p.kernel + 1;  // the warps' sums reuse the memory
     if (backward && numbers < sums) numbers = sums;
     launch.shared_bytes = p.staged() ? numbers * warp_size * sizeof(float) : 0;
     if (launch.shared_bytes <= budget) break;
     if (launch.tile_width > 2 * strip_width)
       launch.tile_width = 2 * strip_width;
     else
-      launch.tile_height -= strip_height;  // a height of 2 fits everywhere
+      launch.tile_height -= strip_height;  // a height of 2 always fits
   }
   launch.tiles_y = ceil_div(p.out_height(), launch.tile_height);
   launch.tiles_x = ceil_div(p.out_width(), launch.tile_width);
@@ -160,33 +160,11 @@ inline PlaneLaunch plane_launch(const PlaneSizes& p, bool backward, size_t share
   return launch;
 }
 
-/// Parts of the batch's tiles that the gradient of the weight is summed over separately: enough blocks for a large GPU,
-/// and several tiles for each, since the sums of a part are written and read again.
+/// The number of slabs: parts of the batch's tiles, each with its own partial sums of the weight's gradient. About 1024
+/// blocks fill a large GPU. A slab has about 4 tiles or more, because its sums are written and read again.
 inline int64_t plane_slabs(const PlaneSizes& p, size_t shared_limit) {
   const PlaneLaunch launch = plane_launch(p, true, shared_limit);
   return clamp(1024 / launch.channel_tiles, 1, ceil_div(launch.position_tiles(p.batch), 4));
-}
-
-/// Launches `kernel` with a block for each task, up to the largest grid.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& launch, cudaStream_t stream,
-                          const Arguments&... arguments) {
-  if (launch.shared_bytes > 48 * 1024) {  // beyond what every device grants unasked
-    int device = 0, limit = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    // always the same number for a device, since other threads may be launching the same kernel
-    if (error == cudaSuccess)
-      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(clamp(limit, 0, stage_budget)));
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(clamp(launch.tasks, 1, 0x7fffffff)));
-  config.blockDim = dim3(warp_size, launch.warps);
-  config.dynamicSmemBytes = launch.shared_bytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 }  // namespace mobilemamba::cuda

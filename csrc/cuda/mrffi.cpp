@@ -1,11 +1,10 @@
 // The MRFFI block on CUDA. Its matrix products are torch's.
 #include "ops/mrffi.h"
 
-#include <torch/library.h>
-
 #include "cuda/backends.h"
 #include "cuda/kernels.h"
 #include "cuda/run.h"
+#include "registration.h"
 
 namespace mobilemamba::cuda {
 namespace {
@@ -36,7 +35,7 @@ MrffiGradients backward(const at::Tensor& grad_output, const at::Tensor& input, 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
   m.impl("mrffi", forward);
   m.impl("mrffi_backward", backward);
 }

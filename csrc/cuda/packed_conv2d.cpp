@@ -1,9 +1,8 @@
-// The convolution on a packed weight on CUDA: torch's own. Models keep their weights unpacked there.
+// The convolution with a packed weight on CUDA, by torch. Models on CUDA keep their weights unpacked.
 #include "ops/packed_conv2d.h"
 
-#include <torch/library.h>
-
 #include "cuda/run.h"
+#include "registration.h"
 
 namespace mobilemamba::cuda {
 namespace {
@@ -17,7 +16,7 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const at::
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
   m.impl("packed_conv2d", forward);
 }
 

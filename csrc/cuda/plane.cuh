@@ -1,20 +1,20 @@
-// Depthwise convolution of planes on CUDA, forward and the gradient of its weight: what the depthwise convolution (one
-// plane, the image) and the Haar convolution (four planes, the sub-bands) share.
+// Depthwise convolution of planes on CUDA, forward and the gradient of its weight. Two operators share it: the
+// depthwise convolution (one plane, the image) and the Haar convolution (four planes, the sub-bands).
 //
-// An operator `Op` says how a plane's numbers come from an image and where results go; the kernels do the rest. For the
-// sizes that models use (`kernel_size` > 0) a block stages a tile of its input in shared memory, with the columns of
-// the border, and a thread computes a strip of outputs of one channel; any other size (`kernel_size` 0) reads its input
-// for each product, slow and right.
+// An operator `Op` reads a plane's elements from an image and stores the results; the kernels do the rest. For the
+// sizes that models use (`kernel_size` > 0) a block stages a tile of its input, with the border, in shared memory, and
+// a thread computes a strip of outputs of one channel. For any other size (`kernel_size` 0) a thread reads its input
+// from global memory for every product, which is slow.
 #pragma once
 
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
-#include "cuda/launch.h"
+#include "cuda/launch_kernel.cuh"
 
 namespace mobilemamba::cuda {
 
 constexpr int plane_max_threads = 8 * warp_size;
-constexpr int plane_blocks = 2;  // that a multiprocessor's registers hold
+constexpr int plane_blocks = 2;  // resident on a multiprocessor: limits a thread to 128 registers
 
 /// A tile of positions of one batch entry, for 32 channels.
 struct Tile {
@@ -26,7 +26,7 @@ struct Tile {
         x(tile % launch.tiles_x * launch.tile_width) {}
 };
 
-/// The lane's channel; where there is none, one to read from, whose results go nowhere.
+/// The lane's channel. Lanes past the last channel read the last channel and discard the result.
 struct Channel {
   int64_t index;
   bool active;
@@ -80,7 +80,7 @@ struct HaarPlanes {
   }
 };
 
-/// A tile's input in shared memory, (planes, stage_height, stage_width, 32): the rows of the plane from `first_row` on.
+/// A tile's input in shared memory, (planes, stage_height, stage_width, 32). Its first row is the plane's `first_row`.
 template <typename Acc>
 struct Stage {
   Acc* const lane;
@@ -95,7 +95,7 @@ struct Stage {
   template <typename Source>
   __device__ void fill(const Source& source, int64_t top, int64_t left) {
     first_row = top < 0 ? 0 : top;
-    __syncthreads();  // the tile before has been read
+    __syncthreads();  // all threads have read the previous tile
 #pragma unroll 4
     for (int i = threadIdx.y; i < height * width; i += blockDim.y) {
       Acc value[Source::planes];
@@ -106,7 +106,7 @@ struct Stage {
     __syncthreads();
   }
 
-  /// The staged numbers of a row of the plane, from a staged column on; the next is `warp_size` further.
+  /// A staged element of the plane's row `y`; the next column's element follows at a distance of `warp_size`.
   __device__ const Acc* row(int plane, int64_t y, int column) const {
     return lane + ((plane * height + (y - first_row)) * width + column) * warp_size;
   }
@@ -114,12 +114,12 @@ struct Stage {
 
 // Forward ------------------------------------------------------------------------------------------------------------
 
-/// A strip of outputs of one plane, from (y, x) on; x is `column` in the tile.
+/// Computes a strip of outputs of one plane; its first output is in row `y` of the plane and `column` of the tile.
 template <int kernel_size, int stride, typename Acc>
 __device__ __forceinline__ void convolve_strip(const Stage<Acc>& stage, int plane, int64_t plane_height, int64_t y,
                                                int column, const Acc* weight, int64_t channels,
                                                Acc (&out)[strip_height][strip_width]) {
-#pragma unroll 1  // unrolled, the addresses of all weights would take the registers
+#pragma unroll 1  // unrolled, the addresses of all weights would be in registers at once
   for (int dy = 0; dy < (strip_height - 1) * stride + kernel_size; ++dy) {
     const int64_t from = y * stride - kernel_size / 2 + dy;
     if (from < 0 || from >= plane_height) continue;
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(plane_max_threads, plane_blocks)
 
 // Gradient of the weight ---------------------------------------------------------------------------------------------
 
-/// One plane's number of a source, without indexing registers by a variable.
+/// One plane's element of a source. No variable indexes `value`, so that it stays in registers.
 template <typename Source>
 __device__ __forceinline__ typename Source::Acc load_plane(const Source& source, int plane, int64_t y, int64_t x) {
   typename Source::Acc value[Source::planes];
@@ -212,7 +212,7 @@ __device__ __forceinline__ typename Source::Acc load_plane(const Source& source,
   return result;
 }
 
-/// Adds a row's products to the sums of one plane.
+/// Adds the products of one row of `grad` to the sums of one plane.
 template <int kernel_size, int stride, typename Acc, typename Source>
 __device__ __forceinline__ void correlate_row(const Stage<Acc>& stage, int plane, int64_t plane_height,
                                               const Source& grad, int64_t y, int64_t left, int columns,
@@ -243,7 +243,7 @@ __device__ __forceinline__ void correlate_row(const Stage<Acc>& stage, int plane
   }
 }
 
-/// A block sums over one slab of tiles for 32 channels. Warps share the planes, and the rows of each plane.
+/// A block sums over one slab of tiles for 32 channels. Each warp takes one plane, and some of its rows.
 template <typename Op, int kernel_size, int stride>
 __global__ void __launch_bounds__(plane_max_threads, plane_blocks)
     plane_backward_weight_kernel(const __grid_constant__ typename Op::BackwardWeight p,
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(plane_max_threads, plane_blocks)
           correlate_row<kernel_size, stride>(stage, plane, Op::plane_height(p), grad, y, tile.x, columns, sum,
                                              grad_bias);
       }
-      // the groups of warps add up in their order
+      // The groups of warps add their sums in a fixed order.
       Acc* const shared = reinterpret_cast<Acc*>(shared_memory) + threadIdx.x;
       for (int g = 0; g < groups; ++g) {
         __syncthreads();
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(plane_max_threads, plane_blocks)
 
 // Choice of the kernel -----------------------------------------------------------------------------------------------
 
-/// Calls run<T, kernel_size, stride>() for the type and size at hand.
+/// Calls run<T, kernel_size, stride>(); kernel_size and stride are 0 for a size without a kernel of its own.
 template <typename T, bool with_stride_2, typename Run>
 cudaError_t for_kernel_size(const PlaneSizes& p, Run run) {
   if constexpr (sizeof(T) < 8) {

@@ -1,10 +1,9 @@
-// Errors of launches in words; see run.h.
+// The message of a failed launch, and a device's limits; see run.h.
 #include "cuda/run.h"
 
 #include <cuda_runtime_api.h>
 
-#define MOBILEMAMBA_STRING_(...) #__VA_ARGS__
-#define MOBILEMAMBA_STRING(...) MOBILEMAMBA_STRING_(__VA_ARGS__)
+#include "build.h"
 
 namespace mobilemamba::cuda {
 namespace {
@@ -21,13 +20,12 @@ int attribute(cudaDeviceAttr name) {
 void check_launch(cudaError_t error) {
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
       error == cudaErrorUnsupportedPtxVersion) {
-    (void)cudaGetLastError();  // reported here: the next caller should not find it
+    (void)cudaGetLastError();  // clears the error: the message below reports it
     const int major = attribute(cudaDevAttrComputeCapabilityMajor),
               minor = attribute(cudaDevAttrComputeCapabilityMinor);
     TORCH_CHECK(false, "mobilemamba: the GPU has compute capability ", major, ".", minor,
-                ", and the library was built for " MOBILEMAMBA_STRING(MOBILEMAMBA_CUDA_ARCHS) "; rebuild it with "
-                "TORCH_CUDA_ARCH_LIST=", major, ".", minor,
-                " FORCE_CUDA=1 pip install --force-reinstall --no-deps . in the checkout");
+                ", and the library was built for ", build::cuda_archs, "; rebuild it with TORCH_CUDA_ARCH_LIST=", major,
+                ".", minor, " FORCE_CUDA=1 pip install --force-reinstall --no-deps . in the checkout");
   }
   C10_CUDA_CHECK(error);
 }

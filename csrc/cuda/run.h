@@ -1,4 +1,4 @@
-// What the CUDA side of every operator needs of torch: device, stream, and errors in words.
+// Device, stream and error messages: the parts of torch that every CUDA operator uses.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,10 +10,11 @@
 
 namespace mobilemamba::cuda {
 
-/// Throws for an error of a launch. Where the library has no kernel for the device's arch, says how to get one.
+/// Throws if a launch failed. If the library has no kernel for the device's arch, the message says how to rebuild it.
 void check_launch(cudaError_t error);
 
-/// Makes the device of an operator's main argument the current one. Where that is elsewhere, the checks will say so.
+/// Makes the device of an operator's main argument the current one. A tensor that is not on CUDA changes nothing here:
+/// the operator's checks refuse it.
 class DeviceOf {
  public:
   explicit DeviceOf(const at::Tensor& main) : guard_(main.is_cuda() ? std::optional(main.device()) : std::nullopt) {}
@@ -22,7 +23,7 @@ class DeviceOf {
   c10::cuda::OptionalCUDAGuard guard_;
 };
 
-/// Bytes of shared memory that the current device grants a block.
+/// Bytes of shared memory that a block may have on the current device.
 size_t shared_limit();
 
 }  // namespace mobilemamba::cuda

@@ -1,22 +1,23 @@
-// The bidirectional scan on CUDA: what its forward and backward kernels share.
+// The bidirectional scan on CUDA: the parts that its forward and backward kernels share.
 //
-// A thread holds a chunk of successive positions of one channel in registers, so that u is read once. It scans them
-// as if nothing came before, in both directions; what a chunk hands on to the next is then its decay (the product over
-// its positions) and its last state. Chunks of a block exchange these in shared memory, segments of a long sequence in
-// global memory, and each thread corrects its positions by what comes in.
+// A thread holds a chunk of successive positions of one channel in registers, so that u is read once. It scans the
+// chunk in both directions from a state of zero. Two values then describe the chunk to the next one: its decay (the
+// product over its positions) and its last state. From them each thread computes its carry, the state before its first
+// position, and corrects its outputs. The chunks of a block exchange the two values in shared memory, the segments of a
+// long sequence in global memory.
 #pragma once
 
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
-#include "cuda/launch.h"
+#include "cuda/launch_kernel.cuh"
 
 namespace mobilemamba::cuda {
 
-/// A sequence of several segments takes three launches: `collect`, the carries, `finish`.
+/// A sequence of several segments takes three launches: `collect`, then scan_carry_kernel, then `finish`.
 enum class Pass { whole, collect, finish };
 
-// In 16 bits the errors of the fast functions are below the elements' own. Where they would not be, for small step
-// sizes, come a few terms of a series.
+// For 16-bit elements the errors of the fast functions stay below the elements' rounding error, except for small step
+// sizes: there a short series replaces the functions.
 
 template <typename T, typename Acc>
 __device__ __forceinline__ Acc decay_of(Acc dt_A) {
@@ -36,7 +37,7 @@ __device__ __forceinline__ Acc step_size_of(Acc x) {
   }
 }
 
-/// sigmoid(x) of the x that has this softplus.
+/// sigmoid(x) for the x whose softplus is `dt`.
 template <typename T, typename Acc>
 __device__ __forceinline__ Acc step_size_derivative_of(Acc dt) {
   if constexpr (sizeof(T) == 2)
@@ -45,7 +46,7 @@ __device__ __forceinline__ Acc step_size_derivative_of(Acc dt) {
     return -expm1(-dt);
 }
 
-/// One direction's scratch entry of a segment, with `values` numbers for each state and channel.
+/// The scratch entry of a segment and direction for state `n`, (values, D): decay, state, and backward the gradient.
 template <typename Acc>
 __device__ __forceinline__ Acc* handed_on(const ScanForward& p, const ScanLaunch& launch, int values, int64_t batch,
                                           int64_t segment, int64_t direction, int64_t n) {
@@ -53,7 +54,7 @@ __device__ __forceinline__ Acc* handed_on(const ScanForward& p, const ScanLaunch
          (((batch * launch.segments + segment) * 2 + direction) * p.state + n) * values * p.channels;
 }
 
-/// The part of the work that one warp has: its positions, its lane's channel, and its shared memory.
+/// A warp's share of the work: its positions, the channel of this lane, and its shared memory.
 template <typename T, int chunk_length>
 struct Chunk {
   using Acc = typename AccumulateOf<T>::type;
@@ -62,8 +63,8 @@ struct Chunk {
   Acc* const staged;  // (staged_rows, chunk_length)
   const int lane;
   int64_t batch, segment, tile, begin, channel;
-  int length;   // positions, less than chunk_length at the end of the sequence
-  bool active;  // whether the lane has a channel
+  int length;   // in positions: less than chunk_length at the end of the sequence
+  bool active;  // false in lanes past the last channel
 
   __device__ Chunk(const ScanForward& p, const ScanLaunch& launch, int64_t task, Acc* staged)
       : p(p), staged(staged), lane(threadIdx.x) {
@@ -76,10 +77,10 @@ struct Chunk {
                                                                 : chunk_length);
     channel = tile * warp_size + lane;
     active = channel < p.channels;
-    if (!active) channel = p.channels - 1;  // reads something; its results go nowhere
+    if (!active) channel = p.channels - 1;  // a channel that can be read; the result is discarded
   }
 
-  /// Reads this channel's elements of a (B, L, D) tensor; zero where there are none.
+  /// Reads this channel's elements of a (B, L, D) tensor; zero past the end of the sequence.
   __device__ void load(const void* data, int64_t batch_stride, int64_t position_stride, Acc (&x)[chunk_length]) const {
     const T* from = static_cast<const T*>(data) + batch * batch_stride + begin * position_stride + channel;
 #pragma unroll
@@ -95,12 +96,12 @@ struct Chunk {
       if (active && t < length) to[t * p.channels] = narrow<T>(x[t]);
   }
 
-  /// A parameter (2, rows, D).
+  /// This channel's element of a parameter (2, rows, D).
   __device__ Acc parameter(const void* data, int64_t direction, int64_t row, int64_t rows) const {
     return static_cast<const Acc*>(data)[(direction * rows + row) * p.channels + channel];
   }
 
-  /// `count` rows of the chunk's positions to shared memory, from row `to` on; zero beyond the sequence.
+  /// Copies `count` rows of the chunk's positions to row `to` of shared memory and after; zero past the sequence's end.
   __device__ void stage(const ScanRows& rows, int64_t direction, int64_t first, int count, int to) const {
     const T* from = static_cast<const T*>(rows.data) + batch * rows.batch + direction * rows.direction +
                     first * rows.row + begin * rows.position;
@@ -110,12 +111,12 @@ struct Chunk {
     }
   }
 
-  /// Calls f(row, values) for each row of delta; values are those of the chunk's positions, in shared memory.
+  /// Calls f(row, values) for each row of delta; `values` are the chunk's elements of the row, in shared memory.
   template <typename F>
   __device__ void for_each_delta_row(int64_t direction, F f) const {
     for (int64_t first = 0; first < p.rank; first += staged_rows) {
       const int count = static_cast<int>(p.rank - first < staged_rows ? p.rank - first : staged_rows);
-      __syncwarp();  // the rows before have been read
+      __syncwarp();  // all lanes have read the previous rows
       stage(p.delta, direction, first, count, 0);
       __syncwarp();
       for (int row = 0; row < count; ++row)
@@ -123,7 +124,7 @@ struct Chunk {
     }
   }
 
-  /// Step sizes of the positions; zero beyond the sequence, where a step changes nothing.
+  /// The step size of each position. It is zero past the end of the sequence, so that the state stays as it is.
   __device__ void step_sizes(int64_t direction, Acc (&dt)[chunk_length]) const {
     const Acc bias = parameter(p.dt_bias, direction, 0, 1);
 #pragma unroll
@@ -140,7 +141,7 @@ struct Chunk {
       dt[t] = t < length ? step_size_of<T>(dt[t]) : Acc(0);
   }
 
-  /// B and C of one state, as rows 0 and 1.
+  /// Copies B and C of state `n` to rows 0 and 1 of shared memory.
   __device__ void stage_B_and_C(int64_t direction, int64_t n) const {
     __syncwarp();
     stage(p.B, direction, n, 1, 0);
@@ -151,29 +152,29 @@ struct Chunk {
   __device__ Acc b(int t) const { return staged[t]; }
   __device__ Acc c(int t) const { return staged[chunk_length + t]; }
 
-  /// Decay of the state at a position; none beyond the sequence, whatever A is.
+  /// The state's decay at a position; 1 past the end of the sequence, for an infinite A too.
   __device__ Acc decay(int t, Acc dt, Acc A) const { return t < length ? decay_of<T>(dt * A) : Acc(1); }
 
-  /// The position that a direction visits as its i-th.
+  /// The i-th position in the order of the direction.
   __device__ static constexpr int visited(int direction, int i) { return direction == 0 ? i : chunk_length - 1 - i; }
 };
 
-/// States, and backward gradients, that run through the segments.
+/// The number of carries between two segments: states, and backward also their gradients.
 __host__ __device__ inline int64_t carries(const ScanForward& p, int values) {
   return (values - 1) * p.batch * 2 * p.state * p.channels;
 }
 
-/// The segments' turn: replaces what each hands on by what comes in to it. A thread has one carry.
+/// Scans over the segments: replaces each segment's last state by the carry into the segment. A thread takes one carry.
 template <typename Acc>
 __global__ void __launch_bounds__(256)
     scan_carry_kernel(const __grid_constant__ ScanForward p, const __grid_constant__ ScanLaunch launch, int values) {
-  constexpr int ahead = 8;  // segments that are read together, since each read takes long
+  constexpr int ahead = 8;  // segments whose reads are in flight together, to hide the latency of global memory
   const int64_t thread = threadIdx.y * warp_size + threadIdx.x, threads = blockDim.y * warp_size;
   for (int64_t i = blockIdx.x * threads + thread; i < carries(p, values); i += gridDim.x * threads) {
     const int64_t channel = i % p.channels, n = i / p.channels % p.state, direction = i / p.channels / p.state % 2;
     const int64_t batch = i / p.channels / p.state / 2 % p.batch;
     const int value = static_cast<int>(i / p.channels / p.state / 2 / p.batch) + 1;
-    const bool ascending = (direction == 0) == (value == 1);  // the gradient runs against its direction
+    const bool ascending = (direction == 0) == (value == 1);  // the gradient's scan runs the other way
     const auto entry = [&](int64_t s) {
       const int64_t segment = ascending ? s : launch.segments - 1 - s;
       return handed_on<Acc>(p, launch, values, batch, segment, direction, n) + channel;
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-/// Launches a kernel for its pass, or its passes.
+/// Launches a scan kernel once, or for several segments in its two passes with scan_carry_kernel between them.
 template <typename Acc, typename P, typename Kernel>
 cudaError_t launch_scan(Kernel kernel, const P& p, const ScanLaunch& launch, int values, cudaStream_t stream) {
   if (launch.segments == 1) return launch_kernel(kernel, launch, stream, p, launch, Pass::whole);

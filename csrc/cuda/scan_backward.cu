@@ -1,6 +1,6 @@
-// The bidirectional scan, backward; see scan.cuh for the scheme. The states are recomputed, and the gradient of the
-// state is scanned against its direction in the same way. Sums over channels are those of a warp, sums over positions
-// those of a block; the caller adds them up, so that nothing depends on the order in which blocks run.
+// The bidirectional scan, backward; see scan.cuh for the scheme. The kernel recomputes the states. It scans the
+// gradient of the state by the same scheme, in the opposite order. A warp sums over its channels, a block over its
+// positions. The caller adds these partial sums, so that the order in which blocks run changes no result.
 #include "cuda/scan.cuh"
 
 namespace mobilemamba::cuda {
@@ -9,15 +9,15 @@ namespace {
 template <typename T>
 constexpr ScanShape shape = scan_backward_shape(sizeof(T) == 8);
 
-/// Sums over the block's positions of the gradients of this channel's parameters, `parameter_batch` at a time.
+/// Sums the gradients of one channel's parameters over the block's positions, `parameter_batch` parameters at a time.
 template <typename Acc>
 class ParameterSums {
  public:
-  /// `out`: the first parameter's sum of this lane's channel; null where the lane has none.
+  /// `out`: where the first parameter's sum of this lane's channel goes; null in lanes past the last channel.
   __device__ ParameterSums(Acc* shared, int warps, Acc* out, int64_t channels)
       : shared_(shared), warps_(warps), out_(out), channels_(channels) {}
 
-  /// The next parameter's; every thread calls it.
+  /// Adds this thread's part of the next parameter's gradient; every thread of the block calls it.
   __device__ void add(Acc value) {
     shared_[(count_ * warps_ + threadIdx.y) * warp_size + threadIdx.x] = value;
     if (++count_ == parameter_batch) flush();
@@ -44,14 +44,15 @@ class ParameterSums {
   int count_ = 0;
 };
 
-/// A thread's own numbers in shared memory, one for each position, to leave the registers to what changes.
+/// A thread's own elements, one for each position, in shared memory: this lowers the register pressure.
 template <typename Acc>
 struct Kept {
   Acc* lane;
   __device__ Acc& operator[](int t) const { return lane[t * warp_size]; }
 };
 
-/// One direction's part. Step i of a walk is position t in memory: `decay` and `before` are in the order of the walk.
+/// The gradients of one direction. `decay` and `before` are in the direction's order: index i belongs to the position
+/// t = visited(direction, i).
 template <int direction, bool one_state, typename T, int chunk_length, typename Acc>
 __device__ __forceinline__ void run_direction(const ScanBackward& p, const ScanLaunch& launch, Pass pass,
                                               const Chunk<T, chunk_length>& chunk, Acc* shared, Kept<Acc> u,
@@ -91,13 +92,13 @@ __device__ __forceinline__ void run_direction(const ScanBackward& p, const ScanL
       const int t = chunk.visited(direction, i);
       grad_state = (grad_y[t] * chunk.c(t) + grad_state) * decay[i];
     }
-    __syncthreads();  // what was handed on before has been read
+    __syncthreads();  // all warps have read the previous state's values
     at(warp, 0) = all_decay;
     at(warp, 1) = state;
     at(warp, 2) = grad_state;
     __syncthreads();
     if (pass == Pass::collect) {
-      if (warp < 2 && chunk.active) {  // a warp for the states, one for their gradients
+      if (warp < 2 && chunk.active) {  // warp 0: states; warp 1: their gradients
         const bool ascending = (direction == 0) == (warp == 0);
         Acc carry = Acc(0), block_decay = Acc(1);
         for (int i = 0; i < warps; ++i) {
@@ -147,7 +148,7 @@ __device__ __forceinline__ void run_direction(const ScanBackward& p, const ScanL
       grad_B_and_C[chunk_length + t] = chunk.active ? grad_C : Acc(0);
     }
     const Acc sum = warp_sums<2 * chunk_length>(grad_B_and_C);
-    constexpr int lanes = warp_size / (2 * chunk_length);  // that get the same sum
+    constexpr int lanes = warp_size / (2 * chunk_length);  // with the same sum
     const int which = lane / lanes, t = which % chunk_length;
     if (lane % lanes == 0 && t < chunk.length)
       grad_rows[(p.rank + (which < chunk_length ? 0 : p.state) + n) * p.length + t] = sum;
@@ -167,7 +168,7 @@ __device__ __forceinline__ void run_direction(const ScanBackward& p, const ScanL
       grad_row[t] = grad_dt[t] * weight;
     }
     const Acc sum = warp_sums<chunk_length>(grad_row);
-    constexpr int lanes = warp_size / chunk_length;  // that get the same sum
+    constexpr int lanes = warp_size / chunk_length;  // with the same sum
     if (lane % lanes == 0 && lane / lanes < chunk.length) grad_rows[row * p.length + lane / lanes] = sum;
     parameter_sums.add(grad_weight);
   });

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(warp_size* shape<T>.max_warps)
   constexpr int chunk_length = shape<T>.chunk_length;
   const int lane = threadIdx.x, warp = threadIdx.y, warps = launch.warps;
   Acc* const shared = reinterpret_cast<Acc*>(shared_memory);
-  Acc* handed = shared + warps * staged_rows * chunk_length;  // (warps, 2 values, 32), and the same once more
+  Acc* handed = shared + warps * staged_rows * chunk_length;  // two buffers (warps, 2 values, 32)
   const auto at = [&](int w, int value) -> Acc& { return handed[(w * 2 + value) * warp_size + lane]; };
   const int64_t states = one_state ? 1 : p.state;
   int turn = 0;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(warp_size* shape<T>.max_warps)
       for (int64_t n = 0; n < states; ++n) {
         const Acc A = -exp(chunk.parameter(p.A_log, direction, n, states));
         chunk.stage_B_and_C(direction, n);
-        Acc reach[chunk_length];  // what one unit of incoming state adds to y
+        Acc reach[chunk_length];  // d y / d carry
         Acc state = Acc(0), decay = Acc(1);
 #pragma unroll
         for (int i = 0; i < chunk_length; ++i) {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(warp_size* shape<T>.max_warps)
           y[t] += chunk.c(t) * state;
           reach[t] = chunk.c(t) * decay;
         }
-        // two places by turns: with one barrier each, nobody writes a place that others still read
+        // Two buffers alternate, so that one barrier suffices: no warp writes the buffer that another still reads.
         handed = shared + warps * (staged_rows * chunk_length + turn * 2 * warp_size);
         turn = 1 - turn;
         at(warp, 0) = decay;

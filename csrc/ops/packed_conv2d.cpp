@@ -7,9 +7,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>
-#include <torch/library.h>
 
 #include "ops/common.h"
+#include "registration.h"
 
 namespace mobilemamba {
 
@@ -33,7 +33,7 @@ at::Tensor pack_conv2d_weight(const at::Tensor& weight) {
   return padded.view({panels, panel, pairs, 2}).permute({0, 2, 1, 3}).clone(at::MemoryFormat::Contiguous);
 }
 
-TORCH_LIBRARY_IMPL(mobilemamba, CompositeImplicitAutograd, m) {
+MOBILEMAMBA_LIBRARY_IMPL(CompositeImplicitAutograd, m) {
   m.impl("pack_conv2d_weight", pack_conv2d_weight);
 }
 

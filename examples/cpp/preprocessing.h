@@ -1,4 +1,4 @@
-// From an image to the tensor that a model was trained for, with the figures of mobilemamba.data.Preprocessing in Python.
+// From an image to the tensor that a model was trained for, with the figures of mobilemamba.data.Preprocessing.
 #pragma once
 
 #include <ATen/core/Tensor.h>

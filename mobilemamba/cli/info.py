@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import _native, weights
+from .. import _C, _native, weights
 from .options import Parser
 
 HELP = "Print what a bug report needs: versions, build, devices, paths."
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
 def collect() -> dict[str, Any]:
     """The facts as a dict for ``json.dumps``. :func:`format_text` lays them out for people."""
-    build = _native.BUILD
+    build, library = _native.BUILD, _C.build_facts()
     return {
         "mobilemamba": {
             "version": build["version"],
@@ -36,13 +36,13 @@ def collect() -> dict[str, Any]:
         "built": {
             "torch": build["torch"],
             "for": build["why"],
-            "compiler": build["compiler"],
+            "compiler": library["compiler"],
             "cxx flags": " ".join(build["cxx_flags"]),
             "nvcc flags": " ".join(build["nvcc_flags"]) or None,
         },
         "backends": {
-            "CPU": f"{torch.ops.mobilemamba.cpu_kernels()} kernels",
-            "CUDA": f"{build['cuda']}, {' '.join(build['archs'])}" if _native.has_cuda_kernels() else "not built",
+            "CPU": f"{_C.cpu_kernels()} kernels",
+            "CUDA": f"{build['cuda']}, {' '.join(library['archs'])}" if _native.has_cuda_kernels() else "not built",
         },
         "running": {
             "torch": str(torch.__version__),

@@ -1,4 +1,4 @@
-"""check_classify.py DATA CLASSIFY SANITIZED: what mobilemamba-classify prints, and that bad input takes one line."""
+"""check_classify.py DATA CLASSIFY...: mobilemamba-classify prints what Python prints, and one line for bad input."""
 
 import os
 import re
@@ -21,14 +21,14 @@ def main() -> None:
 
 def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     suppressions = DATA / "leaks"
-    suppressions.write_text("leak:mz_zip_reader_init\n")  # torch, where an archive is damaged
+    suppressions.write_text("leak:mz_zip_reader_init\n")  # torch leaks it for a damaged archive
     environment = {**os.environ, "LSAN_OPTIONS": f"suppressions={suppressions}:print_suppressions=0"}
     command = [program, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
 
 
 def check_names(program: Path, model: Path) -> None:
-    """The same figures as `mobilemamba classify` prints."""
+    """The names and scores are those of `mobilemamba classify`."""
     command = [sys.executable, "-m", "mobilemamba", "classify", str(DRESS), str(BAG)]
     expected = subprocess.run(command, cwd=DATA, capture_output=True, text=True, check=True).stdout.split()
     done = run(program, model, DRESS, BAG, "--threads", "2", "--benchmark", "3")
@@ -69,7 +69,7 @@ def check_refusals(program: Path) -> None:
 
 def write_broken(model: Path) -> dict[str, Path]:
     whole, photo = model.read_bytes(), (DATA / "progressive.jpg").read_bytes()
-    at = whole.index(b"constants.pkl")  # the directory is at the end: the name comes first before the content
+    at = whole.index(b"constants.pkl")  # first before the record, then in the directory
     contents = {
         "text": b"not a model, not an image\n",
         "empty": b"",
@@ -88,7 +88,7 @@ def write_broken(model: Path) -> dict[str, Path]:
 
 
 def rewrite(source: Path, target: Path, changes: dict[str, bytes | None]) -> None:
-    """A copy of the archive with other records; None leaves one out."""
+    """A copy of the archive with some records replaced, or removed if None."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for entry in old.infolist():
             content = changes.get(entry.filename.partition("/")[2], old.read(entry))

@@ -1,4 +1,4 @@
-"""Writes into a folder what the C++ tests read: exported models, and Python's logits and preprocessed images."""
+"""Writes the files that the C++ tests read: exported models, and Python's logits and preprocessed images."""
 
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +21,7 @@ SIZES = {
 
 
 def make_model(name: str, **kwargs: object) -> mobilemamba.MobileMamba:
-    """Nano with its weights; others with random ones and BatchNorm as after training, not zero as before it."""
+    """Nano with its weights; other models with random weights and BatchNorm statistics as after training."""
     if name == "nano" and not kwargs:
         return mobilemamba.nano(pretrained=True).eval()
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def write_cases(folder: Path, name: str, dtype: str) -> None:
 
 
 def write_images(folder: Path) -> list[Path]:
-    """Photographs, as they are and in every form that the decoders must know."""
+    """Photographs as they are, and in every format that the decoders must know."""
     photos = [Path(sklearn.datasets.__file__).parent / "images" / f"{name}.jpg" for name in ("china", "flower")]
     photo = Image.open(photos[0])
     small = photo.resize((200, 133))

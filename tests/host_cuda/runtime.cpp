@@ -1,6 +1,8 @@
-// The stand-in for the CUDA runtime; see include/cuda_runtime_api.h. Settings come from the environment:
-// HOST_CUDA_SEED of the order of threads, HOST_CUDA_BLOCKS of a grid, HOST_CUDA_SHARED_LIMIT in bytes, HOST_CUDA_ERROR
-// that launches return instead of running.
+// The stand-in for the CUDA runtime; see include/cuda_runtime_api.h. The environment has its settings:
+//   HOST_CUDA_SEED          seed of the order of threads
+//   HOST_CUDA_BLOCKS        most blocks of a grid
+//   HOST_CUDA_SHARED_LIMIT  bytes of shared memory that a block may have
+//   HOST_CUDA_ERROR         error code that every launch returns without running
 #include <cuda_runtime.h>
 #include <sanitizer/asan_interface.h>
 
@@ -21,6 +23,13 @@ alignas(128) extern unsigned char shared_memory[];
 alignas(128) unsigned char shared_memory[shared_capacity];
 }  // namespace mobilemamba::cuda
 
+namespace mobilemamba {
+// The test library registers its kernels over those of the package, which is loaded first.
+bool first_copy() {
+  return true;
+}
+}  // namespace mobilemamba
+
 namespace host_cuda {
 namespace {
 
@@ -39,7 +48,7 @@ enum class State { ready, at_shuffle, at_warp_barrier, at_block_barrier, done };
 struct Thread {
   State state;
   dim3 index;
-  int turn;  // of the warp's two places for exchanged numbers
+  int turn;  // which of the warp's two exchange buffers is next
   void* stack_pointer;
   unsigned char* stack;
 };
@@ -48,7 +57,7 @@ struct Scheduler {
   std::mutex mutex;  // one launch at a time
   std::mt19937 random{static_cast<unsigned>(setting("HOST_CUDA_SEED", 0))};
   std::vector<Thread> threads;
-  std::map<const void*, size_t> granted;  // shared memory that a kernel may ask for
+  std::map<const void*, size_t> granted;  // bytes of shared memory that a kernel has asked for
   Thread* running;
   void* stack_pointer;
   const std::function<void()>* kernel;
@@ -66,7 +75,7 @@ Scheduler& scheduler() {
   return instance;
 }
 
-/// Saves the registers that a call preserves, goes on where `to` was saved.
+/// Saves the callee-saved registers and the stack pointer in `from`, and continues where `to` was saved.
 extern "C" void host_cuda_switch(void** from, void* to);
 asm(R"(
 .text
@@ -92,7 +101,7 @@ host_cuda_switch:
 .size host_cuda_switch, . - host_cuda_switch
 )");
 
-/// Back to the scheduler, until it runs this thread again.
+/// Returns to the scheduler until it runs this thread again.
 void pause(State state) {
   Scheduler& s = scheduler();
   Thread& thread = *s.running;
@@ -127,7 +136,7 @@ void run(Thread& thread) {
   std::abort();
 }
 
-/// Runs the threads [begin, end) until each is at a barrier of the block or done.
+/// Runs the threads [begin, end) of a warp until all are at a block barrier or all are done.
 void run_warp(int begin, int end) {
   Scheduler& s = scheduler();
   std::vector<int> order(end - begin);
@@ -205,7 +214,7 @@ uint64_t exchange(unsigned lanes, uint64_t bits, int mask) {
   Scheduler& s = scheduler();
   Thread& thread = *s.running;
   const int number = static_cast<int>(&thread - s.threads.data()), lane = number % warp_size;
-  // two places by turns: a lane can be one exchange ahead of another, not two
+  // Two buffers alternate: a lane can be one exchange ahead of another, but not two.
   auto& place = s.places[number / warp_size][thread.turn];
   thread.turn = 1 - thread.turn;
   place[lane] = bits;

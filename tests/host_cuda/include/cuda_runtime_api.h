@@ -1,8 +1,9 @@
-// Stands in for the CUDA runtime, so that the host compiler builds the .cu files and the tests run them without a GPU.
+// Stands in for the CUDA runtime: the host compiler builds the .cu files with it, and the tests run them without a GPU.
 //
-// Blocks run one after another. The threads of a block are fibres, which run in an order drawn at random from one
-// barrier or shuffle to the next; a warp runs as far as it can before another does. Shared memory holds NaN before a
-// block begins, and AddressSanitizer knows where it ends. A grid is cut to a few blocks, which walk over its tasks.
+// Blocks run one after another. The threads of a block are fibres. From one barrier or shuffle to the next they run in
+// a random order; a warp runs until all its threads are at a block barrier, then another warp runs. Shared memory is
+// NaN when a block begins, and AddressSanitizer knows its end. A grid has at most a few blocks, which loop over its
+// tasks.
 #pragma once
 
 #include <cstddef>
@@ -50,7 +51,7 @@ cudaError_t cudaGetLastError();
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value);
 
-// Of the thread that is running.
+// These belong to the thread that is running.
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 void __syncthreads();
@@ -61,7 +62,7 @@ namespace host_cuda {
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel);
 /// The only stream that launches may go to.
 inline const cudaStream_t current_stream = reinterpret_cast<cudaStream_t>(64);
-/// Gives `bits` to the warp and returns those of the lane whose number differs by `mask`.
+/// Gives `bits` to the warp and returns the bits of the lane whose index is this lane's XOR `mask`.
 uint64_t exchange(unsigned lanes, uint64_t bits, int mask);
 }  // namespace host_cuda
 

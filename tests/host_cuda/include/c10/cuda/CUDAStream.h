@@ -1,4 +1,4 @@
-// Also makes the kernels those of CPU tensors: TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) registers them for the CPU.
+// Also registers the kernels for CPU tensors: the macro below makes TORCH_LIBRARY_IMPL(mobilemamba, CUDA, m) do so.
 #pragma once
 #include <torch/library.h>
 

@@ -1,0 +1,128 @@
+// The Python module mobilemamba._C. Its import registers the operators, which are part of the same library. Its
+// functions say what the library was compiled for, which CPU kernels are in use, and how CUDA kernels are launched.
+// No tensor passes through this module: operators are called through torch.ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "build.h"
+#include "cuda/launch.h"
+#include "mobilemamba.h"
+
+#ifdef MOBILEMAMBA_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#ifdef __clang__
+#define MOBILEMAMBA_COMPILER __VERSION__  // begins with "Clang"
+#else
+#define MOBILEMAMBA_COMPILER "GCC " __VERSION__
+#endif
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace mobilemamba {
+namespace {
+
+std::optional<std::string> cuda_version() {
+#ifdef MOBILEMAMBA_CUDA
+  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+#else
+  return std::nullopt;
+#endif
+}
+
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> archs;
+#ifdef MOBILEMAMBA_CUDA
+  std::istringstream list(build::cuda_archs);
+  for (std::string arch; std::getline(list, arch, ',');)
+    archs.push_back(arch);
+#endif
+  return archs;
+}
+
+py::dict build_facts() {
+  return py::dict("version"_a = build::version, "torch"_a = TORCH_VERSION, "compiler"_a = MOBILEMAMBA_COMPILER,
+                  "cuda"_a = cuda_version(), "archs"_a = cuda_archs());
+}
+
+ScanForward scan_sizes(DType dtype, int64_t batch, int64_t channels, int64_t length, int64_t state) {
+  ScanForward sizes{};
+  sizes.dtype = dtype;
+  sizes.batch = batch;
+  sizes.channels = channels;
+  sizes.length = length;
+  sizes.state = state;
+  return sizes;
+}
+
+cuda::PlaneSizes depthwise_sizes(DType dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                 int64_t kernel, int64_t stride) {
+  return cuda::PlaneSizes(DepthwiseSizes{dtype, batch, channels, height, width, kernel, stride});
+}
+
+cuda::PlaneSizes haar_sizes(DType dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                            int64_t kernel) {
+  return cuda::PlaneSizes(HaarSizes{dtype, batch, channels, height, width, kernel});
+}
+
+/// The functions of cuda/launch.h under their own names.
+void bind_launches(py::module_& m) {
+  using namespace cuda;
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::float32)
+      .value("float64", DType::float64)
+      .value("float16", DType::float16)
+      .value("bfloat16", DType::bfloat16);
+  py::class_<Launch>(m, "Launch")
+      .def_readonly("tasks", &Launch::tasks)
+      .def_readonly("warps", &Launch::warps)
+      .def_readonly("shared_bytes", &Launch::shared_bytes);
+
+  py::class_<ScanForward>(m, "ScanSizes")
+      .def(py::init(&scan_sizes), "dtype"_a, "batch"_a, "channels"_a, "length"_a, "state"_a);
+  py::class_<ScanShape>(m, "ScanShape")
+      .def_readonly("chunk_length", &ScanShape::chunk_length)
+      .def_readonly("max_warps", &ScanShape::max_warps);
+  py::class_<ScanLaunch, Launch>(m, "ScanLaunch")
+      .def_readonly("segments", &ScanLaunch::segments)
+      .def_readonly("tiles", &ScanLaunch::tiles);
+  m.def("scan_forward_shape", &scan_forward_shape, "float64"_a);
+  m.def("scan_backward_shape", &scan_backward_shape, "float64"_a);
+  m.def("scan_forward_launch", &scan_forward_launch, "sizes"_a);
+  m.def("scan_backward_launch", &scan_backward_launch, "sizes"_a);
+  m.def("scan_scratch_bytes", &scan_scratch_bytes, "sizes"_a, "launch"_a, "values"_a);
+
+  py::class_<PlaneSizes>(m, "PlaneSizes").def("staged", &PlaneSizes::staged);
+  m.def("depthwise_sizes", &depthwise_sizes, "dtype"_a, "batch"_a, "channels"_a, "height"_a, "width"_a, "kernel"_a,
+        "stride"_a);
+  m.def("haar_sizes", &haar_sizes, "dtype"_a, "batch"_a, "channels"_a, "height"_a, "width"_a, "kernel"_a);
+  py::class_<PlaneLaunch, Launch>(m, "PlaneLaunch")
+      .def_readonly("tiles_y", &PlaneLaunch::tiles_y)
+      .def_readonly("tiles_x", &PlaneLaunch::tiles_x)
+      .def_readonly("tile_height", &PlaneLaunch::tile_height)
+      .def_readonly("tile_width", &PlaneLaunch::tile_width)
+      .def_readonly("stage_height", &PlaneLaunch::stage_height)
+      .def_readonly("stage_width", &PlaneLaunch::stage_width);
+  m.def("plane_launch", &plane_launch, "sizes"_a, "backward"_a, "shared_limit"_a);
+  m.def("plane_slabs", &plane_slabs, "sizes"_a, "shared_limit"_a);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() =
+      "The native library: registers torch.ops.mobilemamba, and says what it is and how it launches CUDA kernels.";
+  m.def("build_facts", &build_facts, "What the library was compiled for; cuda is None without CUDA kernels.");
+  m.def("cpu_kernels", &cpu_kernels, "The instruction set of the CPU kernels in use: generic, avx2 or avx512.");
+  bind_launches(m);
+}
+
+}  // namespace mobilemamba
