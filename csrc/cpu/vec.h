@@ -9,9 +9,6 @@
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
-MOBILEMAMBA_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 MOBILEMAMBA_HOST_DEVICE int64_t min(int64_t a, int64_t b) {
   return a < b ? a : b;
 }

@@ -31,4 +31,8 @@ MOBILEMAMBA_HOST_DEVICE int64_t accumulate_bytes(DType type) {
   return type == DType::float64 ? 8 : 4;
 }
 
+MOBILEMAMBA_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 }  // namespace mobilemamba

@@ -17,8 +17,8 @@ struct DepthwiseSizes {
   DType dtype;
   int64_t batch, channels, height, width, kernel, stride;
 
-  MOBILEMAMBA_HOST_DEVICE int64_t out_height() const { return (height + stride - 1) / stride; }
-  MOBILEMAMBA_HOST_DEVICE int64_t out_width() const { return (width + stride - 1) / stride; }
+  MOBILEMAMBA_HOST_DEVICE int64_t out_height() const { return ceil_div(height, stride); }
+  MOBILEMAMBA_HOST_DEVICE int64_t out_width() const { return ceil_div(width, stride); }
 };
 
 /// output = activation(convolution + bias) + residual, and with a scale relu(scale * that + shift); or, where

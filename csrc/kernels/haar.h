@@ -12,8 +12,8 @@ struct HaarSizes {
   DType dtype;
   int64_t batch, channels, height, width, kernel;
 
-  MOBILEMAMBA_HOST_DEVICE int64_t band_height() const { return (height + 1) / 2; }
-  MOBILEMAMBA_HOST_DEVICE int64_t band_width() const { return (width + 1) / 2; }
+  MOBILEMAMBA_HOST_DEVICE int64_t band_height() const { return ceil_div(height, 2); }
+  MOBILEMAMBA_HOST_DEVICE int64_t band_width() const { return ceil_div(width, 2); }
 };
 
 struct HaarForward : HaarSizes {

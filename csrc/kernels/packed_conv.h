@@ -32,12 +32,12 @@ struct PackedConvForward {
   int64_t output_row;
 
   static constexpr int64_t panel = 32;
-  MOBILEMAMBA_HOST_DEVICE int64_t out_height() const { return (height + stride - 1) / stride; }
-  MOBILEMAMBA_HOST_DEVICE int64_t out_width() const { return (width + stride - 1) / stride; }
+  MOBILEMAMBA_HOST_DEVICE int64_t out_height() const { return ceil_div(height, stride); }
+  MOBILEMAMBA_HOST_DEVICE int64_t out_width() const { return ceil_div(width, stride); }
   MOBILEMAMBA_HOST_DEVICE int64_t rows() const { return batch * out_height() * out_width(); }
   MOBILEMAMBA_HOST_DEVICE int64_t patch() const { return kernel * kernel * in_channels; }
-  MOBILEMAMBA_HOST_DEVICE int64_t panels() const { return (out_channels + panel - 1) / panel; }
-  MOBILEMAMBA_HOST_DEVICE int64_t pairs() const { return (patch() + 1) / 2; }
+  MOBILEMAMBA_HOST_DEVICE int64_t panels() const { return ceil_div(out_channels, panel); }
+  MOBILEMAMBA_HOST_DEVICE int64_t pairs() const { return ceil_div(patch(), 2); }
   /// Whether the patches lie in the input as they are, `input.column` apart.
   MOBILEMAMBA_HOST_DEVICE bool in_place() const {
     return kernel == 1 && stride == 1 && (height == 1 || input.row == width * input.column) &&

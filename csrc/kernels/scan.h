@@ -44,7 +44,7 @@ struct ScanBackward : ScanForward {
   void* grad_rows;         // (B, groups, 2, R + 2N, L): gradients of delta, B and C
   void* grad_params;       // (B, segments, 2, N + R + 2, D): gradients of A_log, dt_weight, dt_bias and D
 
-  MOBILEMAMBA_HOST_DEVICE int64_t groups() const { return (channels + group_channels - 1) / group_channels; }
+  MOBILEMAMBA_HOST_DEVICE int64_t groups() const { return ceil_div(channels, group_channels); }
 };
 
 /// h_t from h_(t-1). `dt_u` is dt * u; b is B at this position.
