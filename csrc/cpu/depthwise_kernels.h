@@ -1,4 +1,4 @@
-// CPU kernels of the depthwise convolution; see plane_kernels.h for two of them.
+// CPU kernels of the depthwise convolution. Two of them are those of plane_kernels.h.
 #pragma once
 
 #include "cpu/plane_kernels.h"
@@ -27,7 +27,7 @@ struct DepthwiseOp {
     return p.bias ? load(static_cast<const Acc*>(p.bias) + channel, count) : V(Acc(0));
   }
 
-  /// The epilogue, one step after the other: the row is near, and a loop of one purpose is quick.
+  /// The epilogue. Each step is a loop of its own over the row: the row is in L1, and simple loops are fast.
   MOBILEMAMBA_HOST_DEVICE static void write_row(const DepthwiseForward& p, const PlaneTask& task, int64_t y, int count,
                                                 V* row) {
     const int64_t width = p.out_width();
@@ -67,8 +67,9 @@ using DepthwiseForwardKernel = PlaneForwardKernel<DepthwiseOp<T>>;
 template <typename T>
 using DepthwiseBackwardWeightKernel = PlaneBackwardWeightKernel<DepthwiseOp<T>>;
 
-/// Every input pixel gathers from the outputs that it went into, so that tasks write apart from each other. The columns
-/// of one remainder modulo the stride see one part of the kernel's columns, and are convolved with it together.
+/// Gradient of the input. Every input pixel gathers the gradients of the outputs that it contributed to, so that no two
+/// tasks write to one pixel. With stride s, the columns with the same x % s use the same columns of the kernel: they
+/// are computed together.
 template <typename T>
 struct DepthwiseBackwardInputKernel {
   using Acc = typename AccumulateOf<T>::type;
@@ -122,7 +123,8 @@ struct DepthwiseBackwardInputKernel {
     }
   }
 
-  /// Row `bottom` - kernel / 2 of the gradient, of which output row y holds row `bottom` - y * stride of the kernel.
+  /// Columns x with x % stride == `remainder` of row `bottom` - kernel / 2 of the gradient. Row y of the output's
+  /// gradient contributes with row `bottom` - y * stride of the kernel.
   static void gather_columns(const DepthwiseSizes& p, const RowWindow<Acc>& grad_rows, const V* weight, int64_t bottom,
                              int64_t first, int64_t last, int64_t remainder, V* out) {
     constexpr int tile = plane_tile;

@@ -2,13 +2,15 @@
 // (one plane, the image) and the Haar convolution (four planes, the sub-bands) share. A vector holds neighbouring
 // channels of one position.
 //
-// An operator `Op` says how rows of its planes come from an image, and where a row of results goes:
-//   planes, has_bias, Acc    as constants and types
-//   Forward, BackwardWeight  the parameters
-//   plane(p)                 the sizes of one plane's convolution
-//   input(p, batch, channel, count), grad(...)  a source with load_row(y, to, next_plane): row y of every plane
-//   bias(p, channel, count)  what the sums start from
-//   write_row(p, task, y, count, row)  takes (planes, columns) results
+// An operator `Op` says how its planes come from an image and where results go:
+//   planes, has_bias, Acc              constants and the accumulator type
+//   Forward, BackwardWeight            the parameters
+//   plane(p)                           the sizes of the convolution of one plane
+//   input(p, batch, channel, count)    the planes of the input: load_row(y, to, next_plane) writes row y of every
+//                                      plane; the planes are `next_plane` vectors apart
+//   grad(p, batch, channel, count)     the same for the output's gradient
+//   bias(p, channel, count)            the initial value of the sums
+//   write_row(p, task, y, count, row)  stores row y of the result; `row` is (planes, plane_columns)
 #pragma once
 
 #include "cpu/vec.h"
@@ -16,9 +18,9 @@
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
-/// Columns of the result that share each load of a weight.
+/// Columns of the output that share each load of a weight.
 constexpr int64_t plane_tile = 4;
-/// Rows of the result in one task: few enough that a single image keeps several threads busy.
+/// Rows of the output in one task: so few that one image keeps several threads busy.
 constexpr int64_t plane_task_rows = 16;
 /// Channels of one task of the weight's gradient: whole cache lines of every element type.
 constexpr int64_t plane_task_channels = 64;
@@ -28,14 +30,14 @@ inline int64_t plane_columns(const DepthwiseSizes& plane) {
   return ceil_div(plane.out_width(), plane_tile) * plane_tile;
 }
 
-/// The next cache line. It holds the same pixel for the next vector of channels, that is for the next task: in an image
-/// whose channels are contiguous, what one task reads or writes is too far apart for the hardware to see a pattern.
+/// The next cache line, for a prefetch. It holds the next channels of the same pixel, which the next task reads or
+/// writes. The hardware does not prefetch it, because the pixels of one task are too far apart.
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE const T* next_line(const T* at) {
   return at + 64 / sizeof(T);
 }
 
-/// What a task computes: rows [begin, end) of one vector of channels of one batch entry.
+/// A task: rows [begin, end) of one vector of channels of one batch entry.
 struct PlaneTask {
   int64_t batch, channel, begin, end;
 
@@ -52,7 +54,7 @@ struct PlaneTask {
   }
 };
 
-/// `count` channels of an image, as the only plane.
+/// `count` channels of an image as its only plane.
 template <typename T>
 struct PixelPlane {
   using V = Vec<typename AccumulateOf<T>::type>;
@@ -76,9 +78,9 @@ struct PixelPlane {
   }
 };
 
-/// The rows of a plane that a kernel lies over, in the type of sums, as it moves down: row y is in slot y % kernel, so
-/// that each is read and converted once. On both sides of a row are zeros. The windows of an operator's planes lie one
-/// after another.
+/// The rows of a plane under the kernel, in the accumulator type, as the kernel moves down. Row y is in slot y %
+/// kernel, so that each row is read and converted once. Zeros pad both sides of a row. The windows of an operator's
+/// planes are adjacent; this is the first.
 template <typename Acc>
 struct RowWindow {
   using V = Vec<Acc>;
@@ -88,7 +90,7 @@ struct RowWindow {
   int64_t size() const { return kernel * width; }
   RowWindow plane(int i) const { return {slots + i * size(), kernel, width}; }
 
-  /// Brings in rows [first, last) of all planes.
+  /// Loads rows [first, last) of all planes.
   template <typename Source>
   MOBILEMAMBA_HOST_DEVICE void load_rows(const Source& source, int64_t first, int64_t last) {
     for (int64_t y = first; y < last; ++y)
@@ -96,11 +98,11 @@ struct RowWindow {
   }
 
   const V* row(int64_t y) const { return slots + y % kernel * width; }
-  /// The row below this one.
+  /// The row below `row`.
   const V* below(const V* row) const { return row + width == slots + size() ? slots : row + width; }
 };
 
-/// The weights of `planes` planes for one vector of channels, side by side.
+/// Copies the weights of one vector of channels, (planes, k, k), to adjacent vectors.
 template <typename Acc>
 MOBILEMAMBA_HOST_DEVICE void load_weight(const DepthwiseSizes& plane, int planes, const void* from, int64_t channel,
                                          int count, Vec<Acc>* weight) {
@@ -108,7 +110,7 @@ MOBILEMAMBA_HOST_DEVICE void load_weight(const DepthwiseSizes& plane, int planes
     weight[i] = load(static_cast<const Acc*>(from) + i * plane.channels + channel, count);
 }
 
-/// run.operator()<kernel, stride>() for the sizes that models use; <0, 0> stands for any other.
+/// Calls run.operator()<kernel, stride>() with the sizes if models use them, with <0, 0> for other sizes.
 template <typename Run>
 MOBILEMAMBA_HOST_DEVICE auto for_kernel_size(const DepthwiseSizes& plane, Run run) {
   const auto with_stride = [&]<int kernel>() __attribute__((always_inline)) {
@@ -127,15 +129,15 @@ MOBILEMAMBA_HOST_DEVICE auto for_kernel_size(const DepthwiseSizes& plane, Run ru
 
 // Forward ------------------------------------------------------------------------------------------------------------
 
-/// One row of the output of every plane before the epilogue. The kernel's first row lies over row `top` of the plane;
-/// of its rows those over [first, last) are in the plane.
+/// Computes one row of the output of every plane, without the epilogue. The kernel's first row is over row `top` of the
+/// plane. The rows [first, last) of the plane are under the kernel.
 template <typename Acc, int fixed_kernel, int fixed_stride>
 void convolve_row(RowWindow<Acc> window, int planes, int64_t any_stride, int64_t columns, const Vec<Acc>* weight,
                   int64_t top, int64_t first, int64_t last, Vec<Acc> bias, Vec<Acc>* out) {
   using V = Vec<Acc>;
   constexpr int tile = plane_tile;
   const int64_t kernel = fixed_kernel ? fixed_kernel : window.kernel, stride = fixed_kernel ? fixed_stride : any_stride;
-  window.kernel = kernel;  // known to the compiler, where it is fixed
+  window.kernel = kernel;  // a constant, if it is fixed
   for (; planes > 0; --planes, window.slots += window.size(), weight += kernel * kernel, out += columns)
     for (int64_t j = 0; j < columns; j += tile) {
       V sum[tile];
@@ -225,12 +227,12 @@ struct PlaneForwardKernel {
 
 // Gradient of the weight ---------------------------------------------------------------------------------------------
 
-/// Adds to one row of the weight's gradient what one row of the output contributes.
+/// Adds the contribution of one row of the output to one row of the weight's gradient.
 template <typename Acc, int fixed_kernel, int fixed_stride>
 void correlate_row(int64_t any_kernel, int64_t any_stride, int64_t width, const Vec<Acc>* grad, const Vec<Acc>* input,
                    Vec<Acc>* sums) {
   using V = Vec<Acc>;
-  constexpr int columns = fixed_kernel ? fixed_kernel : 1;  // of the kernel at a time: they share each load of grad
+  constexpr int columns = fixed_kernel ? fixed_kernel : 1;  // of the kernel that share each load of grad
   const int64_t kernel = fixed_kernel ? fixed_kernel : any_kernel, stride = fixed_kernel ? fixed_stride : any_stride;
   for (int64_t kx = 0; kx < kernel; kx += columns) {
     V sum[columns];
@@ -255,7 +257,7 @@ struct PlaneBackwardWeightKernel {
     return {slots, plane.kernel, plane.out_width() * plane.stride + plane.kernel};
   }
 
-  /// Gradients of a channel: of its weights and, with has_bias, of its bias last.
+  /// Gradients of one channel: of its weights, and with has_bias of its bias last.
   static int64_t entries(const DepthwiseSizes& plane) {
     return Op::planes * plane.kernel * plane.kernel + (Op::has_bias ? 1 : 0);
   }
@@ -266,7 +268,7 @@ struct PlaneBackwardWeightKernel {
     return (rows + task_vectors * entries(plane)) * sizeof(V);
   }
 
-  /// A task sums over a slab of the batch, in order, for some neighbouring vectors of channels.
+  /// A task sums over one slab of the batch, in order, for neighbouring vectors of channels.
   static int64_t tasks(const Params& p) { return p.slabs * ceil_div(p.channels, plane_task_channels); }
 
   static void run(const Params& p, int64_t begin, int64_t end, std::byte* scratch) {

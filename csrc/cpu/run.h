@@ -18,8 +18,8 @@ void run(const Kernel<Params>& kernel, const Params& params) {
   });
 }
 
-/// Parts of the batch that the gradient of a depthwise weight is summed over separately. A task takes 64 channels of a
-/// part, so that an operator has about 32 tasks.
+/// The number of parts of the batch that the gradient of a depthwise weight is split into. A task takes 64 channels of
+/// one part, so 2048 channel-parts are 32 tasks, which keep the threads busy.
 inline int64_t backward_weight_slabs(int64_t batch, int64_t channels) {
   return std::clamp<int64_t>(2048 / channels, 1, batch);
 }
