@@ -7,7 +7,7 @@ the pass takes by itself. On CUDA the times are those of the kernels. A layer's 
 import re
 import statistics
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -31,6 +31,7 @@ KINDS = [
     (r"stages\.\d\.transition\.2\.depthwise", "transition: depthwise, stride 2"),
     (r"stages\.\d\.transition\.2\.squeeze_excite", "transition: squeeze-excite"),
     (r"stages\.\d\.transition\.2\.project", "transition: project"),
+    (r"stages\.\d\.transition\.2", "transition: patch merging"),
     (r"stages\.\d\.blocks\.\d+\.depthwise[01]", "depthwise"),
     (r"stages\.\d\.blocks\.\d+\.ffn[01]", "FFN"),
     (r"stages\.\d\.blocks\.\d+\.mixer", "MRFFI"),
@@ -101,10 +102,9 @@ def layers_of(events: list[Any], kinds: dict[str, Key], flops: dict[str, dict[An
         return (event.device_time_total if on_cuda else event.cpu_time_total) / 1e3
 
     layers = [event for event in events if layer_of(event) and event.device_type == torch.autograd.DeviceType.CPU]
-    calls_of = Counter(layer_of(event) for event in layers)
 
-    def flops_of_call(event: Any) -> float:  # of a layer that takes parts of the batch: all calls alike, or nearly
-        return sum(flops[layer_of(event)].values()) / calls_of[layer_of(event)]
+    def flops_of_call(event: Any) -> float:
+        return sum(flops[layer_of(event)].values())
 
     for event in layers:
         nested = [child for child in event.cpu_children if layer_of(child) is not None]

@@ -24,6 +24,9 @@ class Autocast {
   static std::optional<Tensor> convert(Cast cast, const std::optional<Tensor>& x) {
     return at::autocast::cached_cast(type(cast), x, device);
   }
+  static std::vector<Tensor> convert(Cast cast, at::TensorList list) {
+    return at::autocast::cached_cast(type(cast), list, device);
+  }
   template <typename T>
   static T convert(Cast, T x) {
     return x;
@@ -61,6 +64,9 @@ class Autocast {
     m.impl("haar_conv2d", kernel<haar_conv2d, lower, keep>);
     m.impl("depthwise_conv2d", kernel<depthwise_conv2d, lower, keep, keep, lower, none, none>);
     m.impl("packed_conv2d", kernel<packed_conv2d, lower, lower, keep, lower, none, none, none>);
+    m.impl("patch_embedding", kernel<patch_embedding, lower, lower, keep, none>);
+    m.impl("patch_merging",
+           kernel<patch_merging, lower, lower, keep, keep, keep, lower, keep, lower, keep, lower, keep>);
   }
 };
 

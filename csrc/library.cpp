@@ -53,11 +53,17 @@ MOBILEMAMBA_LIBRARY(m) {
       "Tensor project_weight, Tensor project_bias) -> (Tensor grad_input, Tensor grad_expand_weight, "
       "Tensor grad_expand_bias, Tensor grad_project_weight, Tensor grad_project_bias)",
       tags);
-  // weights: MrffiWeights' members in order (ops/mrffi.h, mobilemamba/ops.py)
+  // weights: MrffiWeights' members in order (ops/mrffi.h, mobilemamba/ops/operators.py)
   m.def("mrffi(Tensor input, Tensor? residual, Tensor[] weights, float eps=1e-5) -> Tensor", tags);
   m.def(
       "mrffi_backward(Tensor grad_output, Tensor input, Tensor[] weights, float eps) -> (Tensor grad_input, "
       "Tensor[] grad_weights)",
+      tags);
+  m.def("patch_embedding(Tensor input, Tensor[] weights, Tensor[] biases, int[] strides) -> Tensor", tags);
+  m.def(
+      "patch_merging(Tensor input, Tensor expand_weight, Tensor expand_bias, Tensor depthwise_weight, "
+      "Tensor depthwise_bias, Tensor squeeze_weight, Tensor squeeze_bias, Tensor excite_weight, Tensor excite_bias, "
+      "Tensor project_weight, Tensor project_bias) -> Tensor",
       tags);
   m.def("version() -> str");  // of the copy that registered the operators
 }

@@ -11,7 +11,7 @@
 
 namespace mobilemamba {
 
-/// Selective scan of a sequence in both directions, summed; see mobilemamba/ops.py for the formula.
+/// Selective scan of a sequence in both directions, summed; see mobilemamba/ops/operators.py for the formula.
 /// u (B, D, L); delta (B, 2, R, L); A_log (2, D, N); B, C (B, 2, N, L); D (2, D); dt_weight (2, D, R); dt_bias (2, D).
 /// Returns y (B, D, L), channels-last in memory.
 MOBILEMAMBA_API at::Tensor bidirectional_scan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_log,
@@ -74,8 +74,8 @@ MOBILEMAMBA_API FfnGradients ffn_backward(const at::Tensor& grad_output, const a
                                           const at::Tensor& expand_weight, const at::Tensor& expand_bias,
                                           const at::Tensor& project_weight, const at::Tensor& project_bias);
 
-/// MobileMamba's mixer with BatchNorm folded, and `residual` added where given; see mobilemamba/ops.py for the formula
-/// and the order of the weights. input (B, C, H, W). Returns (B, C, H, W), channels-last in memory.
+/// MobileMamba's mixer with BatchNorm folded, and `residual` added where given; see mobilemamba/ops/operators.py for
+/// the formula and the order of the weights. input (B, C, H, W). Returns (B, C, H, W), channels-last in memory.
 MOBILEMAMBA_API at::Tensor mrffi(const at::Tensor& input, const std::optional<at::Tensor>& residual,
                                  at::TensorList weights, double eps = 1e-5);
 
@@ -86,5 +86,22 @@ MOBILEMAMBA_API std::tuple<at::Tensor, std::vector<at::Tensor>> mrffi_backward(c
 
 /// The instruction set that the CPU kernels were chosen for on this machine: "generic", "avx2" or "avx512".
 MOBILEMAMBA_API std::string_view cpu_kernels();
+
+/// Patch embedding with BatchNorm folded: 3x3 convolutions with zero padding of 1, and a ReLU after each but the last.
+/// input (B, C, H, W); weights[i] (out, in, 3, 3), plain or packed; biases[i] (out); as many strides. Returns the last
+/// convolution's output, channels-last in memory where the input is so or the weights are packed.
+MOBILEMAMBA_API at::Tensor patch_embedding(const at::Tensor& input, at::TensorList weights, at::TensorList biases,
+                                           at::IntArrayRef strides);
+
+/// Patch merging with BatchNorm folded; see mobilemamba/ops/operators.py for the formula. input (B, C, H, W), hidden
+/// width F, squeezed width S: expand_weight (F, C, 1, 1), depthwise_weight (F, 1, k, k), squeeze_weight (S, F, 1, 1),
+/// excite_weight (F, S, 1, 1), project_weight (out, F, 1, 1), dense weights plain or packed; a bias for each output.
+/// Returns (B, out, ceil(H / 2), ceil(W / 2)), channels-last in memory.
+MOBILEMAMBA_API at::Tensor patch_merging(const at::Tensor& input, const at::Tensor& expand_weight,
+                                         const at::Tensor& expand_bias, const at::Tensor& depthwise_weight,
+                                         const at::Tensor& depthwise_bias, const at::Tensor& squeeze_weight,
+                                         const at::Tensor& squeeze_bias, const at::Tensor& excite_weight,
+                                         const at::Tensor& excite_bias, const at::Tensor& project_weight,
+                                         const at::Tensor& project_bias);
 
 }  // namespace mobilemamba

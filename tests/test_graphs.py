@@ -187,6 +187,19 @@ def test_model_scripted_and_loaded_again(model, fused):
         torch.testing.assert_close(loaded(x), model(x))
 
 
+@torch.no_grad()
+def test_fused_model_traced_at_one_batch_runs_at_any(model):
+    """12 images are several parts of a batch for each layer that takes parts; a trace keeps none of them."""
+    fused = model.fuse()
+    traced = torch.jit.trace(fused, torch.randn(12, 1, 28, 28))
+    kinds = [node.kind() for node in traced.inlined_graph.nodes()]
+    assert kinds.count("mobilemamba::patch_embedding") == 1
+    assert kinds.count("mobilemamba::patch_merging") == 2
+    for batch in (1, 12, 32):
+        x = torch.randn(batch, 1, 28, 28)
+        assert torch.equal(traced(x), fused(x))
+
+
 def test_distilled_model_scripted():
     model = mobilemamba.nano(distillation=True)
     scripted = torch.jit.script(model)
@@ -195,13 +208,15 @@ def test_distilled_model_scripted():
     torch.testing.assert_close(scripted.eval()(x), model.eval()(x))
 
 
-def test_model_compiled_for_any_size():
+@pytest.mark.parametrize("fused", [False, True])
+def test_model_compiled_for_any_size(fused):
     """Whole graph, symbolic batch and image size. (Tracing costs the time, so the backend is the quickest one.)"""
     torch.compiler.reset()
     model = mobilemamba.nano(depths=(1, 1, 1)).eval()
+    model = model.fuse() if fused else model
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.no_grad():
-        for shape in ((2, 1, 40, 36), (3, 1, 37, 51)):
+        for shape in ((12, 1, 40, 36), (3, 1, 37, 51)):
             x = torch.randn(shape)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 

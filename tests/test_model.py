@@ -139,6 +139,25 @@ def test_fused_batches_are_cut_in_parts(nano):
     assert torch.equal(torch.jit.script(fused)(x), single)
 
 
+def test_fused_layers_keep_the_names_of_their_parameters(nano):
+    """Two layers are one operator each; state dicts of fused models were saved before they were."""
+    keys = {key for key in nano.fuse().state_dict() if key.startswith(("patch_embed.", "stages.1.transition.2."))}
+    layers = [f"patch_embed.{i}" for i in (0, 2, 4)]
+    layers += [f"stages.1.transition.2.{n}" for n in ("expand", "depthwise", "project")]
+    layers += [f"stages.1.transition.2.squeeze_excite.{n}" for n in ("reduce", "expand")]
+    assert keys == {f"{layer}.{parameter}" for layer in layers for parameter in ("weight", "bias")}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_patch_embedding_from_one_channel_to_one_channel(dtype):
+    """Its first convolution is a depthwise one as well."""
+    model = mobilemamba.nano(widths=(32, 48, 64), patch_strides=(2, 1, 1, 1, 1, 1)).eval()
+    x = torch.randn(2, 1, 9, 8)
+    error = (model.fuse().to(dtype)(x.to(dtype)) - model(x)).abs().max() / model(x).std()
+    assert error < (1e-4 if dtype == torch.float32 else 3e-2)
+
+
 @torch.no_grad()
 def test_fused_models_serve_several_threads_at_once(nano):
     fused, images = nano.fuse(), torch.randn(8, 9, 1, 28, 28)

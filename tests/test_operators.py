@@ -438,7 +438,7 @@ def test_scan_refuses_second_derivatives_where_they_are_taken():
     arguments = scan_arguments(1, 2, 3, requires_grad=True)
     y = ops.bidirectional_scan(*arguments)
     (grad,) = torch.autograd.grad(y.sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="derivative for .*::bidirectional_scan_backward is not implemented"):
+    with pytest.raises(RuntimeError, match="::bidirectional_scan_backward is not implemented"):
         grad.sum().backward()
 
 

@@ -59,7 +59,7 @@ struct MrffiWeight {
   c10::SmallVector<c10::SymInt, 3> (*sizes)(const MrffiSizes&);  // of a kernel without k
 };
 
-/// The list's order. mobilemamba/ops.py has the same names (MRFFI_WEIGHTS); a test compares them.
+/// The list's order. mobilemamba/ops/operators.py has the same names (MRFFI_WEIGHTS); a test compares them.
 extern const std::array<MrffiWeight, 20> mrffi_weights;
 
 struct MrffiArguments {

@@ -87,4 +87,20 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> mrffi_backward(const at::Tensor&
   return op.call(grad_output, input, weights, eps);
 }
 
+at::Tensor patch_embedding(const at::Tensor& input, at::TensorList weights, at::TensorList biases,
+                           at::IntArrayRef strides) {
+  static const auto op = operator_named<decltype(patch_embedding)>("mobilemamba::patch_embedding");
+  return op.call(input, weights, biases, strides);
+}
+
+at::Tensor patch_merging(const at::Tensor& input, const at::Tensor& expand_weight, const at::Tensor& expand_bias,
+                         const at::Tensor& depthwise_weight, const at::Tensor& depthwise_bias,
+                         const at::Tensor& squeeze_weight, const at::Tensor& squeeze_bias,
+                         const at::Tensor& excite_weight, const at::Tensor& excite_bias,
+                         const at::Tensor& project_weight, const at::Tensor& project_bias) {
+  static const auto op = operator_named<decltype(patch_merging)>("mobilemamba::patch_merging");
+  return op.call(input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, squeeze_weight, squeeze_bias,
+                 excite_weight, excite_bias, project_weight, project_bias);
+}
+
 }  // namespace mobilemamba

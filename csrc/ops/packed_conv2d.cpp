@@ -74,16 +74,19 @@ at::Tensor PackedConvArguments::output() const {
   return at::empty_symint(output_sizes(*this), input.options(), at::MemoryFormat::ChannelsLast);
 }
 
+at::Tensor conv2d_with_torch(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                             int64_t stride) {
+  const at::Tensor in_type = bias.to(input.scalar_type());
+  if (weight.size(3) == 1 && stride == 1)  // a matrix product, which torch computes faster than this convolution
+    return at::linear(input.permute({0, 2, 3, 1}), weight.flatten(1), in_type).permute({0, 3, 1, 2});
+  return at::conv2d(input, weight, in_type, stride, weight.size(3) / 2);
+}
+
 at::Tensor PackedConvArguments::with_torch() const {
   check();
   const at::Tensor plain = unpack_conv2d_weight(weight, bias.size(0), input.size(1), kernel_size);
-  const at::Tensor bias_ = bias.to(input.scalar_type());
-  at::Tensor y;
-  if (kernel_size == 1 && stride == 1)
-    y = at::linear(input.permute({0, 2, 3, 1}), plain.flatten(1), bias_).permute({0, 3, 1, 2});
-  else
-    y = at::conv2d(input.contiguous(at::MemoryFormat::ChannelsLast), plain, bias_, stride, kernel_size / 2)
-            .contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor y = conv2d_with_torch(input.contiguous(at::MemoryFormat::ChannelsLast), plain, bias, stride)
+                     .contiguous(at::MemoryFormat::ChannelsLast);
   if (activation == "relu") y.relu_();
   return residual ? y.add_(*residual) : y;
 }

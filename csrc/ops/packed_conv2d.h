@@ -30,4 +30,7 @@ std::vector<c10::SymInt> packed_sizes(const c10::SymInt& out, const c10::SymInt&
 at::Tensor unpack_conv2d_weight(const at::Tensor& packed, int64_t out_channels, int64_t in_channels,
                                 int64_t kernel_size);
 
+/// convolution + bias by torch, for a plain weight (out, in, k, k), with zero padding of k / 2.
+at::Tensor conv2d_with_torch(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, int64_t stride);
+
 }  // namespace mobilemamba

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import depthwise_conv2d, ffn, pack_conv2d_weight, packed_conv2d
+from ..ops import depthwise_conv2d, ffn, pack_conv2d_weight, packed_conv2d, patch_embedding, patch_merging
 
 __all__ = [
     "FFN",
@@ -195,36 +195,35 @@ class ConvNorm(nn.Module):
         return DenseConv2d(weight, bias, conv.stride[0], self.activation)
 
 
-class InParts(nn.Sequential):
-    """Layers in sequence. On the CPU for some images at a time, so that what is between the layers stays near."""
-
-    def __init__(self, layers: dict[str, nn.Module], images: int = 4) -> None:
-        super().__init__(OrderedDict(layers))
-        self.images = images
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if torch.compiler.is_compiling():  # whose graphs have no loops over the batch
-                return self.layers(x)
-        if x.device.type != "cpu" or x.size(0) <= self.images:
-            return self.layers(x)
-        return torch.cat([self.layers(part) for part in x.split(self.images)])
-
-    def layers(self, x: Tensor) -> Tensor:
-        for layer in self:
-            x = layer(x)
-        return x
-
-
 class PatchEmbedding(nn.Sequential):
     """Strided 3x3 convolutions with BatchNorm, and ReLU between them."""
 
     def fold(self) -> nn.Module:
-        convs = {name: layer for name, layer in self.named_children() if not isinstance(layer, nn.ReLU)}
+        convs: dict[str, DenseConv2d] = {}
+        for name, conv in self.named_children():
+            if isinstance(conv, DepthwiseConv2d):  # one channel to one channel
+                conv = DenseConv2d(conv.weight.detach(), conv.bias.detach(), conv.stride, "none")
+            if isinstance(conv, DenseConv2d):
+                convs[name] = conv
         for conv in list(convs.values())[:-1]:
-            assert isinstance(conv, DenseConv2d | DepthwiseConv2d)
             conv.activation = "relu"
-        return InParts(convs)
+        return FoldedPatchEmbedding(convs)
+
+
+class FoldedPatchEmbedding(nn.Sequential):
+    """A :class:`PatchEmbedding` whose convolutions are folded, as one operator. They hold its parameters."""
+
+    def __init__(self, convs: dict[str, DenseConv2d]) -> None:
+        super().__init__(OrderedDict(convs))
+        self.strides = [conv.stride for conv in convs.values()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for conv in self:
+            weights.append(conv.weight)  # type: ignore[arg-type]
+            biases.append(conv.bias)  # type: ignore[arg-type]
+        return patch_embedding(x, weights, biases, self.strides)
 
 
 class ResidualDepthwise(ConvNorm):
@@ -312,16 +311,50 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
         hidden = 4 * dim
-        self.expand = ConvNorm(dim, hidden, activation="relu")
-        self.depthwise = ConvNorm(hidden, hidden, kernel=3, stride=2, groups=hidden, activation="relu")
-        self.squeeze_excite = SqueezeExcite(hidden)
-        self.project = ConvNorm(hidden, out_dim)
+        self.expand: nn.Module = ConvNorm(dim, hidden, activation="relu")
+        self.depthwise: nn.Module = ConvNorm(hidden, hidden, kernel=3, stride=2, groups=hidden, activation="relu")
+        self.squeeze_excite: nn.Module = SqueezeExcite(hidden)
+        self.project: nn.Module = ConvNorm(hidden, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.squeeze_excite(self.depthwise(self.expand(x))))
 
     def fold(self) -> nn.Module:
-        return InParts(dict(self.named_children()), images=8)  # fewer, and squeeze-excite reads its weights too often
+        assert isinstance(self.expand, DenseConv2d)
+        assert isinstance(self.depthwise, DepthwiseConv2d)
+        assert isinstance(self.squeeze_excite, FoldedSqueezeExcite)
+        assert isinstance(self.project, DenseConv2d)
+        return FoldedPatchMerging(self.expand, self.depthwise, self.squeeze_excite, self.project)
+
+
+class FoldedPatchMerging(nn.Module):
+    """A :class:`PatchMerging` whose layers are folded, as one operator. They hold its parameters."""
+
+    def __init__(
+        self,
+        expand: DenseConv2d,
+        depthwise: DepthwiseConv2d,
+        squeeze_excite: FoldedSqueezeExcite,
+        project: DenseConv2d,
+    ) -> None:
+        super().__init__()
+        self.expand, self.depthwise, self.squeeze_excite, self.project = expand, depthwise, squeeze_excite, project
+
+    def forward(self, x: Tensor) -> Tensor:
+        squeeze, excite = self.squeeze_excite.reduce, self.squeeze_excite.expand
+        return patch_merging(
+            x,
+            self.expand.weight,
+            self.expand.bias,
+            self.depthwise.weight,
+            self.depthwise.bias,
+            squeeze.weight,
+            squeeze.bias,
+            excite.weight,
+            excite.bias,
+            self.project.weight,
+            self.project.bias,
+        )
 
 
 class DropPath(nn.Module):

@@ -10,6 +10,8 @@ from .operators import (
     mrffi,
     pack_conv2d_weight,
     packed_conv2d,
+    patch_embedding,
+    patch_merging,
 )
 
 __all__ = [
@@ -21,4 +23,6 @@ __all__ = [
     "mrffi",
     "pack_conv2d_weight",
     "packed_conv2d",
+    "patch_embedding",
+    "patch_merging",
 ]

@@ -18,6 +18,8 @@ __all__ = [
     "mrffi",
     "pack_conv2d_weight",
     "packed_conv2d",
+    "patch_embedding",
+    "patch_merging",
 ]
 
 
@@ -278,3 +280,99 @@ def mrffi(input: Tensor, residual: Tensor | None, weights: list[Tensor], eps: fl
     Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
     """
     return torch.ops.mobilemamba.mrffi(input, residual, weights, eps)
+
+
+def patch_embedding(input: Tensor, weights: list[Tensor], biases: list[Tensor], strides: list[int]) -> Tensor:
+    """Patch embedding with BatchNorm folded: 3x3 convolutions one after another, a ReLU after each but the last.
+
+    Each convolution has zero padding of 1. On the CPU all of them take a few images before the next ones, so that the
+    activations between them stay in the cache. The result is the same for any batch.
+
+    Args:
+        input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides, channels-last
+            is the fast layout.
+        weights: at least one, ``(out_channels, in_channels, 3, 3)``, in the dtype of ``input``. They may also be packed
+            (by :func:`pack_conv2d_weight`), which is the fast form on the CPU.
+        biases: ``(out_channels,)`` for each weight, in the dtype of ``input``, or float32 beside a float16 or bfloat16
+            ``input``.
+        strides: of the convolutions, at least 1.
+
+    Returns:
+        ``(batch, out_channels, height', width')`` of the last convolution in the dtype of ``input``; each convolution
+        makes ``ceil(size / stride)`` of a height or width. Channels-last in memory for packed weights and for a
+        channels-last ``input``. Differentiable in every tensor, also under ``torch.autocast``.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or stride does not fit, or the lists are of different lengths; the message
+            names the argument, what came and what was expected.
+
+    Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
+    """
+    return torch.ops.mobilemamba.patch_embedding(input, weights, biases, strides)
+
+
+def patch_merging(
+    input: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    squeeze_weight: Tensor,
+    squeeze_bias: Tensor,
+    excite_weight: Tensor,
+    excite_bias: Tensor,
+    project_weight: Tensor,
+    project_bias: Tensor,
+) -> Tensor:
+    """Patch merging with BatchNorm folded: it halves the resolution and changes the width.
+
+    With hidden width F and squeezed width S, at each position and for each image::
+
+        x = relu(expand_weight @ input + expand_bias)
+        x = relu(depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride=2))
+        s = relu(squeeze_weight @ mean(x) + squeeze_bias)         # mean over height and width
+        x = x * sigmoid(excite_weight @ s + excite_bias)
+        output = project_weight @ x + project_bias
+
+    On the CPU all layers take a few images before the next ones, so that the activations between them stay in the
+    cache. The result is the same for any batch.
+
+    Args:
+        input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides, channels-last
+            is the fast layout.
+        expand_weight: ``(F, channels, 1, 1)``, in the dtype of ``input``. This and the other weights but
+            ``depthwise_weight`` may also be packed (by :func:`pack_conv2d_weight`), which is the fast form on the CPU.
+        expand_bias: ``(F,)``. Biases and ``depthwise_weight`` have the dtype of ``input``, or are float32 beside a
+            float16 or bfloat16 ``input``.
+        depthwise_weight: ``(F, 1, k, k)`` with ``k`` odd, ``3`` in the network.
+        depthwise_bias: ``(F,)``.
+        squeeze_weight: ``(S, F, 1, 1)``.
+        squeeze_bias: ``(S,)``.
+        excite_weight: ``(F, S, 1, 1)``.
+        excite_bias: ``(F,)``.
+        project_weight: ``(out_channels, F, 1, 1)``.
+        project_bias: ``(out_channels,)``.
+
+    Returns:
+        ``(batch, out_channels, ceil(height / 2), ceil(width / 2))`` in the dtype of ``input``, channels-last in memory.
+        Differentiable in every tensor (once, in reverse mode), also under ``torch.autocast``.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
+            expected.
+
+    Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
+    """
+    return torch.ops.mobilemamba.patch_merging(
+        input,
+        expand_weight,
+        expand_bias,
+        depthwise_weight,
+        depthwise_bias,
+        squeeze_weight,
+        squeeze_bias,
+        excite_weight,
+        excite_bias,
+        project_weight,
+        project_bias,
+    )

@@ -1,0 +1,63 @@
+// Dense convolutions and parts of a batch; see the header.
+#include "ops/composite.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/split.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include "ops/packed_conv2d.h"
+
+namespace mobilemamba {
+namespace {
+
+/// A plain weight ends in two equal odd sizes, a packed one in 32 and 2.
+bool is_packed(const at::Tensor& weight) {
+  return weight.size(3) == 2;
+}
+
+/// Whether `x` holds elements in CPU memory and nothing records or transforms the operators on it. A fake, functional,
+/// batched or traced tensor stands for a batch of any size.
+bool is_plain_cpu(const at::Tensor& x) {
+  static constexpr c10::DispatchKeySet transforms(
+      {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::Functionalize,
+       c10::DispatchKey::Tracer, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+       c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
+  const c10::DispatchKeySet keys = x.key_set() | c10::impl::tls_local_dispatch_key_set().included_;
+  return x.device().is_cpu() && !keys.has_any(transforms);
+}
+
+}  // namespace
+
+at::Tensor dense_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, int64_t kernel_size,
+                        int64_t stride, const char* activation) {
+  if (is_packed(weight)) return packed_conv2d(input, weight, bias, std::nullopt, kernel_size, stride, activation);
+  at::Tensor y = conv2d_with_torch(input, weight, bias, stride);
+  return std::string_view(activation) == "relu" ? y.relu_() : y;
+}
+
+c10::SymInt check_dense_conv2d(const Checks& check, const char* weight_name, const at::Tensor& weight,
+                               const char* bias_name, const at::Tensor& bias, const c10::SymInt& in,
+                               int64_t kernel_size) {
+  check.dimensions(bias_name, bias, 1, "(out_channels)");
+  const c10::SymInt out = bias.sym_size(0);
+  check.parameter(bias_name, bias, {out}, "(out_channels)");
+  check.dimensions(weight_name, weight, 4, "(out_channels, in_channels, k, k)");
+  if (is_packed(weight))
+    check.like_main(weight_name, weight, packed_sizes(out, in * (kernel_size * kernel_size)), "as packed");
+  else
+    check.like_main(weight_name, weight, {out, in, kernel_size, kernel_size}, "(out_channels, in_channels, k, k)");
+  return out;
+}
+
+at::Tensor in_parts(const at::Tensor& input, int64_t images, c10::function_ref<at::Tensor(const at::Tensor&)> layers) {
+  if (!is_plain_cpu(input) || input.size(0) <= images) return layers(input);
+  std::vector<at::Tensor> parts = input.split(images);
+  for (at::Tensor& part : parts)
+    part = layers(part);
+  return at::cat(parts);
+}
+
+}  // namespace mobilemamba

@@ -1,0 +1,25 @@
+// What the operators share that are composed of other differentiable operators: dense convolutions and parts of a
+// batch. Such an operator needs no kernel of its own. Its gradients, shapes and casts are those of the inner operators.
+#pragma once
+
+#include <c10/util/FunctionRef.h>
+
+#include "ops/common.h"
+
+namespace mobilemamba {
+
+/// activation(convolution + bias) for a weight (out, in, k, k), plain or packed (pack_conv2d_weight), with zero padding
+/// of k / 2. The activation is "none" or "relu".
+at::Tensor dense_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, int64_t kernel_size,
+                        int64_t stride, const char* activation);
+
+/// Checks the weight and the bias (out) of dense_conv2d; returns out.
+c10::SymInt check_dense_conv2d(const Checks& check, const char* weight_name, const at::Tensor& weight,
+                               const char* bias_name, const at::Tensor& bias, const c10::SymInt& in,
+                               int64_t kernel_size);
+
+/// layers(input). On the CPU the layers take `images` of the batch at a time, so that the activations between them stay
+/// in the cache. No image depends on another.
+at::Tensor in_parts(const at::Tensor& input, int64_t images, c10::function_ref<at::Tensor(const at::Tensor&)> layers);
+
+}  // namespace mobilemamba
