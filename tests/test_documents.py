@@ -193,7 +193,7 @@ def check_python(command: Command, request: pytest.FixtureRequest) -> None:
     """Parses the arguments of the script as the script does."""
     script, *arguments = command.words[1:]
     if script == "-m":
-        assert arguments == ["build"]
+        assert arguments in (["build"], ["pytest"])
         return
     path = ROOT / script
     parse_args = argparse.ArgumentParser.parse_args

@@ -1,8 +1,8 @@
 """The CUDA kernels without a GPU: the host compiler builds their sources, and the operator tests run them on the CPU.
 
 AddressSanitizer and UBSan watch every access, the threads of a block run in random order, and unwritten memory is NaN.
-Planted bugs show what this finds. By default the threads run in one order; ``--full`` adds orders, sizes of the grid
-and of shared memory, and the planted bugs.
+Planted bugs show what this finds. By default the threads run in one order, with two types of elements; ``--full`` adds
+the other types and tests, orders, sizes of the grid and of shared memory, and the planted bugs.
 """
 
 import re
@@ -39,13 +39,21 @@ def run_tests(
 
 
 VALUES = "in_float64 or in_lower_precision or random_shapes"
+ONE_TYPE = "(in_float64 or (in_lower_precision and float32))"  # float64 has other kernels than the other types
 ORDERS = [  # seed of the order of threads, blocks of a grid, bytes of shared memory, tests
-    (0, 3, 227 * 1024, "scan"),
-    (0, 3, 227 * 1024, "haar"),
-    (0, 3, 227 * 1024, "depthwise"),
-    (0, 3, 227 * 1024, "not scan and not haar and not depthwise"),
-    pytest.param(1, 1, 64 * 1024, VALUES, marks=pytest.mark.full),
-    pytest.param(2, 1000, 99 * 1024, VALUES, marks=pytest.mark.full),
+    (0, 3, 227 * 1024, f"scan and {ONE_TYPE}"),
+    (0, 3, 227 * 1024, f"(haar or depthwise) and {ONE_TYPE}"),
+    *(
+        pytest.param(*order, marks=pytest.mark.full)
+        for order in (
+            (0, 3, 227 * 1024, "scan"),
+            (0, 3, 227 * 1024, "haar"),
+            (0, 3, 227 * 1024, "depthwise"),
+            (0, 3, 227 * 1024, "not scan and not haar and not depthwise"),
+            (1, 1, 64 * 1024, VALUES),
+            (2, 1000, 99 * 1024, VALUES),
+        )
+    ),
 ]
 
 
@@ -55,10 +63,12 @@ def test_operators(library, seed, blocks, shared_limit, which, full):
     processes.check(run_tests(library, "operators", which, full, **settings))
 
 
+@pytest.mark.full
 def test_packed_conv(library, full):
     processes.check(run_tests(library, "packed_conv", "in_float64 or in_lower_precision or gradcheck or refuses", full))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["ffn", "mrffi"])
 def test_folded_layers(library, name, full):
     processes.check(run_tests(library, name, "in_float64 or in_lower_precision or any_strides or refuses", full))
