@@ -97,7 +97,8 @@ def test_library_needs_no_libtorch_python() -> None:
 
 def test_package_requires_what_the_library_needs() -> None:
     """The tag says CPython's version and Linux; the metadata says the release of torch."""
-    distribution = importlib.metadata.distribution("mobilemamba")
+    found = importlib.metadata.distributions(name="mobilemamba")  # a checkout on the path may have an egg-info too
+    distribution = next(distribution for distribution in found if distribution.read_text("WHEEL"))
     version = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert re.search(rf"^Tag: {version}-{version}-linux_\w+$", distribution.read_text("WHEEL") or "", re.M)
     needed = [requirement for requirement in distribution.requires or [] if "extra ==" not in requirement]

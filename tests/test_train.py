@@ -39,7 +39,7 @@ def use_small_digits(monkeypatch, scale: int = 1) -> None:
     """A hundred digits, enlarged by ``scale``: two steps in an epoch."""
     whole = data.load("digits")
     pixels = whole.train.pixels[:100].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    part = data.InMemory(pixels, whole.train.labels[:100])
+    part = data.datasets.InMemory(pixels, whole.train.labels[:100])
     small = data.DataSet(part, part, whole.labels, whole.preprocessing)
     monkeypatch.setattr(data, "load", lambda *_: small)
 

@@ -1,4 +1,4 @@
-// The operators' tables of CPU kernels, for those that are composed of others.
+// The operators' tables of CPU kernels, for operators that call other operators' kernels.
 #pragma once
 
 #include "cpu/kernels.h"

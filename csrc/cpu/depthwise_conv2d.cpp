@@ -1,8 +1,6 @@
 // The depthwise convolution on the CPU.
 #include "ops/depthwise_conv2d.h"
 
-#include <algorithm>
-
 #include "cpu/backends.h"
 #include "cpu/run.h"
 #include "registration.h"
@@ -11,10 +9,7 @@ namespace mobilemamba::cpu {
 constinit const DepthwiseBackend depthwise = {
     .forward = [](const DepthwiseForward& p) { run(kernels().depthwise_forward, p); },
     .backward_input = [](const DepthwiseBackwardInput& p) { run(kernels().depthwise_backward_input, p); },
-    // where there are few channels, parts of the batch keep the threads busy
-    .backward_weight_slabs = [](const DepthwiseSizes& p) -> int64_t {
-      return std::clamp<int64_t>(2048 / p.channels, 1, p.batch);
-    },
+    .backward_weight_slabs = [](const DepthwiseSizes& p) { return backward_weight_slabs(p.batch, p.channels); },
     .backward_weight = [](const DepthwiseBackwardWeight& p) { run(kernels().depthwise_backward_weight, p); },
 };
 

@@ -16,14 +16,14 @@ struct GateForwardKernel {
   static size_t scratch_bytes(const GateForward& p) { return ceil_div(p.channels, V::size) * sizeof(V); }
 
   static void run(const GateForward& p, int64_t begin, int64_t end, std::byte* scratch) {
-    V* numbers = reinterpret_cast<V*>(scratch);
+    V* values = reinterpret_cast<V*>(scratch);
     for (int64_t row = begin * task_rows; row < min(end * task_rows, p.rows); ++row)
-      run_row(p, row, numbers);
+      run_row(p, row, values);
   }
 
   static int left(const GateForward& p, int64_t c) { return static_cast<int>(min(V::size, p.channels - c)); }
 
-  static void run_row(const GateForward& p, int64_t row, V* numbers) {
+  static void run_row(const GateForward& p, int64_t row, V* values) {
     const T* y = static_cast<const T*>(p.y) + row * p.channels;
     const T* z = static_cast<const T*>(p.z) + row * p.z_row;
     const Acc *weight = static_cast<const Acc*>(p.weight), *bias = static_cast<const Acc*>(p.bias);
@@ -31,19 +31,19 @@ struct GateForwardKernel {
 
     V total = V(Acc(0));
     for (int64_t c = 0, i = 0; c < p.channels; c += V::size, ++i)
-      total = total + (numbers[i] = load_channels(y, c, left(p, c)));
+      total = total + (values[i] = load_channels(y, c, left(p, c)));
     const Acc mean = sum(total) / static_cast<Acc>(p.channels);
     V squares = V(Acc(0));
     for (int64_t c = 0, i = 0; c < p.channels; c += V::size, ++i) {
-      numbers[i] = first_lanes(numbers[i] - mean, left(p, c));
-      squares = squares + numbers[i] * numbers[i];
+      values[i] = first_lanes(values[i] - mean, left(p, c));
+      squares = squares + values[i] * values[i];
     }
     const Acc variance = sum(squares) / static_cast<Acc>(p.channels);
     const Acc scale = Acc(1) / sqrt(variance + static_cast<Acc>(p.eps));
     int64_t c = 0;
     for (; c + V::size <= p.channels; c += V::size)
-      write(weight + c, bias + c, z + c, output + c, numbers[c / V::size] * scale, V::size);
-    if (c < p.channels) write(weight + c, bias + c, z + c, output + c, numbers[c / V::size] * scale, left(p, c));
+      write(weight + c, bias + c, z + c, output + c, values[c / V::size] * scale, V::size);
+    if (c < p.channels) write(weight + c, bias + c, z + c, output + c, values[c / V::size] * scale, left(p, c));
   }
 
  private:

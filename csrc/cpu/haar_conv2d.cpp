@@ -8,7 +8,7 @@
 namespace mobilemamba::cpu {
 constinit const HaarBackend haar = {
     .forward = [](const HaarForward& p) { run(kernels().haar_forward, p); },
-    .backward_weight_slabs = [](const HaarSizes&) -> int64_t { return 1; },
+    .backward_weight_slabs = [](const HaarSizes& p) { return backward_weight_slabs(p.batch, p.channels); },
     .backward_weight = [](const HaarBackwardWeight& p) { run(kernels().haar_backward_weight, p); },
 };
 

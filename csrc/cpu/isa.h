@@ -10,7 +10,7 @@
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
-/// The functions of the table for one kernel: they pick the instantiation for the element type.
+/// The table's entry for one kernel: functions that call the instantiation for the element type.
 template <template <typename> class K, typename Params>
 constexpr Kernel<Params> table_entry() {
 #define MOBILEMAMBA_BY_DTYPE(p, call) \
@@ -36,7 +36,7 @@ constexpr Kernel<Params> table_entry() {
 #define MOBILEMAMBA_STRING_(x) #x
 #define MOBILEMAMBA_STRING(x) MOBILEMAMBA_STRING_(x)
 
-// Before any code runs: an initialiser would be compiled for the instruction set, and run on machines without it.
+// constinit, because an initialiser that runs would be compiled for this instruction set and run on every machine.
 constinit const Kernels kernels = {
     MOBILEMAMBA_STRING(MOBILEMAMBA_CPU_ISA),
     table_entry<ScanForwardKernel, ScanForward>(),

@@ -1,6 +1,7 @@
-// The convolution on a packed weight in bfloat16, for AMX: products of tiles of 16 rows by 32 inputs by 16 outputs.
+// The convolution on a packed weight in bfloat16, for AMX: each instruction multiplies 16 rows by 32 inputs by 16
+// outputs.
 #ifdef __x86_64__
-// system headers first, so that nothing in them is compiled for more than every machine has
+// System headers come before the target pragma: the linker may keep their functions for every machine.
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -23,7 +24,7 @@ bool available() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
   if (!__builtin_cpu_supports("avx512bf16")) return false;
 #ifdef __linux__
-  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM: tiles are large, so Linux asks
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM: tiles are 8 KiB of state
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
@@ -45,7 +46,7 @@ bool available() {
 namespace mobilemamba::cpu::amx {
 namespace {
 
-/// What the processor's tiles hold, as it wants to be told.
+/// The shapes of the eight tiles, in the layout of the instruction that sets them.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -53,7 +54,7 @@ struct alignas(64) TileShapes {
 };
 
 /// 32 rows by 32 outputs: tiles 0 to 3 hold the sums, 4 and 5 the inputs of 16 rows each, 6 and 7 the weights of 16
-/// outputs each. A panel's pairs of inputs are what the instruction takes.
+/// outputs each. The instruction takes weights in pairs of inputs, which is the layout of a panel.
 struct TileKernel {
   static constexpr int64_t panel = PackedConvForward::panel;
   static constexpr int64_t step = 32;  // inputs
@@ -62,7 +63,7 @@ struct TileKernel {
 
   struct Scratch {
     float sums[32][panel];
-    BFloat16 weight[step * panel];  // the panel's last inputs, up to a whole step
+    BFloat16 weight[step * panel];  // the panel's last inputs, padded to a whole step
   };
 
   static size_t scratch_bytes(const PackedConvForward& p) { return sizeof(Scratch) + TilePatches::scratch_bytes(p); }
@@ -84,7 +85,7 @@ struct TileKernel {
         shape(shapes, rows);
         for (int r = 0; r < rows; ++r)
           prefetch_row<BFloat16>(p, row + r, task.channel);
-        // the first pass over the panel fetches the next one
+        // the first pass over the panel prefetches the next panel
         const BFloat16* ahead = row == task.first ? weight + 2 * p.pairs() * panel : nullptr;
         const BFloat16* input = patches.data + (row - task.first) * patches.row;
         if (rows > 16)
@@ -97,7 +98,7 @@ struct TileKernel {
     _tile_release();
   }
 
-  /// Tells the processor how many rows there are.
+  /// Sets the tiles' number of rows, if it changed.
   static void shape(TileShapes& shapes, int rows) {
     const uint8_t first = min(rows, 16), second = max(rows - 16, 1);
     if (shapes.rows[0] == first && shapes.rows[2] == second) return;

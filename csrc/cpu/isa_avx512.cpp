@@ -1,6 +1,6 @@
 // The CPU kernels for AVX-512.
 #ifdef __x86_64__
-// system headers first, so that nothing in them is compiled for more than every machine has
+// System headers come before the target pragma: the linker may keep their functions for every machine.
 #include <immintrin.h>
 
 #include <cmath>

@@ -1,6 +1,6 @@
-// The convolution on a packed weight in bfloat16, for AVX-512 with sums of products of bfloat16 pairs.
+// The convolution on a packed weight in bfloat16, for AVX-512 with dot products of bfloat16 pairs.
 #ifdef __x86_64__
-// system headers first, so that nothing in them is compiled for more than every machine has
+// System headers come before the target pragma: the linker may keep their functions for every machine.
 #include <immintrin.h>
 
 #include <cmath>
@@ -23,7 +23,7 @@
 namespace mobilemamba::cpu::avx512bf16 {
 namespace {
 
-/// A lane adds the products of an output's two inputs; a panel's 32 outputs are two vectors.
+/// A lane adds the products of a pair of inputs of one output. A panel's 32 outputs are two vectors.
 struct PairKernel {
   static constexpr int64_t panel = PackedConvForward::panel;
   static constexpr int vectors = 2, most_rows = 8;

@@ -1,4 +1,4 @@
-// The CPU kernels for whatever the compiler targets by default.
+// The CPU kernels for the compiler's default target.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

@@ -11,7 +11,7 @@ namespace {
 
 Kernels choose() {
 #ifdef __x86_64__
-  const char* setting = std::getenv("ATEN_CPU_CAPABILITY");  // the variable that torch's own kernels obey
+  const char* setting = std::getenv("ATEN_CPU_CAPABILITY");  // torch's own kernels obey it too
   const std::string_view limit = setting ? setting : "";
   if (limit == "default") return generic::kernels;
   __builtin_cpu_init();

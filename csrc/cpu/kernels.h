@@ -1,7 +1,7 @@
 // The CPU kernels as the operators see them: a table of functions for the best instruction set of this machine.
 //
-// A kernel runs tasks [begin, end) of its problem with scratch memory of its own, so that the caller decides about
-// threads. What a task computes does not depend on how tasks are spread. Scratch must be 64-byte aligned.
+// A kernel splits its problem into tasks, and run() computes tasks [begin, end). Each thread calls run() with scratch
+// memory of its own, 64-byte aligned. The result of a task does not depend on which thread runs it.
 #pragma once
 
 #include <cstddef>

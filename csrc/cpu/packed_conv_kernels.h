@@ -1,5 +1,5 @@
 // CPU kernels of the convolution on a packed weight: a matrix product of patches and panels of the weight, and an
-// epilogue on its sums while they are in the first cache.
+// epilogue on the sums while they are in registers or in L1.
 #pragma once
 
 #include "cpu/patches.h"
@@ -8,17 +8,18 @@
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
-/// Most numbers in the patches of a task, which stay in the second cache while the weight passes by.
-constexpr int64_t packed_conv_task_numbers = 1 << 16;
+/// The most elements in the patches of a task: 256 KiB in float32, which stay in L2 while the weight streams through.
+constexpr int64_t packed_conv_task_elements = 1 << 16;
 
-/// A task: these rows of the output, one panel of the weight. All tasks have about as many rows, a multiple of `step`.
+/// Rows [first, last) of the output by one panel of the weight. All tasks have about the same number of rows, a
+/// multiple of `step`: at least 48 if there are so many, because fewer do not pay for the pass over the weight.
 template <int64_t step>
 struct PackedConvTask {
   static_assert(packed_conv_task_rows % step == 0);
   int64_t first, last, channel;
 
   static int64_t rows(const PackedConvForward& p) {
-    const int64_t most = min(packed_conv_task_rows, max(48, packed_conv_task_numbers / max(1, p.patch())));
+    const int64_t most = min(packed_conv_task_rows, max(48, packed_conv_task_elements / max(1, p.patch())));
     return min(packed_conv_task_rows, ceil_div(ceil_div(p.rows(), ceil_div(p.rows(), most)), step) * step);
   }
 
@@ -34,7 +35,7 @@ struct PackedConvTask {
   }
 };
 
-/// The lines that the epilogue will read and write: rows are far apart, so the hardware sees no pattern in them.
+/// Prefetches the cache lines that the epilogue reads and writes. Rows are too far apart for the hardware's prefetcher.
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE void prefetch_row(const PackedConvForward& p, int64_t row, int64_t n) {
   __builtin_prefetch(static_cast<T*>(p.output) + row * p.output_row + n, 1);
@@ -42,8 +43,8 @@ MOBILEMAMBA_HOST_DEVICE void prefetch_row(const PackedConvForward& p, int64_t ro
   if (p.second_residual) __builtin_prefetch(static_cast<const T*>(p.second_residual) + row * p.second_residual_row + n);
 }
 
-/// The epilogue on sums in registers, for rows from `row` and outputs from `n`, and their store. The last vector of a
-/// row has `count` outputs.
+/// Runs the epilogue on sums in registers and stores them: rows from `row` on, outputs from `n` on. The last vector of
+/// a row has `count` outputs.
 template <typename T, int rows, int vectors>
 MOBILEMAMBA_HOST_DEVICE void finish(const PackedConvForward& p, Vec<float> (&sum)[rows][vectors], int64_t row,
                                     int64_t n, int count) {
@@ -71,7 +72,7 @@ MOBILEMAMBA_HOST_DEVICE void finish(const PackedConvForward& p, Vec<float> (&sum
            __attribute__((always_inline)) { store(static_cast<T*>(p.output) + r * p.output_row + i, x, length); });
 }
 
-/// The same for `rows` rows of `channels` outputs from `channel` on, whose sums lie in memory.
+/// The same for sums in memory: `rows` rows from `row` on, `channels` outputs from `channel` on.
 template <typename T, int64_t width>
 void finish_rows(const PackedConvForward& p, const float (*sums)[width], int64_t row, int64_t rows, int64_t channel,
                  int channels) {
@@ -100,26 +101,28 @@ MOBILEMAMBA_HOST_DEVICE void split_pairs(Vec<float> a, Vec<float> b, Vec<float>&
 #endif
 }
 
-/// Products in the type of sums. A panel is unpacked in blocks of inputs, of which as many outputs as one pass takes
-/// fit the first cache; all rows of the task pass over one block before the next.
+/// Products in float32. A panel is unpacked to float32 in blocks of inputs. The part of a block that one pass reads
+/// fits in L1, and all rows of the task use a block before the next one is unpacked.
 template <typename T>
 struct PackedConvKernel {
   static_assert(sizeof(T) <= 4);
   using V = Vec<float>;
   static constexpr int64_t panel = PackedConvForward::panel;
-  static constexpr int most_vectors = 2, step = most_vectors * V::size;                   // of outputs in a pass
-  static constexpr int most_rows = MOBILEMAMBA_CPU_VECTOR_BYTES == 64 ? 12 : 6;           // as registers allow
-  static constexpr int64_t most_inputs = MOBILEMAMBA_CPU_VECTOR_BYTES == 64 ? 192 : 320;  // of a block
+  static constexpr int most_vectors = 2, step = most_vectors * V::size;  // outputs of a pass
+  /// Rows of a pass: with `most_vectors` their sums fill 24 of the 32 registers of AVX-512, 12 of 16 elsewhere.
+  static constexpr int most_rows = MOBILEMAMBA_CPU_VECTOR_BYTES == 64 ? 12 : 6;
+  /// Inputs of a block: `step` outputs of it take 24 KiB with AVX-512, 20 with AVX2, in an L1 of 32 or more.
+  static constexpr int64_t most_inputs = MOBILEMAMBA_CPU_VECTOR_BYTES == 64 ? 192 : 320;
   using Task = PackedConvTask<most_rows>;
 
   struct alignas(64) Scratch {
-    float weight[panel / step][most_inputs + 2][step];      // from pair to pair: with an input too many on either side
-    float sums[panel / step][packed_conv_task_rows][step];  // of the blocks so far
+    float weight[panel / step][most_inputs + 2][step];      // whole pairs: at most one more input at either end
+    float sums[panel / step][packed_conv_task_rows][step];  // over the blocks so far
   };
 
   static size_t scratch_bytes(const PackedConvForward& p) { return sizeof(Scratch) + PatchParts<T>::scratch_bytes(p); }
 
-  /// A part that is too long for a block is taken in pieces of about equal length; of short ones a block takes several.
+  /// A part longer than a block is split into pieces of about equal length. A block takes several short parts.
   static void run(const PackedConvForward& p, int64_t begin, int64_t end, std::byte* memory) {
     Scratch& scratch = *reinterpret_cast<Scratch*>(memory);
     PatchParts<T> patches;
@@ -130,44 +133,44 @@ struct PackedConvKernel {
       const Task task(p, index);
       patches.set(p, task.first, task.last, memory + sizeof(Scratch));
       for (int64_t part = 0; part < parts; part += together)
-        for (int64_t i = 0; i == 0 || i < length; i += piece)  // once where there are no inputs at all
+        for (int64_t i = 0; i == 0 || i < length; i += piece)  // once if there are no inputs
           run_block(p, patches, task, {part, min(together, parts - part), i, min(piece, length - i), length}, scratch);
     }
   }
 
  private:
-  /// Of `parts` parts of a patch, each of which has `length` inputs, the `inputs` from `offset` on.
+  /// `inputs` inputs, from `offset` on, of each of `parts` parts of a patch. A part has `length` inputs.
   struct Block {
     int64_t part, parts, offset, inputs, length;
     int64_t begin() const { return part * length + offset; }
     int64_t end() const { return begin() + (parts - 1) * length + inputs; }
   };
 
-  /// Some rows by some vectors of outputs, whose sums fit the registers, over a block.
+  /// Rows by vectors of outputs whose sums fit in the registers, over one block of inputs.
   struct Tile {
     const PackedConvForward& p;
     const Block& block;
     int64_t row, n;
-    const float* const* input;  // the block's first part, for the first row
+    const float* const* input;  // pointers to the block's first part, from `row` on
     const float* weight;
-    const T* ahead;  // what to fetch meanwhile, so many elements with each input
+    const T* ahead;  // address to prefetch, which advances by ahead_step elements for each input
     int64_t ahead_step;
     float (*sums)[step];
-    bool finish;  // whether these are the last inputs, of whole vectors of outputs
+    bool finish;  // whether the epilogue follows: after the last inputs, for whole vectors
   };
 
   static void run_block(const PackedConvForward& p, const PatchParts<T>& patches, const Task& task, const Block& block,
                         Scratch& scratch) {
     const int channels = task.channels(p);
     const bool last = block.end() == p.patch();
-    // each pass over the block fetches its share of what comes next, so that memory is busy all the time
+    // each pass over the block prefetches its share of the next block, so that memory is busy all the time
     const T* ahead = unpack(p, task.channel, block, scratch);
     const int64_t tiles = ceil_div(channels, step) * ceil_div(task.last - task.first, most_rows);
     const int64_t ahead_step = ceil_div(panel, tiles);
     for (int64_t j = 0; j < channels; j += step) {
       const int count = static_cast<int>(min(step, channels - j));
       for (int64_t row = task.first; row < task.last;) {
-        const int64_t left = task.last - row, rows = ceil_div(left, ceil_div(left, most_rows));  // about as many each
+        const int64_t left = task.last - row, rows = ceil_div(left, ceil_div(left, most_rows));  // equal passes
         const int64_t n = task.channel + j;
         float (*sums)[step] = scratch.sums[j / step] + (row - task.first);
         const Tile tile = {.p = p,
@@ -194,11 +197,11 @@ struct PackedConvKernel {
     }
   }
 
-  /// Puts a block of the panel into memory as a pass takes it; returns what comes after it.
+  /// Unpacks a block of the panel into the layout that a pass reads. Returns the end of the block in the panel.
   static const T* unpack(const PackedConvForward& p, int64_t channel, const Block& block, Scratch& scratch) {
     const int64_t first = block.begin() / 2, pairs = (block.end() + 1) / 2 - first;
     const T* weight = static_cast<const T*>(p.weight) + 2 * (channel * p.pairs() + first * panel);
-    for (int64_t k = 0; k < pairs; ++k)  // an odd last one's partner is there, as zeros
+    for (int64_t k = 0; k < pairs; ++k)  // the partner of an odd last input is zero
       for (int64_t j = 0; j < panel; j += V::size, weight += 2 * V::size) {
         V even, odd;
         split_pairs(load(weight, V::size), load(weight + V::size, V::size), even, odd);
@@ -215,8 +218,8 @@ struct PackedConvKernel {
     multiply_rows<vectors, rows>(tile);
   }
 
-  // GCC keeps all sums in registers only where it unrolls early, as it is told to here, and where nothing in this
-  // function indexes them by a variable; one sum in memory halves the speed.
+  // GCC keeps all sums in registers only if these loops are unrolled early, hence the pragmas, and if every index of a
+  // sum is constant. One sum in memory halves the speed (benchmarks/NOTES.md).
   template <int vectors, int rows>
   __attribute__((noinline)) static void multiply_rows(const Tile& tile) {
     V sum[rows][vectors];
@@ -234,7 +237,7 @@ struct PackedConvKernel {
       for (int r = 0; r < rows; ++r)
         input[r] = tile.input[part * packed_conv_task_rows + r] + tile.block.offset;
       for (int64_t k = 0; k < inputs; ++k, weight += step, ahead += ahead_step) {
-        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead, 0, 2);  // into L2: in L1 it would evict the present block
         V w[vectors];
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v)
@@ -260,7 +263,7 @@ struct PackedConvKernel {
   }
 };
 
-/// The kernel's functions for any element type but float64.
+/// The kernel's functions for every element type except float64.
 inline size_t packed_conv_scratch_bytes(const PackedConvForward& p) {
   return p.dtype == DType::float32 ? PackedConvKernel<float>::scratch_bytes(p)
                                    : PackedConvKernel<Half>::scratch_bytes(p);
@@ -274,7 +277,7 @@ inline void run_packed_conv(const PackedConvForward& p, int64_t begin, int64_t e
     case DType::bfloat16:
       return PackedConvKernel<BFloat16>::run(p, begin, end, scratch);
     case DType::float64:
-      __builtin_unreachable();  // torch's own
+      __builtin_unreachable();  // with_torch() serves it
   }
 }
 

@@ -1,4 +1,4 @@
-// Patches of an image, as the kernels of the convolution on a packed weight take them.
+// Patches of an image, for the kernels of the convolution on a packed weight.
 #pragma once
 
 #include "cpu/vec.h"
@@ -6,11 +6,11 @@
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
-/// Most rows of a task, each of which has a patch.
+/// The most rows of a task. Each row has one patch.
 constexpr int64_t packed_conv_task_rows = 192;
 
-/// A copy in pieces whose size the compiler knows: patches are many and short, and a call for each takes longer. The
-/// last piece may repeat bytes of the one before.
+/// Copies in pieces of constant size, because patches are short: a call of memcpy for each patch made the patch
+/// embedding 1.3 times slower (benchmarks/NOTES.md). The last piece may overlap the piece before it.
 template <int64_t piece>
 MOBILEMAMBA_HOST_DEVICE void copy_pieces(const char* from, char* to, int64_t bytes) {
   if (bytes >= piece) {
@@ -22,9 +22,9 @@ MOBILEMAMBA_HOST_DEVICE void copy_pieces(const char* from, char* to, int64_t byt
   }
 }
 
-/// Copies whole and partial vectors of numbers, from one type to another.
+/// Copies elements and converts them to another type.
 template <typename From, typename To>
-MOBILEMAMBA_HOST_DEVICE void copy_numbers(const From* from, To* to, int64_t count) {
+MOBILEMAMBA_HOST_DEVICE void copy_elements(const From* from, To* to, int64_t count) {
   int64_t i = 0;
   for (; i + Vec<float>::size <= count; i += Vec<float>::size)
     store(to + i, load(from + i, Vec<float>::size), Vec<float>::size);
@@ -34,7 +34,7 @@ MOBILEMAMBA_HOST_DEVICE void copy_numbers(const From* from, To* to, int64_t coun
   }
 }
 template <typename T>
-MOBILEMAMBA_HOST_DEVICE void copy_numbers(const T* from, T* to, int64_t count) {
+MOBILEMAMBA_HOST_DEVICE void copy_elements(const T* from, T* to, int64_t count) {
   copy_pieces<64>(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), count * sizeof(T));
 }
 
@@ -43,22 +43,22 @@ MOBILEMAMBA_HOST_DEVICE void clear(T* to, int64_t count) {
   if (count > 0) __builtin_memset(to, 0, count * sizeof(T));
 }
 
-/// A line of a patch from column `column` of a line of the image on, part of which may be outside.
+/// Copies one line of a patch, which begins at `column` of a line of the image. Columns outside the image are zero.
 template <typename From, typename To>
 void copy_line(const PackedConvForward& p, int64_t column, const From* image_line, To* to) {
   const int64_t channels = p.in_channels, begin = max(0, -column), end = min(p.kernel, p.width - column);
   const From* from = image_line + (column + begin) * p.input.column;
   clear(to, begin * channels);
   if (p.input.column == channels)
-    copy_numbers(from, to + begin * channels, (end - begin) * channels);
+    copy_elements(from, to + begin * channels, (end - begin) * channels);
   else
     for (int64_t kx = begin; kx < end; ++kx, from += p.input.column)
-      copy_numbers(from, to + kx * channels, channels);
+      copy_elements(from, to + kx * channels, channels);
   clear(to + end * channels, (p.kernel - end) * channels);
 }
 
-/// The patches of a task's rows, one after another. What is copied is filled up with zeros to a multiple of `step`
-/// numbers; with `always_whole`, patches of other sizes are copied for that.
+/// The patches of a task's rows, one after another. A copy is padded with zeros to a multiple of `step` elements. With
+/// `always_whole`, all patches are such multiples: a patch of another size is copied even if it could be read in place.
 template <typename T, int64_t step, bool always_whole = false>
 struct Patches {
   const T* data;
@@ -73,7 +73,7 @@ struct Patches {
     return in_place(p) ? 0 : ceil_div(packed_conv_task_rows * whole(p) * sizeof(T), 64) * 64;
   }
 
-  /// For the rows [first, last), with scratch memory that keeps what was gathered last.
+  /// Prepares rows [first, last). Scratch memory must keep the copies of the last call, which are used again.
   void set(const PackedConvForward& p, int64_t first, int64_t last, std::byte* scratch) {
     if (in_place(p)) {
       row = p.input.column;
@@ -111,10 +111,10 @@ struct Patches {
   }
 };
 
-/// The patches of a task's rows as pointers to their parts, for a kernel that can follow them. A part is a line of the
-/// patch, or all of it where it has one line. Parts are read where they are. Copied are those that reach over the
-/// border to the left or right, and all where the input has another type or its columns do not lie together; lines
-/// above and below the image are one line of zeros.
+/// The patches of a task's rows as pointers to their parts. A part is one line of a patch, or the whole patch if the
+/// input is the matrix of patches. Parts are read in place, with these exceptions: a part that crosses the left or
+/// right border is copied; all parts are copied if the input has another type or its columns are not adjacent; a part
+/// above or below the image is a line of zeros that all such parts share.
 template <typename T>
 class PatchParts {
  public:
@@ -128,7 +128,7 @@ class PatchParts {
     return (count(p) * packed_conv_task_rows * sizeof(float*) + copies + 63) / 64 * 64;
   }
 
-  /// For the rows [first, last), with scratch memory that keeps what it was set to last.
+  /// Prepares rows [first, last). Scratch memory must keep the contents of the last call, which are used again.
   void set(const PackedConvForward& p, int64_t first, int64_t last, std::byte* scratch) {
     if (first == first_) return;
     first_ = first;
@@ -140,7 +140,7 @@ class PatchParts {
       set_lines(p, last - first, copies);
   }
 
-  /// To a part of the patch of a row, and of those that follow.
+  /// Pointers to one part of the patches of `row` and the rows after it.
   const float* const* of(int64_t row, int64_t part) const {
     return parts_ + part * packed_conv_task_rows + row - first_;
   }
@@ -152,7 +152,7 @@ class PatchParts {
       if constexpr (sizeof(T) == sizeof(float)) {
         parts_[r] = from;
       } else {
-        copy_numbers(from, copies, p.in_channels);
+        copy_elements(from, copies, p.in_channels);
         parts_[r] = copies;
         copies += p.in_channels;
       }
@@ -164,11 +164,11 @@ class PatchParts {
     const float* zeros = copies;
     clear(copies, length);
     copies += length;
-    // columns of the output whose patches lie within the image from side to side, and can be read there
+    // Output columns [inner, inner_end): their patches cross no border and can be read in place.
     const bool readable = sizeof(T) == sizeof(float) && p.input.column == p.in_channels;
     const int64_t inner = readable ? ceil_div(pad, p.stride) : width;
     const int64_t inner_end = max(inner, (p.width - p.kernel + pad) / p.stride + 1);
-    for (int64_t r = 0; r < rows;) {  // a line of the output, or as much of it as the task has
+    for (int64_t r = 0; r < rows;) {  // a line of the output, or the task's part of it
       const int64_t line = (first_ + r) / width, begin = (first_ + r) % width, end = min(width, begin + rows - r);
       const T* image = static_cast<const T*>(p.input.data) + line / p.out_height() * p.input.batch;
       for (int64_t part = 0; part < p.kernel; ++part) {

@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
+
 #include "cpu/kernels.h"
 
 namespace mobilemamba::cpu {
@@ -14,6 +16,12 @@ void run(const Kernel<Params>& kernel, const Params& params) {
     const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(kernel.scratch_bytes(params));  // 64-byte aligned
     kernel.run(params, begin, end, static_cast<std::byte*>(scratch.get()));
   });
+}
+
+/// The number of parts of the batch that the gradient of a depthwise weight is split into. A task takes 64 channels of
+/// one part, so 2048 channel-parts are 32 tasks, which keep the threads busy.
+inline int64_t backward_weight_slabs(int64_t batch, int64_t channels) {
+  return std::clamp<int64_t>(2048 / channels, 1, batch);
 }
 
 }  // namespace mobilemamba::cpu

@@ -6,7 +6,7 @@
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
-/// Delta, B and C of one batch entry, as (2, L, R + 2N) in the type of sums.
+/// Delta, B and C of one batch entry, as (2, L, R + 2N) in the accumulator type.
 template <typename T, typename Acc>
 void pack_rows(const ScanForward& p, int64_t batch, Acc* packed) {
   const ScanRows* rows[3] = {&p.delta, &p.B, &p.C};
@@ -41,7 +41,7 @@ struct ChannelParams {
 
   V W(int64_t r) const { return load(weight + r * channels, count); }
   V A(int64_t n) const { return -exp(load(A_log + n * channels, count)); }
-  /// dt before softplus, at `positions` positions whose rows lie `row` apart.
+  /// dt before softplus, at `positions` positions whose rows are `row` elements apart.
   template <int positions = 1>
   MOBILEMAMBA_HOST_DEVICE void step_size(const Acc* rows, int64_t row, V* x) const {
     V sum[positions];
@@ -63,7 +63,7 @@ struct ChannelParams {
 };
 
 constexpr int64_t forward_channels_per_task = 32;
-/// Positions that are taken together.
+/// Positions of a block; see run_states.
 constexpr int64_t forward_positions = 32;
 
 template <typename T>
@@ -106,8 +106,10 @@ struct ScanForwardKernel {
       run_states(p, batch, c, count, rows, y_first, h, A, p.state);
   }
 
-  /// Each step of the formula is taken for a block of positions before the next step: only the states depend on each
-  /// other along the sequence, but a processor that meets all steps of one position in a row sees few others.
+  /// Each step of the formula runs over a block of positions before the next step. Only the states depend on the
+  /// position before; the other steps of all positions are independent, and the processor overlaps them. Position by
+  /// position it overlaps two: a vector took 110 to 145 cycles, and takes 63 to 69 in blocks of 32
+  /// (benchmarks/NOTES.md).
   __attribute__((always_inline)) static void run_states(const ScanForward& p, int64_t batch, int64_t c, int count,
                                                         const Acc* rows, V* y_first, V* h, V* A, int64_t state) {
     const T* u = static_cast<const T*>(p.u) + batch * p.u_batch + c;
@@ -161,7 +163,8 @@ struct ScanForwardKernel {
   }
 };
 
-/// Positions whose states are kept at once in the backward pass; for the rest only the states at the seams are.
+/// Positions of a chunk in the backward pass. All states of one chunk are in memory at a time; of the other chunks only
+/// the states at the seam, which is the beginning of a chunk.
 constexpr int64_t chunk_length = 64;
 
 template <typename T>
@@ -170,7 +173,7 @@ struct ScanBackwardKernel {
   using V = Vec<Acc>;
   static constexpr int64_t vectors_per_group = scan_group_channels / V::size;
 
-  /// What one vector of channels carries from chunk to chunk.
+  /// The values of one vector of channels that are kept from chunk to chunk.
   struct Channels {
     V* seams;        // (chunks, N): h before each chunk
     V* A;            // (N)
@@ -180,7 +183,7 @@ struct ScanBackwardKernel {
     V grad_bias, grad_D;
   };
 
-  /// The pieces of a task's scratch memory.
+  /// The arrays in a task's scratch memory.
   struct Scratch {
     Acc* rows;     // (2, L, R + 2N)
     V* grad_u;     // (vectors, L): of direction 0
@@ -240,8 +243,8 @@ struct ScanBackwardKernel {
       const int64_t begin = chunk * chunk_length, length = min(chunk_length, p.length - begin);
       for (int64_t i = 0; i < length * p.rows(); ++i)
         s.grad_rows[i] = V(Acc(0));
-      // The gradients of the rows are sums over channels: the vectors of the group add up in vectors, and only then
-      // the lanes of the sum.
+      // The gradients of the rows are sums over channels. The vectors of the group are added first, lane by lane; the
+      // lanes of their sum are added once.
       for (int64_t v = 0, c = first; c < last; ++v, c += V::size) {
         const int count = static_cast<int>(min(V::size, last - c));
         if (count == V::size && p.state == 1)
@@ -257,10 +260,10 @@ struct ScanBackwardKernel {
       finish(p, s.channels[v], batch, k, c, static_cast<int>(min(V::size, last - c)));
   }
 
-  /// The position that direction k visits as its i-th.
+  /// The i-th position that direction k visits.
   static int64_t position(const ScanForward& p, int64_t k, int64_t i) { return k == 0 ? i : p.length - 1 - i; }
 
-  /// Parameters, cleared sums, and the states at the seams between chunks.
+  /// Loads the parameters, clears the sums, and computes the states at the seams.
   static void start(const ScanBackward& p, Scratch& s, Channels& channels, int64_t batch, int64_t k, int64_t c,
                     int count) {
     const ChannelParams<Acc> params(p, k, c, count);
@@ -276,7 +279,7 @@ struct ScanBackwardKernel {
       if (i % chunk_length == 0) {
         for (int64_t n = 0; n < p.state; ++n)
           channels.seams[i / chunk_length * p.state + n] = s.h[n];
-        if (i + chunk_length >= p.length) break;  // nobody needs the states after the last seam
+        if (i + chunk_length >= p.length) break;  // the states after the last seam are not needed here
       }
       const int64_t t = position(p, k, i);
       const Acc* row = s.rows + (k * p.length + t) * p.rows();
@@ -287,7 +290,7 @@ struct ScanBackwardKernel {
     }
   }
 
-  /// Recomputes the states of one chunk and walks back through it.
+  /// Recomputes the states of one chunk, then takes its positions from the last to the first.
   __attribute__((always_inline)) static void run_chunk(const ScanBackward& p, Scratch& s, int64_t v, int64_t batch,
                                                        int64_t k, int64_t c, int count, int64_t chunk, int64_t length,
                                                        int64_t state) {

@@ -1,17 +1,15 @@
-// A vector of channels as wide as a register, in the compilers' portable vector extension, with the functions that
-// kernels need.
+// A vector of channels as wide as a register, in the vector extension of GCC and clang, with the functions that the
+// kernels call.
 //
-// Included once for each instruction set, inside its namespace, after the target pragma: everything here must stay
-// out of the linker's sight (no std templates), or code for one instruction set could be picked for another.
+// Each instruction set includes this file once, in its own namespace, after the target pragma. The linker must see no
+// function here that another instruction set has too, or it would keep one copy for both: all functions are always
+// inlined, and there are no templates of std.
 #pragma once
 
 #include "kernels/common.h"
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
-MOBILEMAMBA_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 MOBILEMAMBA_HOST_DEVICE int64_t min(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
@@ -30,7 +28,7 @@ struct VecBase {
 template <typename T>
 struct Vec;
 
-// x - 0 is x, which compilers know; 0 + x is not where x is -0.
+// x - 0 keeps the sign of -0 and folds to x; 0 + x would turn -0 into +0.
 template <>
 struct Vec<float> : VecBase<float, int32_t> {
   Vec() = default;
@@ -80,7 +78,7 @@ MOBILEMAMBA_HOST_DEVICE Vec<T> select(Mask<T> mask, Vec<T> a, Vec<T> b) {
   return Vec<T>(mask.raw ? a.raw : b.raw);
 }
 
-/// The greater of the two; `a` where either is NaN.
+/// The greater of the two; `a` if either is NaN.
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE Vec<T> max(Vec<T> a, Vec<T> b) {
   return select(a < b, b, a);
@@ -124,7 +122,7 @@ MOBILEMAMBA_HOST_DEVICE Vec<float> exp_of_remainder(Vec<float> r) {
 }
 
 /// e^x to about 1 ulp: x = n ln 2 + r, a polynomial for e^r, n into the exponent. Overflows to infinity, underflows to
-/// zero below -87.3 (the smallest normal number).
+/// zero below x = -87.3, where the result would be subnormal.
 MOBILEMAMBA_HOST_DEVICE Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   const V low = V(-87.33654f), high = V(88.72284f);
@@ -132,20 +130,20 @@ MOBILEMAMBA_HOST_DEVICE Vec<float> exp(Vec<float> x) {
   const V magic = V(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds to the nearest integer
   const V n = clamped * 1.44269504f + magic - magic;
   const V p = exp_of_remainder(clamped - n * 0.693359375f - n * -2.12194440e-4f);
-  // 2^n in two factors, since n reaches 128
+  // 2^n in two factors, because 2^128 is no float32
   const V::RawInt whole = __builtin_convertvector(n.raw, V::RawInt), half = whole >> 1;
   const V::RawInt first = (half + 127) << 23, second = (whole - half + 127) << 23;
   const V y = V(p.raw * (V::Raw)first * (V::Raw)second);
   return select(high < x, V(__builtin_inff()), select(x < low, V(0.0f), y));
 }
 
-/// The same for x <= 0, in half the time.
+/// e^x for x <= 0, in half the time: without overflow, and with 2^n as one factor.
 MOBILEMAMBA_HOST_DEVICE Vec<float> exp_nonpositive(Vec<float> x) {
   using V = Vec<float>;
   const V low = V(-87.33654f), magic = V(12582912.0f);
   const Mask<float> underflow = x < low;
   const V clamped = select(underflow, low, x);
-  const V sum = clamped * 1.44269504f + magic, n = sum - magic;  // the sum's last bits are those of n
+  const V sum = clamped * 1.44269504f + magic, n = sum - magic;  // the low bits of the sum are n
   const V p = exp_of_remainder(clamped - n * 0.693359375f - n * -2.12194440e-4f);
   const V::RawInt power = ((V::RawInt)sum.raw + 127) << 23;
   return select(underflow, V(0.0f), V(p.raw * (V::Raw)power));
@@ -195,9 +193,9 @@ MOBILEMAMBA_HOST_DEVICE Vec<float> widen(Bits16 packed, BFloat16) {
   return Vec<float>((Vec<float>::Raw)(__builtin_convertvector(packed, Bits32) << 16));
 }
 
-/// Round to nearest even; NaN stays NaN.
+/// Rounds to nearest even. NaN stays NaN.
 MOBILEMAMBA_HOST_DEVICE Bits16 narrow(Vec<float> x, BFloat16) {
-#ifdef MOBILEMAMBA_CPU_ROUNDS_TO_BFLOAT16  // in one instruction, which takes subnormal numbers for zero
+#ifdef MOBILEMAMBA_CPU_ROUNDS_TO_BFLOAT16  // one instruction, which flushes subnormal values to zero
   return (Bits16)_mm512_cvtneps_pbh((__m512)x.raw);
 #endif
   const Bits32 bits = (Bits32)x.raw;
@@ -208,17 +206,17 @@ MOBILEMAMBA_HOST_DEVICE Bits16 narrow(Vec<float> x, BFloat16) {
 
 MOBILEMAMBA_HOST_DEVICE Vec<float> widen(Bits16 packed, Half) {
   const Bits32 bits = __builtin_convertvector(packed, Bits32), magnitude = bits & 0x7fff;
-  // the exponents differ by 112; a multiplication instead of an addition also gets the subnormal numbers right
+  // The exponents' biases differ by 112. A multiplication by 2^112 is right for subnormal values too.
   const Bits32 finite = (Bits32)((Vec<float>::Raw)(magnitude << 13) * 0x1p112f);
   const Bits32 special = (magnitude << 13) | 0x7f800000;
   return Vec<float>((Vec<float>::Raw)((magnitude >= 0x7c00 ? special : finite) | ((bits & 0x8000) << 16)));
 }
 
-/// Round to nearest even, beyond the range to infinity; NaN stays NaN.
+/// Rounds to nearest even, and to infinity beyond the range. NaN stays NaN.
 MOBILEMAMBA_HOST_DEVICE Bits16 narrow(Vec<float> x, Half) {
   const Bits32 bits = (Bits32)x.raw, magnitude = bits & 0x7fffffff;
   const Bits32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // below 2^-14 the sum with 0.5 has the spacing of half's subnormal numbers, so it rounds to them
+  // Below 2^-14: a float32 near 0.5 has the spacing of half's subnormal values, so the sum rounds to them.
   const Bits32 subnormal = (Bits32)((Vec<float>::Raw)magnitude + 0.5f) - 0x3f000000;
   Bits32 result = magnitude < (113u << 23) ? subnormal : normal;
   result = magnitude >= 0x477ff000 ? Bits32{} + 0x7c00 : result;
@@ -226,7 +224,7 @@ MOBILEMAMBA_HOST_DEVICE Bits16 narrow(Vec<float> x, Half) {
   return __builtin_convertvector(result | ((bits >> 16) & 0x8000), Bits16);
 }
 
-// Loads and stores of `count` channels; missing lanes read as zero. A count known at compile time costs nothing.
+// Loads and stores of the first `count` lanes; a load sets the others to zero. A constant count is free.
 
 template <typename T, typename Raw>
 MOBILEMAMBA_HOST_DEVICE Raw load_raw(const T* from, int count) {
@@ -262,12 +260,12 @@ MOBILEMAMBA_HOST_DEVICE Vec<float> load(const T* from, int count) {
   return widen(load_raw<T, Bits16>(from, count), T{});
 }
 
-/// Keeps what was loaded before in registers: to compilers a load looks as cheap as that, so they repeat it.
+/// Keeps the values of earlier loads in registers. Without it the compilers load them again for every use.
 MOBILEMAMBA_HOST_DEVICE void keep_loaded() {
   asm volatile("" ::: "memory");
 }
 
-/// `x` with zeros in the lanes from `count` on, whatever was in them.
+/// `x` with zeros in the lanes from `count` on, even if they hold NaN.
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE Vec<T> first_lanes(Vec<T> x, int count) {
   for (int i = count; i < Vec<T>::size; ++i)

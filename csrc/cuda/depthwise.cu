@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(plane_max_threads)
     depthwise_backward_input_kernel(const __grid_constant__ DepthwiseBackwardInput p,
                                     const __grid_constant__ Launch launch) {
   using Acc = typename AccumulateOf<T>::type;
-  const int64_t positions = p.batch * p.height * p.width, channel_tiles = (p.channels + warp_size - 1) / warp_size;
+  const int64_t positions = p.batch * p.height * p.width, channel_tiles = ceil_div(p.channels, warp_size);
   for (int64_t task = blockIdx.x; task < launch.tasks; task += gridDim.x) {
     const Channel channel(task % channel_tiles, p.channels);
     const int64_t position = task / channel_tiles * blockDim.y + threadIdx.y;

@@ -15,9 +15,6 @@ namespace mobilemamba::cuda {
 
 constexpr int warp_size = 32;
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 inline int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }

@@ -6,17 +6,17 @@
 #ifdef __CUDACC__
 #define MOBILEMAMBA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-// Always inlined: files for different instruction sets include these functions, and the linker must not pick one's
-// copy for another.
+// Always inlined: the file of each instruction set includes these functions, and the linker keeps one copy of a
+// function that is not inlined. The copy for AVX-512 does not run on other machines.
 #define MOBILEMAMBA_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace mobilemamba {
 
-/// Element types of the operators. Sums and states are float32, for float64 elements float64.
+/// Element types of the operators. Sums and states are float64 for float64 elements, and float32 for the others.
 enum class DType { float32, float64, float16, bfloat16 };
 
-/// The type that sums over elements of type T are kept in.
+/// The accumulator type for elements of type T.
 template <typename T>
 struct AccumulateOf {
   using type = float;
@@ -26,9 +26,13 @@ struct AccumulateOf<double> {
   using type = double;
 };
 
-/// Bytes of one number of the type that sums over elements are kept in.
+/// Bytes of a value of the accumulator type.
 MOBILEMAMBA_HOST_DEVICE int64_t accumulate_bytes(DType type) {
   return type == DType::float64 ? 8 : 4;
+}
+
+MOBILEMAMBA_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
 }
 
 }  // namespace mobilemamba

@@ -8,7 +8,7 @@
 
 namespace mobilemamba {
 
-/// output = (LayerNorm(y) * weight + bias) * silu(z), the norm over the channels of a row.
+/// output = (LayerNorm(y) * weight + bias) * silu(z). LayerNorm is over the channels of a row.
 struct GateForward {
   DType dtype;
   int64_t rows, channels;
@@ -16,7 +16,7 @@ struct GateForward {
   const void* y;  // (rows, C) contiguous
   const void* z;
   int64_t z_row;              // elements from row to row
-  const void *weight, *bias;  // (C), in the type of sums
+  const void *weight, *bias;  // (C), in the accumulator type
   void* output;               // (rows, C) contiguous
 };
 

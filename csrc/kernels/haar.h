@@ -12,23 +12,23 @@ struct HaarSizes {
   DType dtype;
   int64_t batch, channels, height, width, kernel;
 
-  MOBILEMAMBA_HOST_DEVICE int64_t band_height() const { return (height + 1) / 2; }
-  MOBILEMAMBA_HOST_DEVICE int64_t band_width() const { return (width + 1) / 2; }
+  MOBILEMAMBA_HOST_DEVICE int64_t band_height() const { return ceil_div(height, 2); }
+  MOBILEMAMBA_HOST_DEVICE int64_t band_width() const { return ceil_div(width, 2); }
 };
 
 struct HaarForward : HaarSizes {
   Image input;
-  const void* weight;     // (4, k, k, C), in the type of sums
+  const void* weight;     // (4, k, k, C), in the accumulator type
   void* output;           // (B, H, W, C)
   int64_t output_column;  // elements from pixel to pixel
 };
 
-/// Gradient of the weight: correlation of the sub-bands of the output's gradient with those of the input. Partial
-/// sums, one slice for each of `slabs` parts of the positions, which the caller adds in order.
+/// Gradient of the weight: the sub-bands of the output's gradient are correlated with the sub-bands of the input. Each
+/// of `slabs` parts of the positions has a slice of partial sums, and the caller adds the slices in order.
 struct HaarBackwardWeight : HaarSizes {
   int64_t slabs;
   Image grad_output, input;
-  void* sums;  // (slabs, 4, k, k, C), in the type of sums
+  void* sums;  // (slabs, 4, k, k, C), in the accumulator type
 };
 
 template <typename V>

@@ -5,7 +5,7 @@
 
 namespace mobilemamba {
 
-/// (B, H, W, C) with channels contiguous; the other strides in elements.
+/// (B, H, W, C), channels contiguous. Strides are in elements.
 struct Image {
   const void* data;
   int64_t batch, row, column;

@@ -8,14 +8,14 @@
 
 namespace mobilemamba {
 
-/// A matrix product of patches and weight, with a row for each position of the output:
+/// A matrix product of patches and weight. Each position of the output is a row:
 /// output = activation(patches @ weight + bias) + residual, or, with `residual_inside`,
-/// activation(patches @ weight + bias + residual); a second residual may follow. Zero padding of kernel / 2 on every
-/// side.
+/// output = activation(patches @ weight + bias + residual). A second residual is added last. Zero padding of kernel / 2
+/// on every side.
 ///
 /// A patch is (kernel, kernel, in_channels). The weight is packed in panels of 32 outputs,
-/// (ceil(out_channels / 32), ceil(patch / 2), 32, 2): two inputs of one output lie together, as instructions for 16-bit
-/// products want them, and those of 32 outputs fill whole vectors of any width. Missing inputs and outputs are zero.
+/// (ceil(out_channels / 32), ceil(patch / 2), 32, 2). Two inputs of one output are adjacent, because instructions for
+/// 16-bit products take such pairs. 32 outputs fill whole vectors of every width. The padding is zero.
 struct PackedConvForward {
   DType dtype;
   int64_t batch, in_channels, height, width, out_channels, kernel, stride;
@@ -23,22 +23,22 @@ struct PackedConvForward {
   bool residual_inside;
   Image input;
   const void* weight;
-  const void* bias;                       // (N), in the type of sums
+  const void* bias;                       // (N), in the accumulator type
   const void* residual;                   // null: none
-  int64_t residual_row;                   // elements from position to position, as below
-  const void* second_residual = nullptr;  // null: none; added last in any case
+  int64_t residual_row;                   // elements from position to position, like the next two
+  const void* second_residual = nullptr;  // null: none
   int64_t second_residual_row = 0;
   void* output;
   int64_t output_row;
 
   static constexpr int64_t panel = 32;
-  MOBILEMAMBA_HOST_DEVICE int64_t out_height() const { return (height + stride - 1) / stride; }
-  MOBILEMAMBA_HOST_DEVICE int64_t out_width() const { return (width + stride - 1) / stride; }
+  MOBILEMAMBA_HOST_DEVICE int64_t out_height() const { return ceil_div(height, stride); }
+  MOBILEMAMBA_HOST_DEVICE int64_t out_width() const { return ceil_div(width, stride); }
   MOBILEMAMBA_HOST_DEVICE int64_t rows() const { return batch * out_height() * out_width(); }
   MOBILEMAMBA_HOST_DEVICE int64_t patch() const { return kernel * kernel * in_channels; }
-  MOBILEMAMBA_HOST_DEVICE int64_t panels() const { return (out_channels + panel - 1) / panel; }
-  MOBILEMAMBA_HOST_DEVICE int64_t pairs() const { return (patch() + 1) / 2; }
-  /// Whether the patches lie in the input as they are, `input.column` apart.
+  MOBILEMAMBA_HOST_DEVICE int64_t panels() const { return ceil_div(out_channels, panel); }
+  MOBILEMAMBA_HOST_DEVICE int64_t pairs() const { return ceil_div(patch(), 2); }
+  /// Whether the input is the matrix of patches, with rows `input.column` elements apart.
   MOBILEMAMBA_HOST_DEVICE bool in_place() const {
     return kernel == 1 && stride == 1 && (height == 1 || input.row == width * input.column) &&
            (batch == 1 || input.batch == height * width * input.column);

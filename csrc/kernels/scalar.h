@@ -1,4 +1,4 @@
-// The functions that the shared arithmetic calls, for single numbers: what cpu/vec.h defines for vectors.
+// The functions that the shared arithmetic calls, for scalars. cpu/vec.h has them for vectors.
 #pragma once
 
 #include <math.h>
@@ -14,7 +14,7 @@ MOBILEMAMBA_HOST_DEVICE double exp(double x) {
   return ::exp(x);
 }
 template <typename T>
-MOBILEMAMBA_HOST_DEVICE T exp_nonpositive(T x) {  // for vectors there is a quicker one
+MOBILEMAMBA_HOST_DEVICE T exp_nonpositive(T x) {  // the version for vectors is faster than their exp
   return exp(x);
 }
 MOBILEMAMBA_HOST_DEVICE float log1p(float x) {
@@ -43,7 +43,7 @@ MOBILEMAMBA_HOST_DEVICE double sqrt(double x) {
   return ::sqrt(x);
 }
 
-/// The greater of the two; `a` where either is NaN.
+/// The greater of the two; `a` if either is NaN.
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE T max(T a, T b) {
   return a < b ? b : a;

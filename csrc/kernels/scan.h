@@ -23,7 +23,7 @@ struct ScanForward {
   const void* u;  // (B, L, D): strides u_batch and u_position, channels contiguous
   int64_t u_batch, u_position;
   ScanRows delta, B, C;   // rows: R, N, N
-  const void* A_log;      // (2, N, D), in the type of sums like the next three
+  const void* A_log;      // (2, N, D), in the accumulator type like the next three
   const void* D;          // (2, D)
   const void* dt_weight;  // (2, R, D)
   const void* dt_bias;    // (2, D)
@@ -33,18 +33,18 @@ struct ScanForward {
   MOBILEMAMBA_HOST_DEVICE int64_t rows() const { return rank + 2 * state; }
 };
 
-/// Outputs in the type of sums are partial: the caller adds their slices in order. So the result depends neither on the
-/// number of threads nor on their timing.
+/// grad_rows and grad_params are partial sums, in the accumulator type: the caller adds their slices in order. So the
+/// result depends neither on the number of threads nor on their timing.
 struct ScanBackward : ScanForward {
   const void* grad_y;  // (B, L, D): strides grad_y_batch and grad_y_position, channels contiguous
   int64_t grad_y_batch, grad_y_position;
   void* grad_u;            // (B, L, D) contiguous
-  int64_t group_channels;  // channels whose contributions to a row are summed already
-  int64_t segments;        // parts of the sequence whose contributions to a parameter are summed already
+  int64_t group_channels;  // channels that share a slice of grad_rows
+  int64_t segments;        // parts of the sequence, each with a slice of grad_params
   void* grad_rows;         // (B, groups, 2, R + 2N, L): gradients of delta, B and C
   void* grad_params;       // (B, segments, 2, N + R + 2, D): gradients of A_log, dt_weight, dt_bias and D
 
-  MOBILEMAMBA_HOST_DEVICE int64_t groups() const { return (channels + group_channels - 1) / group_channels; }
+  MOBILEMAMBA_HOST_DEVICE int64_t groups() const { return ceil_div(channels, group_channels); }
 };
 
 /// h_t from h_(t-1). `dt_u` is dt * u; b is B at this position.
@@ -53,14 +53,14 @@ MOBILEMAMBA_HOST_DEVICE V scan_step(V h, V decay, V dt_u, S b) {
   return decay * h + dt_u * b;
 }
 
-/// Sums over the positions or states of what one step contributes to the gradients.
+/// Gradients of u and dt at one position, summed over the states.
 template <typename V>
 struct ScanStepGradient {
-  V u, dt;  // of this position, over the states
+  V u, dt;
 };
 
-/// One state of one position backward. `carry` holds dL/dh_t from the later positions and leaves with dL/dh_(t-1).
-/// Adds to `grad` and `grad_A`; the contributions of this channel to B and C come back through the last two.
+/// The backward step of one state at one position. `carry` is dL/dh_t from the later positions, and becomes
+/// dL/dh_(t-1). Adds to `grad` and `grad_A`. `grad_B` and `grad_C` are this channel's part of the gradients of B and C.
 template <typename V, typename S>
 MOBILEMAMBA_HOST_DEVICE void scan_step_backward(V& carry, ScanStepGradient<V>& grad, V& grad_A, V grad_y, V h_before,
                                                 V decay, V dt, V u, V A, S b, S c, V& grad_B, V& grad_C) {
