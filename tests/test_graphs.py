@@ -188,6 +188,7 @@ def test_model_scripted_and_loaded_again(model, fused):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of the input's shape
 def test_fused_model_traced_at_one_batch_runs_at_any(model):
     """12 images are several parts of a batch for each layer that takes parts; a trace keeps none of them."""
     fused = model.fuse()
