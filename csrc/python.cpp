@@ -19,7 +19,7 @@
 #endif
 
 #ifdef __clang__
-#define MOBILEMAMBA_COMPILER __VERSION__  // begins with "Clang"
+#define MOBILEMAMBA_COMPILER __VERSION__  // "Clang 14.0.6", after the distribution's name
 #else
 #define MOBILEMAMBA_COMPILER "GCC " __VERSION__
 #endif

@@ -82,34 +82,35 @@ def package(library: Path, folder: Path) -> None:
     record.write_text(json.dumps({**json.loads(record.read_text()), "cuda": None}))
 
 
+def check_symbols(object: Path, isa: str) -> None:
+    """Every symbol belongs to the namespace of its instruction set, so that the linker cannot confuse two of them."""
+    symbols = run(["nm", "--defined-only", "--extern-only", "--format=just-symbols", str(object)]).split()
+    own = f"11mobilemamba3cpu{len(isa)}{isa}"
+    assert any(own in symbol for symbol in symbols)
+    assert [symbol for symbol in symbols if own not in symbol and not symbol.startswith("DW.ref.")] == []
+
+
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_operators_built_with(compiler):
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
     folder = FOLDER / compiler
     package(build(compiler, folder), folder)
+    for source in KERNELS:
+        check_symbols(folder / f"cpu-{source.stem}.o", source.stem.removeprefix("isa_"))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     command += ["-c", str(ROOT / "pyproject.toml"), "-k", VALUES, *(str(ROOT / "tests" / name) for name in TESTS)]
     facts = "import mobilemamba; from mobilemamba import _C; print(mobilemamba.__file__, _C.build_facts()['compiler'])"
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     where, found = run([sys.executable, "-c", facts], env=environment, cwd=os.sep).split(maxsplit=1)
     assert Path(where).is_relative_to(folder)
-    assert found.upper().startswith("CLANG 14." if "clang" in compiler else "GCC 11.")
+    assert ("Clang 14." if "clang" in compiler else "GCC 11.") in found  # Debian says "Debian Clang 14.0.6"
     for capability in ("avx2", "default"):  # of these kernels the machine's best, and those for any machine
         run(command, env={**environment, "ATEN_CPU_CAPABILITY": capability}, cwd=os.sep)
 
 
-@pytest.mark.parametrize("compiler", ["c++", *COMPILERS])
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
-def test_the_linker_sees_no_function_of_two_instruction_sets(compiler, source, tmp_path):
-    """Every symbol belongs to the namespace of its instruction set, even if nothing is inlined for optimisation."""
-    if shutil.which(compiler) is None:
-        pytest.skip(f"{compiler} is not installed")
-    isa = source.stem.removeprefix("isa_")
-    command = [compiler, "-std=c++20", "-O0", "-fPIC", f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", "kernels.o"]
-    run(command, cwd=tmp_path)
-    symbols = run(["nm", "--defined-only", "--extern-only", "--format=just-symbols", "kernels.o"], cwd=tmp_path).split()
-    own = f"11mobilemamba3cpu{len(isa)}{isa}"
-    assert f"_ZN{own}" in " ".join(symbols)
-    others = [symbol for symbol in symbols if own not in symbol and symbol != "DW.ref.__gxx_personality_v0"]
-    assert others == []
+def test_the_linker_sees_no_function_of_two_instruction_sets(source, tmp_path):
+    """Without optimisation, too, which inlines only what must be inlined."""
+    run(["c++", "-std=c++20", "-O0", "-fPIC", f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", "kernels.o"], cwd=tmp_path)
+    check_symbols(tmp_path / "kernels.o", source.stem.removeprefix("isa_"))
