@@ -11,7 +11,7 @@ namespace {
 
 using at::Tensor;
 
-/// What becomes of an argument: the lower type, float32, or nothing (it is no tensor).
+/// The type that an argument is cast to: the lower type, or float32. Arguments that are no tensors stay as they are.
 enum Cast { lower, keep, none };
 
 template <c10::DeviceType device>
@@ -44,7 +44,7 @@ class Autocast {
     }
   };
 
-  /// Calls `op` with its arguments cast in their order.
+  /// Calls `op` with its arguments cast; `casts` has their order.
   template <auto op, Cast... casts>
   static constexpr auto kernel = &Kernel<op, decltype(op), casts...>::call;
 

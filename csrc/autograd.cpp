@@ -1,4 +1,4 @@
-// Gradients. The backward passes are operators of their own, so that every backend repeats the same pattern.
+// Gradients. Each backward pass is an operator of its own, so it has the same layers as a forward pass.
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/threshold_backward.h>
@@ -23,12 +23,12 @@ auto below_autograd(F f, const Args&... args) {
   return f(args...);
 }
 
-/// The gradient of a residual, which is added last: `grad`, or none where there was no residual.
+/// The gradient of a residual, which is added last: `grad`, or undefined without a residual.
 Tensor residual_gradient(AutogradContext* ctx, const Tensor& grad) {
   return ctx->saved_data["has_residual"].toBool() ? grad : Tensor();
 }
 
-/// backward(grad, saved...), for an operator with `count` saved tensors, as a list.
+/// backward(grad, saved...) as a list, for an operator with `count` saved tensors.
 template <auto backward, size_t count>
 variable_list gradients(const Tensor& grad, const variable_list& saved) {
   const auto call = [&]<size_t... i>(std::index_sequence<i...>) { return backward(grad, saved[i]...); };
@@ -58,7 +58,7 @@ struct Haar : torch::autograd::Function<Haar> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &weight = saved[1];
     Tensor grad_input, grad_weight;
-    // the transform is orthonormal, so the adjoint differs from the operator only in the flipped kernel
+    // the transform is orthonormal, so the adjoint is the operator with the flipped kernel
     if (ctx->needs_input_grad(0)) grad_input = haar_conv2d(grads[0], weight.flip({2, 3}));
     if (ctx->needs_input_grad(1))
       grad_weight = haar_conv2d_backward_weight(grads[0], input, weight.size(3)).to(weight.scalar_type());
@@ -66,7 +66,7 @@ struct Haar : torch::autograd::Function<Haar> {
   }
 };
 
-/// Bilinear like haar_conv2d, and the same function with its arguments exchanged.
+/// The weight's gradient is bilinear in grad_output and input, and haar_conv2d gives both of its derivatives.
 struct HaarBackwardWeight : torch::autograd::Function<HaarBackwardWeight> {
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, int64_t kernel_size) {
     ctx->save_for_backward({grad_output, input});
@@ -108,7 +108,7 @@ struct Depthwise : torch::autograd::Function<Depthwise> {
   }
 };
 
-/// The gradients are torch's own, differentiable themselves.
+/// The gradients come from torch's own operators, so they can be differentiated again.
 struct PackedConv : torch::autograd::Function<PackedConv> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& bias,
                         const std::optional<Tensor>& residual, int64_t kernel_size, int64_t stride,
@@ -203,7 +203,7 @@ MOBILEMAMBA_LIBRARY_IMPL(Autograd, m) {
   m.impl("haar_conv2d_backward_weight", differentiable<HaarBackwardWeight, haar_conv2d_backward_weight>);
   m.impl("depthwise_conv2d", differentiable<Depthwise, depthwise_conv2d>);
   m.impl("packed_conv2d", differentiable<PackedConv, packed_conv2d>);
-  // a second derivative is refused where it is used, not where the first one is taken
+  // a second derivative is refused where it is used; the first one may still be taken with create_graph=True
   for (const char* name :
        {"ffn_backward", "mrffi_backward", "bidirectional_scan_backward", "depthwise_conv2d_backward"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());

@@ -53,7 +53,7 @@ MOBILEMAMBA_LIBRARY(m) {
       "Tensor project_weight, Tensor project_bias) -> (Tensor grad_input, Tensor grad_expand_weight, "
       "Tensor grad_expand_bias, Tensor grad_project_weight, Tensor grad_project_bias)",
       tags);
-  // weights: MrffiWeights' members in order (ops/mrffi.h, mobilemamba/ops/operators.py)
+  // the weights are in the order of mrffi_weights (ops/mrffi.cpp)
   m.def("mrffi(Tensor input, Tensor? residual, Tensor[] weights, float eps=1e-5) -> Tensor", tags);
   m.def(
       "mrffi_backward(Tensor grad_output, Tensor input, Tensor[] weights, float eps) -> (Tensor grad_input, "

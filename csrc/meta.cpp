@@ -1,4 +1,4 @@
-// Shapes without data: the same checks, and outputs laid out as the real backends lay them out. Symbolic sizes pass.
+// Shapes without data, which may be symbolic. The checks and the memory layout of outputs are those of real backends.
 #include "ops/bidirectional_scan.h"
 #include "ops/depthwise_conv2d.h"
 #include "ops/ffn.h"

@@ -1,4 +1,5 @@
-// The public C++ interface: the operators as functions. Linking against them also registers them with torch.
+// The public C++ interface: the operators as functions. A program that links the library also registers them with
+// torch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -43,16 +44,16 @@ MOBILEMAMBA_API at::Tensor depthwise_conv2d(const at::Tensor& input, const at::T
                                             const std::optional<at::Tensor>& residual = std::nullopt,
                                             int64_t stride = 1, std::string_view activation = "none");
 
-/// The gradients of depthwise_conv2d's input, weight and bias (also where it has none), the last two in float32
-/// (float64 for float64). The gradient of its residual is grad_output.
+/// The gradients of depthwise_conv2d's input, weight and bias. Those of weight and bias are float32 (float64 for
+/// float64); that of the bias is computed without a bias too. The gradient of the residual is grad_output.
 MOBILEMAMBA_API std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
     const std::optional<at::Tensor>& bias, int64_t stride, std::string_view activation);
 
-/// Convolution with zero padding of kernel_size / 2 and the weight in panels, as pack_conv2d_weight gives it:
-/// (ceil(out / 32), ceil(in * kernel_size^2 / 2), 32, 2). input (B, in, H, W); bias (out); residual of the output's
-/// shape; activation "none" or "relu". Returns activation(convolution + bias) + residual, (B, out, ceil(H / stride),
-/// ceil(W / stride)), channels-last in memory.
+/// activation(convolution + bias) + residual, with zero padding of kernel_size / 2. The weight is in panels
+/// (ceil(out / 32), ceil(in * kernel_size^2 / 2), 32, 2), from pack_conv2d_weight. input (B, in, H, W); bias (out);
+/// residual of the output's shape; activation "none" or "relu". Returns (B, out, ceil(H / stride), ceil(W / stride)),
+/// channels-last in memory.
 MOBILEMAMBA_API at::Tensor packed_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                                          const std::optional<at::Tensor>& residual = std::nullopt,
                                          int64_t kernel_size = 1, int64_t stride = 1,
@@ -61,25 +62,25 @@ MOBILEMAMBA_API at::Tensor packed_conv2d(const at::Tensor& input, const at::Tens
 /// The packed form of a weight (out, in, k, k).
 MOBILEMAMBA_API at::Tensor pack_conv2d_weight(const at::Tensor& weight);
 
-/// The feed-forward layer with BatchNorm folded: input + project(ReLU(expand(input))) + residual, where given.
-/// input (B, C, H, W); expand_weight (F, C); expand_bias (F); project_weight (C, F); project_bias (C); matrices also
-/// packed, as kernels of size 1. Returns (B, C, H, W), channels-last in memory.
+/// The feed-forward layer with BatchNorm folded: input + project(ReLU(expand(input))) + residual.
+/// input (B, C, H, W); expand_weight (F, C); expand_bias (F); project_weight (C, F); project_bias (C). The matrices may
+/// be packed, as kernels of size 1. Returns (B, C, H, W), channels-last in memory.
 MOBILEMAMBA_API at::Tensor ffn(const at::Tensor& input, const std::optional<at::Tensor>& residual,
                                const at::Tensor& expand_weight, const at::Tensor& expand_bias,
                                const at::Tensor& project_weight, const at::Tensor& project_bias);
 
-/// The gradients of ffn's input, weights and biases, in their order. The gradient of its residual is grad_output.
+/// The gradients of ffn's input, weights and biases, in their order. The gradient of the residual is grad_output.
 using FfnGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 MOBILEMAMBA_API FfnGradients ffn_backward(const at::Tensor& grad_output, const at::Tensor& input,
                                           const at::Tensor& expand_weight, const at::Tensor& expand_bias,
                                           const at::Tensor& project_weight, const at::Tensor& project_bias);
 
-/// MobileMamba's mixer with BatchNorm folded, and `residual` added where given; see mobilemamba/ops/operators.py for
-/// the formula and the order of the weights. input (B, C, H, W). Returns (B, C, H, W), channels-last in memory.
+/// MobileMamba's mixer with BatchNorm folded, plus `residual`. mobilemamba/ops/operators.py has the formula and the
+/// order of the weights. input (B, C, H, W). Returns (B, C, H, W), channels-last in memory.
 MOBILEMAMBA_API at::Tensor mrffi(const at::Tensor& input, const std::optional<at::Tensor>& residual,
                                  at::TensorList weights, double eps = 1e-5);
 
-/// The gradients of mrffi's input and weights. The gradient of its residual is grad_output.
+/// The gradients of mrffi's input and weights. The gradient of the residual is grad_output.
 MOBILEMAMBA_API std::tuple<at::Tensor, std::vector<at::Tensor>> mrffi_backward(const at::Tensor& grad_output,
                                                                                const at::Tensor& input,
                                                                                at::TensorList weights, double eps);
@@ -88,15 +89,15 @@ MOBILEMAMBA_API std::tuple<at::Tensor, std::vector<at::Tensor>> mrffi_backward(c
 MOBILEMAMBA_API std::string_view cpu_kernels();
 
 /// Patch embedding with BatchNorm folded: 3x3 convolutions with zero padding of 1, and a ReLU after each but the last.
-/// input (B, C, H, W); weights[i] (out, in, 3, 3), plain or packed; biases[i] (out); as many strides. Returns the last
-/// convolution's output, channels-last in memory where the input is so or the weights are packed.
+/// input (B, C, H, W); weights[i] (out, in, 3, 3), plain or packed; biases[i] (out); one stride for each convolution.
+/// Returns the output of the last convolution, channels-last in memory if the input is so or the weights are packed.
 MOBILEMAMBA_API at::Tensor patch_embedding(const at::Tensor& input, at::TensorList weights, at::TensorList biases,
                                            at::IntArrayRef strides);
 
 /// Patch merging with BatchNorm folded; see mobilemamba/ops/operators.py for the formula. input (B, C, H, W), hidden
 /// width F, squeezed width S: expand_weight (F, C, 1, 1), depthwise_weight (F, 1, k, k), squeeze_weight (S, F, 1, 1),
-/// excite_weight (F, S, 1, 1), project_weight (out, F, 1, 1), dense weights plain or packed; a bias for each output.
-/// Returns (B, out, ceil(H / 2), ceil(W / 2)), channels-last in memory.
+/// excite_weight (F, S, 1, 1), project_weight (out, F, 1, 1). All but the depthwise weight may be packed. Each bias has
+/// an element for each output. Returns (B, out, ceil(H / 2), ceil(W / 2)), channels-last in memory.
 MOBILEMAMBA_API at::Tensor patch_merging(const at::Tensor& input, const at::Tensor& expand_weight,
                                          const at::Tensor& expand_bias, const at::Tensor& depthwise_weight,
                                          const at::Tensor& depthwise_bias, const at::Tensor& squeeze_weight,

@@ -70,7 +70,7 @@ def test_in_float64(shape, function):
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_in_lower_precision(shape, dtype, function):
-    """Values and gradients; the hidden numbers are rounded as well."""
+    """Values and gradients; the hidden activations are rounded as well."""
     arguments = arguments_of(*shape, dtype=dtype)
     check_against_reference(function, plain, arguments, 2 * LOW_PRECISION[dtype])
     if dtype != torch.float32:
@@ -207,7 +207,7 @@ def test_bit_equal_for_any_number_of_threads_and_however_rows_are_cut(shape, dty
 
 
 @cpu_only
-def test_chunks_need_no_memory_for_all_hidden_numbers():
+def test_chunks_need_no_memory_for_all_hidden_activations():
     arguments = packed(arguments_of(4, 32, 64, 64, 64, dtype=torch.float32))
     arguments[:2] = [x.contiguous(memory_format=torch.channels_last) for x in arguments[:2]]
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -66,7 +66,7 @@ def test_haar(size: tuple[int, int]) -> None:
 
 
 class Products(TorchDispatchMode):
-    """Counts the elements that ``torch.mul`` makes, of which torch's counter takes no notice."""
+    """Counts the elements that ``torch.mul`` computes; torch's counter ignores them."""
 
     count = 0
 

@@ -33,7 +33,7 @@ def arguments_of(
     shapes += [(d,), (d,), (g, d), (g,), (g, 4, wavelet, wavelet)]
     shapes += [(p, 1, local, local), (p,), (p,), (p,), (c, c), (c,)]
     tensors = [randn(*shape, generator=generator) for shape in shapes]
-    # numbers of the size that they have in networks: matrices and kernels by their inputs
+    # values as large as in networks: matrices and kernels are scaled by their number of inputs
     scale = {"in_weight": g, "x_weight": d, "out_weight": d, "proj_weight": c, "wavelet_weight": wavelet**2}
     scale |= {"conv_weight": 9, "local_weight": local**2}
     weights = [tensors[2 + i] / scale.get(name, 1) ** 0.5 for i, name in enumerate(NAMES)]

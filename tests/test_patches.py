@@ -272,7 +272,7 @@ REFUSED_EMBEDDINGS = [
     ("biases", lambda x: [x[0], x[1][None]], r"biases\[1\] has shape \[1, 6\], expected 1 dimensions \(out_channels\)"),
     ("biases", lambda x: [x[0], x[1].long()], r"biases\[1\] is Long, expected Float like input"),
     ("biases", lambda x: [x[0].to("meta"), x[1]], r"biases\[0\] is on meta, expected .* like input"),
-    ("strides", lambda x: [2], "strides has 1 numbers, expected 2 like weights"),
+    ("strides", lambda x: [2], "strides has 1 values, expected 2 like weights"),
     ("strides", lambda x: [2, 0], r"strides\[1\] is 0, expected at least 1"),
 ]
 

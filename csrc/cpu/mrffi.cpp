@@ -1,5 +1,5 @@
-// The MRFFI block on the CPU: of large batches each thread takes some images through the whole block, so that what is
-// between its layers stays in the cache, and no thread waits for the others after each layer.
+// The MRFFI block on the CPU. In a large batch each thread takes some images through the whole block. So the
+// activations between the layers stay in the cache, and no thread waits for the others after each layer.
 #include "ops/mrffi.h"
 
 #include <ATen/Parallel.h>
@@ -30,12 +30,13 @@ void product(const Product& p, at::Tensor output) {
   run_packed_conv(params);
 }
 
-/// About the positions of a part, and the fewest of a thread's share, which pay for a pass over the weights.
+/// A part has about 128 positions, so that its activations fit in L2. Below 48 positions for each thread the pass over
+/// the weights dominates.
 constexpr int64_t part_positions = 128, share_least_positions = 48;
 
-/// Each thread takes its share of the images, in parts of about equal size. All threads work on all images where their
-/// shares would be small, or much larger for some than for others. It says nothing about the results: no number depends
-/// on what other images there are.
+/// Each thread takes its share of the images in parts of about equal size. If the shares are small, or
+/// the mean share is below 90 % of the largest, all threads work on each layer of the whole batch instead. The results
+/// are the same: no image depends on another.
 void in_parts(int64_t batch, int64_t positions, c10::function_ref<void(int64_t, int64_t)> run) {
   const int64_t threads = at::get_num_threads(), share = (batch + threads - 1) / threads;
   if (share * positions < share_least_positions || 10 * batch < 9 * share * threads) return run(0, batch);
@@ -49,7 +50,7 @@ void in_parts(int64_t batch, int64_t positions, c10::function_ref<void(int64_t, 
   });
 }
 
-/// For torch's products, whose sums may depend on how many rows there are.
+/// One part, for torch's products: their order of summation may depend on the number of rows.
 void whole(int64_t batch, int64_t, c10::function_ref<void(int64_t, int64_t)> run) {
   run(0, batch);
 }

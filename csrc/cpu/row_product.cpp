@@ -1,4 +1,4 @@
-// Products of rows; see the header.
+// Rows of a matrix times a weight; see the header.
 #include "cpu/row_product.h"
 
 #include <ATen/ops/zeros.h>

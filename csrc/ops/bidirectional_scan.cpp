@@ -1,4 +1,4 @@
-// Host side of the bidirectional scan; see the header.
+// The host side of the bidirectional scan; see the header.
 #include "ops/bidirectional_scan.h"
 
 #include <ATen/ops/empty.h>
@@ -48,19 +48,19 @@ ScanRows kernel_rows(const at::Tensor& x) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
-/// Kernel parameters, and the tensors that they point into.
+/// The tensors that the kernel parameters point into.
 class Inputs {
  public:
   explicit Inputs(const ScanArguments& a) : u_(channels_contiguous(a.u)), delta_(a.delta), B_(a.B), C_(a.C) {
     const at::ScalarType type = accumulate_type(a.u.scalar_type());
-    // channels last, so that neighbouring channels load together
+    // channels last: a vector or a warp loads neighbouring channels
     A_log_ = a.A_log.to(type).transpose(1, 2).contiguous();
     dt_weight_ = a.dt_weight.to(type).transpose(1, 2).contiguous();
     D_ = a.D.to(type).contiguous();
     dt_bias_ = a.dt_bias.to(type).contiguous();
   }
 
-  /// All but the outputs.
+  /// Sets all parameters but the outputs.
   void fill(ScanForward& p) const {
     p.dtype = kernel_dtype(u_.scalar_type());
     p.batch = u_.size(0);

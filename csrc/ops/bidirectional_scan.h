@@ -1,4 +1,4 @@
-// Host side of the bidirectional scan that its backends share: checks, outputs, kernel parameters.
+// The host side of the bidirectional scan, shared by its backends: checks, outputs, kernel parameters.
 #pragma once
 
 #include "kernels/scan.h"
@@ -24,7 +24,7 @@ ScanGradients scan_gradients(const ScanArguments& a);
 struct ScanBackend {
   size_t (*forward_scratch_bytes)(const ScanForward&);
   void (*forward)(const ScanForward&);
-  void (*divide_backward)(ScanBackward&);  // fills in group_channels and segments
+  void (*divide_backward)(ScanBackward&);  // sets group_channels and segments
   size_t (*backward_scratch_bytes)(const ScanBackward&);
   void (*backward)(const ScanBackward&);
 

@@ -1,4 +1,4 @@
-// What the host side of every operator shares: argument checks, results, and torch's types in the kernels' terms.
+// Shared by the host side of every operator: argument checks, results, and torch's types as the kernels name them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,7 +28,7 @@ Image image_of(const at::Tensor& x);
 at::Tensor empty_image(const at::Tensor& x);
 at::Tensor empty_parameter(const at::Tensor& x);
 
-/// The same gradients, filled with zeros: those of an operator on an empty batch.
+/// Fills the gradients with zeros, which is right for an empty batch.
 template <typename... Tensors>
 std::tuple<Tensors...> zeroed(const std::tuple<Tensors...>& gradients) {
   std::apply([](const auto&... gradient) { (gradient.zero_(), ...); }, gradients);
@@ -37,11 +37,11 @@ std::tuple<Tensors...> zeroed(const std::tuple<Tensors...>& gradients) {
 
 constexpr const char* image_layout = "(batch, channels, height, width)";
 
-/// Checks the arguments of one operator. A failed check names the argument, what came and what was expected.
-/// The checks read symbolic sizes, so the Meta backend makes them too.
+/// Checks the arguments of one operator. The error of a failed check names the argument, its value and the expected
+/// one. Sizes may be symbolic, so the Meta backend makes the same checks.
 class Checks {
  public:
-  /// `main` is the argument that the others must match in device and dtype.
+  /// The other arguments must match the device and dtype of `main`.
   Checks(const char* op, const char* main_name, const at::Tensor& main);
 
   /// `layout` names the dimensions, such as "(batch, channels, length)".
@@ -49,12 +49,12 @@ class Checks {
   void shape(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected, const char* layout) const;
   void at_least_one(const char* what, const c10::SymInt& size, const char* name, const at::Tensor& tensor) const;
 
-  /// The device and dtype of the main argument; with `expected` also this shape.
+  /// The device and dtype of the main argument, and the shape `expected` if given.
   void like_main(const char* name, const at::Tensor& tensor) const;
   void like_main(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected, const char* layout) const;
-  /// The shape `expected`, the device of the main argument, and its dtype or, beside 16 bits, float32.
+  /// The shape `expected`, the device of the main argument, and its dtype; beside a 16-bit dtype also float32.
   void parameter(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected, const char* layout) const;
-  /// The parameter (out, planes, k, k) with an odd k.
+  /// A parameter (out, planes, k, k) with an odd k.
   void kernel(const char* name, const at::Tensor& tensor, const c10::SymInt& out, int64_t planes,
               const char* layout) const;
 

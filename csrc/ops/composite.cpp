@@ -13,13 +13,13 @@
 namespace mobilemamba {
 namespace {
 
-/// A plain weight ends in two equal odd sizes, a packed one in 32 and 2.
+/// The last two sizes of a plain weight are equal and odd; those of a packed weight are 32 and 2.
 bool is_packed(const at::Tensor& weight) {
   return weight.size(3) == 2;
 }
 
-/// Whether `x` holds elements in CPU memory and nothing records or transforms the operators on it. A fake, functional,
-/// batched or traced tensor stands for a batch of any size.
+/// Whether `x` holds elements in CPU memory and no mode records or transforms operators. A fake, functional, batched or
+/// traced tensor may stand for a batch of another size, so a graph must not contain the parts of this one.
 bool is_plain_cpu(const at::Tensor& x) {
   static constexpr c10::DispatchKeySet transforms(
       {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::Functionalize,

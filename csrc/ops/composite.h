@@ -1,5 +1,5 @@
-// What the operators share that are composed of other differentiable operators: dense convolutions and parts of a
-// batch. Such an operator needs no kernel of its own. Its gradients, shapes and casts are those of the inner operators.
+// Shared by the operators that call other differentiable operators and have no kernel: dense convolutions and parts of
+// a batch. Their gradients and shapes come from the inner operators.
 #pragma once
 
 #include <c10/util/FunctionRef.h>
@@ -13,13 +13,13 @@ namespace mobilemamba {
 at::Tensor dense_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, int64_t kernel_size,
                         int64_t stride, const char* activation);
 
-/// Checks the weight and the bias (out) of dense_conv2d; returns out.
+/// Checks the weight and the bias (out) of dense_conv2d and returns out.
 c10::SymInt check_dense_conv2d(const Checks& check, const char* weight_name, const at::Tensor& weight,
                                const char* bias_name, const at::Tensor& bias, const c10::SymInt& in,
                                int64_t kernel_size);
 
-/// layers(input). On the CPU the layers take `images` of the batch at a time, so that the activations between them stay
-/// in the cache. No image depends on another.
+/// layers(input). On the CPU all layers process `images` images before the next ones, so that the activations between
+/// the layers stay in the cache. No image may depend on another.
 at::Tensor in_parts(const at::Tensor& input, int64_t images, c10::function_ref<at::Tensor(const at::Tensor&)> layers);
 
 }  // namespace mobilemamba

@@ -1,4 +1,4 @@
-// Host side of the depthwise convolution; see the header.
+// The host side of the depthwise convolution; see the header.
 #include "ops/depthwise_conv2d.h"
 
 #include <ATen/ops/empty.h>
@@ -74,7 +74,7 @@ struct Inputs {
     weight = channels_last_weight(a.weight, type);
     if (a.bias) bias = a.bias->to(type).contiguous();
     const int64_t height = image.size(2), width = image.size(3);
-    // the kernels' memory grows with the stride, the output does not change once it is longer than the image
+    // a stride beyond the image's size gives the same output as that size, but the kernels would need more memory
     const int64_t stride = std::min(a.stride, std::max(height, width));
     sizes = {kernel_dtype(image.scalar_type()), image.size(0), image.size(1), height, width, a.weight.size(3), stride};
   }
@@ -129,7 +129,7 @@ DepthwiseGradients DepthwiseBackend::depthwise_conv2d_backward(const at::Tensor&
   const DepthwiseSizes& sizes = inputs.sizes;
 
   at::Tensor grad = channels_contiguous(grad_output);
-  if (inputs.activation != Activation::none) {  // that of the convolution, which is computed once more
+  if (inputs.activation != Activation::none) {  // computes the convolution again for the activation's derivative
     at::Tensor before_activation = arguments.output();
     DepthwiseForward p = inputs.forward(before_activation.mutable_data_ptr(), sizes.channels);
     p.grad_output = image_of(grad);

@@ -1,4 +1,4 @@
-// Host side of the depthwise convolution that its backends share: checks, outputs, kernel parameters.
+// The host side of the depthwise convolution, shared by its backends: checks, outputs, kernel parameters.
 #pragma once
 
 #include "kernels/depthwise.h"
@@ -8,7 +8,7 @@ namespace mobilemamba {
 
 using DepthwiseGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-/// What forward and backward take alike.
+/// The arguments that forward and backward share.
 struct DepthwiseArguments {
   at::Tensor input, weight;
   std::optional<at::Tensor> bias;
@@ -31,7 +31,7 @@ struct DepthwiseBackend {
   void (*backward_weight)(const DepthwiseBackwardWeight&);
 
   at::Tensor depthwise_conv2d(const DepthwiseArguments& arguments, const std::optional<at::Tensor>& residual) const;
-  /// relu(scale * activation(convolution + bias) + shift), written to `output`, whose positions are `output_column`
+  /// Writes relu(scale * activation(convolution + bias) + shift) to `output`. Its positions are `output_column`
   /// elements apart.
   void depthwise_conv2d_into(void* output, int64_t output_column, const DepthwiseArguments& arguments,
                              const at::Tensor& scale, const at::Tensor& shift) const;

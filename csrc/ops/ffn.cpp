@@ -1,4 +1,4 @@
-// Host side of the feed-forward layer; see the header.
+// The host side of the feed-forward layer; see the header.
 #include "ops/ffn.h"
 
 #include <ATen/ops/addmm.h>

@@ -1,4 +1,4 @@
-// Host side of the feed-forward layer that its backends share: checks, outputs, composition.
+// The host side of the feed-forward layer, shared by its backends: checks, outputs, composition.
 #pragma once
 
 #include "mobilemamba.h"
@@ -19,7 +19,7 @@ struct FfnRows {
   FfnWeights weights;
 };
 
-/// The arguments of ffn, or those that it shares with ffn_backward.
+/// The arguments of ffn; those of ffn_backward are the same without the residual.
 struct FfnArguments {
   FfnArguments(const at::Tensor& input, const std::optional<at::Tensor>& residual, const at::Tensor& expand_weight,
                const at::Tensor& expand_bias, const at::Tensor& project_weight, const at::Tensor& project_bias)
@@ -36,11 +36,11 @@ struct FfnArguments {
   void check_backward(const at::Tensor& grad_output) const;
   /// Uninitialised.
   FfnGradients gradients() const;
-  /// The operator by a backend's function of rows.
+  /// The operator, computed by a backend's function of rows.
   at::Tensor with(at::Tensor (*layer)(const FfnRows&)) const;
 };
 
-/// The layer by torch.
+/// The layer, computed by torch's operators.
 at::Tensor ffn_with_torch(const FfnRows& rows);
 
 /// The gradients, composed of torch's operators.

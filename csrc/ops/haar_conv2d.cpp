@@ -1,4 +1,4 @@
-// Host side of the Haar convolution; see the header.
+// The host side of the Haar convolution; see the header.
 #include "ops/haar_conv2d.h"
 
 #include <ATen/ops/empty.h>

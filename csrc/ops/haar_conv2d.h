@@ -1,4 +1,4 @@
-// Host side of the Haar convolution that its backends share: checks, outputs, kernel parameters.
+// The host side of the Haar convolution, shared by its backends: checks, outputs, kernel parameters.
 #pragma once
 
 #include "kernels/haar.h"
@@ -19,7 +19,7 @@ struct HaarBackend {
   void (*backward_weight)(const HaarBackwardWeight&);
 
   at::Tensor haar_conv2d(const at::Tensor& input, const at::Tensor& weight) const;
-  /// The same of a weight (C, 4, k, k), written to `output`, whose positions are `output_column` elements apart.
+  /// The same for a weight (C, 4, k, k). Writes to `output`, whose positions are `output_column` elements apart.
   void haar_conv2d_into(void* output, int64_t output_column, const at::Tensor& input, const at::Tensor& bands) const;
   at::Tensor haar_conv2d_backward_weight(const at::Tensor& grad_output, const at::Tensor& input,
                                          int64_t kernel_size) const;

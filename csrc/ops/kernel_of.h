@@ -1,5 +1,5 @@
-// Kernels from functions that take an operator's arguments as a struct, so that its long signature stands only in
-// mobilemamba.h and where the operator is called.
+// Makes a kernel from a function that takes the operator's arguments as a struct. So an operator's long signature is
+// written only in mobilemamba.h and in operators.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,8 +25,8 @@ struct KernelOf<function, Result (*)(const at::Tensor&, Args...)> {
 
 }  // namespace detail
 
-/// A kernel of the operator `op` (its public function): calls `function` with a struct of the operator's arguments in
-/// their order. A backward operator's gradient comes before the struct.
+/// A kernel for the operator with the public function `op`. It calls `function` with a struct that has the operator's
+/// arguments as members, in their order. A backward operator passes its gradient before the struct.
 template <auto op, auto function>
 inline constexpr auto kernel_of = &detail::KernelOf<function, decltype(op)>::call;
 

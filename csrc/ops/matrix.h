@@ -1,4 +1,4 @@
-// What the operators with matrix products share: images as matrices with a row for each position, and weights (out, in)
+// Shared by the operators with matrix products: images as matrices with a row for each position, and weights (out, in)
 // that may be packed (by pack_conv2d_weight, as kernels of size 1).
 #pragma once
 
@@ -12,7 +12,7 @@ at::Tensor positions(const at::Tensor& image);
 /// The matrix (positions, channels) as images with the batch, height and width of `like`.
 at::Tensor image(const at::Tensor& positions, const at::Tensor& like);
 
-/// Checks the shape of a weight (out, in), plain or packed, and that it is like the main argument.
+/// Checks the shape, device and dtype of a weight (out, in), plain or packed.
 void check_matrix(const Checks& check, const char* name, const at::Tensor& weight, const c10::SymInt& out,
                   const c10::SymInt& in);
 

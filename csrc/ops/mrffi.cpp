@@ -1,4 +1,4 @@
-// Host side of the MRFFI block; see the header.
+// The host side of the MRFFI block; see the header.
 #include "ops/mrffi.h"
 
 #include <ATen/TensorOperators.h>
@@ -138,7 +138,7 @@ MrffiGradients MrffiArguments::gradients() const {
 
 namespace {
 
-/// What the scan takes of the projection (positions, 2 * (R + 2N)): delta, B and C.
+/// delta, B and C of the scan: the slices of the projection (positions, 2 * (R + 2N)).
 std::array<at::Tensor, 3> scan_rows(const at::Tensor& projected, int64_t batch, int64_t rank, int64_t state) {
   const at::Tensor rows = projected.view({batch, -1, 2, rank + 2 * state}).permute({0, 2, 3, 1});
   return {rows.narrow(2, 0, rank), rows.narrow(2, rank, state), rows.narrow(2, rank + state, state)};
@@ -178,7 +178,7 @@ void MrffiBackend::run(const at::Tensor& input, const at::Tensor& residual, cons
   const at::ScalarType sums = accumulate_type(x.scalar_type());
   const auto matrix = [&](int64_t columns) { return at::empty({rows, columns}, x.options()); };
 
-  // all parts write into their channels of one buffer, after the ReLU
+  // every part writes its channels of one buffer and applies the ReLU itself
   at::Tensor mixed = matrix(channels);
   const at::Tensor x_global = x.narrow(1, 0, global);
   at::Tensor mixed_global = mixed.narrow(1, 0, global);
@@ -235,7 +235,7 @@ MrffiGradients mrffi_backward_composed(const at::Tensor& grad_output, const Mrff
   const int64_t rank = w.rank(), state = w.state(), rows = rank + 2 * state;
   const auto in_type = [&](const at::Tensor& bias) { return bias.to(x.scalar_type()); };
 
-  // forward again, keeping what the gradients need
+  // the forward pass again, which keeps the activations for the gradients
   const at::Tensor in_weight = plain_matrix(w.in_weight, 2 * inner, global);
   const at::Tensor x_weight = plain_matrix(w.x_weight, 2 * rows, inner);
   const at::Tensor out_weight = plain_matrix(w.out_weight, global, inner);
@@ -264,7 +264,7 @@ MrffiGradients mrffi_backward_composed(const at::Tensor& grad_output, const Mrff
   mixed.narrow(1, global + local, identity).copy_(x.narrow(1, global + local, identity));
   mixed.relu_();
 
-  // and back
+  // the backward pass
   MrffiWeights grads;
   const auto like = [&](at::Tensor W::* weight, const at::Tensor& grad) {
     grads.*weight = parameter_gradient(grad, w.*weight);

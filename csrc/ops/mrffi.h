@@ -1,4 +1,4 @@
-// Host side of the MRFFI block that its backends share: the list of its weights, checks, outputs, composition.
+// The host side of the MRFFI block, shared by its backends: the list of weights, checks, outputs, composition.
 #pragma once
 
 #include <c10/util/FunctionRef.h>
@@ -49,17 +49,18 @@ struct MrffiSizes {
 struct MrffiWeight {
   enum class Kind {
     matrix,     // (out, in) in the input's dtype, plain or packed (pack_conv2d_weight)
-    kernel,     // (channels, planes, k, k) with k odd; may be float32 beside a 16-bit input
-    parameter,  // may be float32 beside a 16-bit input
+    kernel,     // (channels, planes, k, k) with k odd, in the input's dtype, or float32 beside a 16-bit input
+    parameter,  // in the input's dtype, or float32 beside a 16-bit input
   };
   const char* name;
   at::Tensor MrffiWeights::* tensor;
   Kind kind;
   const char* layout;
-  c10::SmallVector<c10::SymInt, 3> (*sizes)(const MrffiSizes&);  // of a kernel without k
+  c10::SmallVector<c10::SymInt, 3> (*sizes)(const MrffiSizes&);  // for a kernel without k
 };
 
-/// The list's order. mobilemamba/ops/operators.py has the same names (MRFFI_WEIGHTS); a test compares them.
+/// The weights in the operator's order. MRFFI_WEIGHTS in mobilemamba/ops/operators.py has the same names; a test
+/// compares them.
 extern const std::array<MrffiWeight, 20> mrffi_weights;
 
 struct MrffiArguments {
@@ -73,8 +74,8 @@ struct MrffiArguments {
   MrffiGradients gradients() const;
 };
 
-/// relu(input @ weight.t() + bias + residual) for (rows, channels) matrices with contiguous channels. Bias and residual
-/// may be undefined; the ReLU is optional, and the residual may be added after it.
+/// relu(input @ weight.t() + bias) + residual or, with `residual_inside`, relu(input @ weight.t() + bias + residual).
+/// The matrices (rows, channels) have contiguous channels. Bias and residual may be undefined.
 struct Product {
   at::Tensor input, weight, bias = {}, residual = {};
   bool residual_inside = false, relu = false;
@@ -86,22 +87,22 @@ struct MrffiBackend {
   HaarBackend haar;
   DepthwiseBackend depthwise;
   void (*gate)(const GateForward&);
-  /// Writes to `output`, which may be the residual.
+  /// Writes to `output`, which may be the same memory as the residual.
   void (*product)(const Product&, at::Tensor output);
   /// Calls `run` with parts of a batch, each given by its first image and its number of images. The calls may come in
   /// any order and at the same time.
   void (*in_parts)(int64_t batch, int64_t positions, c10::function_ref<void(int64_t, int64_t)> run);
 
-  /// For arguments that are checked.
+  /// Expects checked arguments.
   at::Tensor mrffi(const MrffiArguments& arguments, const std::optional<at::Tensor>& residual) const;
 
  private:
-  /// Images and the residual, which may be undefined, are channels-last.
+  /// Expects channels-last images. The residual may be undefined.
   void run(const at::Tensor& input, const at::Tensor& residual, const MrffiWeights& w, double eps,
            const at::Tensor& output) const;
 };
 
-/// The product by torch.
+/// The product, computed by torch's operators.
 void product_with_torch(const Product& p, at::Tensor output);
 
 /// The gradients, composed of the other operators and torch's.

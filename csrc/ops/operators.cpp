@@ -6,7 +6,7 @@
 namespace mobilemamba {
 namespace {
 
-/// The operator `name`, whose signature is that of its public function. Callers look it up once.
+/// The operator `name`, which has the signature of its public function. Callers keep it and search only once.
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> operator_named(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();

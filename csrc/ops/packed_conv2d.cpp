@@ -1,4 +1,4 @@
-// Host side of the convolution on a packed weight; see the header.
+// The host side of the convolution on a packed weight; see the header.
 #include "ops/packed_conv2d.h"
 
 #include <ATen/ops/constant_pad_nd.h>
@@ -24,7 +24,7 @@ at::Tensor pack_conv2d_weight(const at::Tensor& weight) {
   const at::Tensor rows = weight.permute({0, 2, 3, 1}).flatten(1);
   const int64_t out = rows.size(0), in = rows.size(1), panels = (out + panel - 1) / panel, pairs = (in + 1) / 2;
   const at::Tensor padded = at::constant_pad_nd(rows, {0, 2 * pairs - in, 0, panels * panel - out});
-  // a copy in any case: contiguous() would keep the strides of dimensions of size 1, which Meta does not foresee
+  // clone() always copies; contiguous() would keep the strides of dimensions of size 1, which Meta does not know
   return padded.view({panels, panel, pairs, 2}).permute({0, 2, 1, 3}).clone(at::MemoryFormat::Contiguous);
 }
 
@@ -47,7 +47,7 @@ std::vector<c10::SymInt> output_sizes(const PackedConvArguments& a) {
   const auto strided = [&](int64_t dim) -> c10::SymInt {
     const c10::SymInt size = a.input.sym_size(dim);
     if (const auto known = size.maybe_as_int()) return (*known + a.stride - 1) / a.stride;
-    return (size - 1) / a.stride + 1;  // the form of torch's own convolution, of which it knows that it is at least 1
+    return (size - 1) / a.stride + 1;  // torch knows this form from its own convolution, and that it is at least 1
   };
   return {a.input.sym_size(0), a.bias.sym_size(0), strided(2), strided(3)};
 }
@@ -77,7 +77,7 @@ at::Tensor PackedConvArguments::output() const {
 at::Tensor conv2d_with_torch(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                              int64_t stride) {
   const at::Tensor in_type = bias.to(input.scalar_type());
-  if (weight.size(3) == 1 && stride == 1)  // a matrix product, which torch computes faster than this convolution
+  if (weight.size(3) == 1 && stride == 1)  // torch computes the matrix product faster than this convolution
     return at::linear(input.permute({0, 2, 3, 1}), weight.flatten(1), in_type).permute({0, 3, 1, 2});
   return at::conv2d(input, weight, in_type, stride, weight.size(3) / 2);
 }
@@ -102,7 +102,7 @@ at::Tensor with_uniform_rows(const at::Tensor& x) {
   return uniform ? y : y.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-/// Elements from row to row; a size of 1 says nothing about its stride.
+/// Elements from row to row. The stride of a dimension of size 1 has no meaning.
 int64_t row_stride(const at::Tensor& rows) {
   return rows.size(3) > 1 ? rows.stride(3) : rows.size(1);
 }

@@ -11,11 +11,10 @@
 namespace mobilemamba {
 namespace {
 
-/// Images per part on the CPU. With fewer, squeeze-excite reads its weights too often (1.2 MB in float32 at the first
-/// merging of s6, 768 to 192 channels and back). With more, its input outgrows the cache and the memory that the
-/// allocator keeps: 19 MB for 32 images of s6 at 224 x 224, which glibc in some processes returns to the system after
-/// each pass, 9400 page faults. Measured for s6 at batch 32 (2 cores of an AMD EPYC with AVX2) there: 287 ms for the
-/// network with all at once, 273 ms with parts of 8.
+/// Images per part on the CPU. With fewer, the weights of squeeze-excite (1.2 MB in float32 at the first merging of s6)
+/// are read too often. With more, the activations grow to 19 MB for 32 images of s6 at 224 x 224, which glibc returns
+/// to the system after each pass in some processes: 9400 page faults. Measured there for s6 at batch 32 on 2 cores of
+/// an AMD EPYC with AVX2: the network takes 287 ms without parts, 273 ms with parts of 8.
 constexpr int64_t part_images = 8;
 
 constexpr int64_t stride = 2;

@@ -30,7 +30,7 @@ __all__ = [
 
 
 def fold_batchnorm(module: nn.Module) -> nn.Module:
-    """Fold every BatchNorm under ``module``, in place where possible; returns the module to use instead.
+    """Fold every BatchNorm under ``module``, in place if possible, and return the module to use instead.
 
     A layer takes part by defining ``fold()``, which is called after its children were folded.
     """
@@ -41,22 +41,22 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def in_order(weight: Tensor, *dims: int) -> nn.Parameter:
-    """The same weight, in memory in the order of ``dims``: where that is a kernel's, it is read without a copy."""
+    """The same weight with the memory order ``dims``; a kernel reads its own order without a copy."""
     inverse = sorted(range(len(dims)), key=lambda i: dims[i])
     return nn.Parameter(weight.detach().permute(dims).contiguous().permute(inverse))
 
 
 def is_short(tensor: Tensor) -> bool:
-    """Whether its numbers have 16 bits."""
+    """Whether the dtype has 16 bits."""
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 class Folded(nn.Module):
-    """A folded layer: ``matrices`` names the parameters that are multiplied in the type of the images.
+    """A folded layer. ``matrices`` names the parameters that have the dtype of the images.
 
-    The others are few, and what rounding them costs in accuracy buys no time: they stay float32 where the layer goes to
-    16 bits. ``pack`` puts the matrices into the order in which the CPU kernel reads them, as their only copies. No
-    memory format changes how a parameter lies.
+    The other parameters are small: 16 bits would cost accuracy and save no time. So they stay float32 if the layer is
+    cast to 16 bits. ``pack`` replaces the matrices by copies in the memory order of the CPU kernel. A memory format
+    passed to ``to`` does not change the memory order of a parameter.
     """
 
     matrices: tuple[str, ...] = ()
@@ -112,7 +112,7 @@ class DenseConv2d(Folded):
 
 
 class FoldedLinear(nn.Module):
-    """A linear layer that ``pack`` takes part in. ``(B, C) -> (B, out)``."""
+    """A folded linear layer whose weight can be packed. ``(B, C) -> (B, out)``."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class FoldedLinear(nn.Module):
 
 
 class DepthwiseConv2d(Folded):
-    """A folded depthwise convolution with activation: one operator."""
+    """A folded depthwise convolution with activation, as one operator."""
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int, activation: str) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class ConvNorm(nn.Module):
         return y if residual is None else y + residual
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution that computes the same with the running statistics."""
+        """Weight and bias of one convolution that does the same with the running statistics."""
         assert self.norm.running_mean is not None
         assert self.norm.running_var is not None
         scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
@@ -184,7 +184,7 @@ class ConvNorm(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
-        """The same function of an input as one layer (inference statistics)."""
+        """The same function as one layer, with the running statistics."""
         conv = self.conv
         weight, bias = self.folded()
         if conv.groups == conv.in_channels == conv.out_channels:
@@ -201,7 +201,7 @@ class PatchEmbedding(nn.Sequential):
     def fold(self) -> nn.Module:
         convs: dict[str, DenseConv2d] = {}
         for name, conv in self.named_children():
-            if isinstance(conv, DepthwiseConv2d):  # one channel to one channel
+            if isinstance(conv, DepthwiseConv2d):  # ConvNorm folds one channel to one channel so
                 conv = DenseConv2d(conv.weight.detach(), conv.bias.detach(), conv.stride, "none")
             if isinstance(conv, DenseConv2d):
                 convs[name] = conv
@@ -211,7 +211,7 @@ class PatchEmbedding(nn.Sequential):
 
 
 class FoldedPatchEmbedding(nn.Sequential):
-    """A :class:`PatchEmbedding` whose convolutions are folded, as one operator. They hold its parameters."""
+    """A :class:`PatchEmbedding` with folded convolutions, which hold the parameters of one operator."""
 
     def __init__(self, convs: dict[str, DenseConv2d]) -> None:
         super().__init__(OrderedDict(convs))
@@ -292,7 +292,7 @@ class SqueezeExcite(nn.Module):
 
 
 class FoldedSqueezeExcite(nn.Module):
-    """A :class:`SqueezeExcite` that ``pack`` takes part in. ``(B, C, H, W) -> (B, C, H, W)``."""
+    """A :class:`SqueezeExcite` whose weights can be packed. ``(B, C, H, W) -> (B, C, H, W)``."""
 
     def __init__(self, layer: SqueezeExcite) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ class PatchMerging(nn.Module):
 
 
 class FoldedPatchMerging(nn.Module):
-    """A :class:`PatchMerging` whose layers are folded, as one operator. They hold its parameters."""
+    """A :class:`PatchMerging` with folded layers, which hold the parameters of one operator."""
 
     def __init__(
         self,

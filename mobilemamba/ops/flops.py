@@ -1,10 +1,10 @@
 """What the operators cost, for ``torch.utils.flop_counter.FlopCounterMode``, which cannot see inside them.
 
-A formula takes the shapes of an operator's arguments, and ``out_shape``, and returns floating-point operations: two
-for a multiplication with the addition that follows it, as everywhere in the counter. They are those of the definition
-in ``ops``, whatever a kernel repeats or saves, so that a model costs the same however it is computed; a backward pass
-counts twice the forward one, a product for the gradient of each factor. Activations, biases and norms are left out, as
-the counter's own formulas do. A new operator takes part by a formula here.
+A formula takes the shapes of an operator's arguments, and ``out_shape``, and returns floating-point operations. As in
+the counter's own formulas, a multiplication and the addition after it count two, and activations, biases and norms
+count nothing. A formula counts the operator's definition, not what a kernel repeats or saves, so a model costs the same
+however it is computed. A backward pass counts twice the forward pass: each product has a gradient for both factors.
+Every operator with a kernel needs a formula; the others are counted by the operators that they call.
 """
 
 from math import prod
@@ -25,7 +25,7 @@ NATIVE = torch.ops.mobilemamba
 @register_flop_formula(NATIVE.bidirectional_scan)
 def scan(u: Shape, delta: Shape, A_log: Shape, *_: Any, out_shape: Any = None) -> int:
     rank, states = delta[2], A_log[2]
-    # dt from its rank; with each state dt * A, dt * u * B, the recurrence and C * h; and, once, dt * u and D * u
+    # dt from R rows; for each state dt * A, dt * u * B, the recurrence and C * h; and once dt * u and D * u
     return 2 * 2 * prod(u) * (rank + 4 * states + 2)
 
 
@@ -37,7 +37,7 @@ def scan_backward(grad_y: Shape, u: Shape, delta: Shape, A_log: Shape, *_: Any, 
 def haar(image: Shape, kernel: int) -> int:
     batch, channels, height, width = image
     coefficients = 4 * batch * channels * ((height + 1) // 2) * ((width + 1) // 2)
-    return 2 * coefficients * (kernel**2 + 4 + 4)  # and two transforms, of four terms for each coefficient
+    return 2 * coefficients * (kernel**2 + 4 + 4)  # two transforms with four terms for each coefficient
 
 
 @register_flop_formula(NATIVE.haar_conv2d)

@@ -2,6 +2,9 @@
 
 Each function only calls ``torch.ops.mobilemamba``, so it works under autograd, autocast, ``torch.jit.script``,
 ``torch.compile`` and ``torch.export``, on every backend that the library was built for.
+
+An operator that is differentiable once refuses a second derivative where it is used: ``derivative for
+mobilemamba::ffn_backward is not implemented`` is about :func:`ffn`.
 """
 
 import torch
@@ -45,8 +48,8 @@ def bidirectional_scan(
     size ``dt`` is rebuilt from its ``R`` low-rank rows inside the kernel and never stored.
 
     Args:
-        u: input, ``(batch, channels, length)``; float16, bfloat16, float32 or float64, any strides. Unit stride in
-            ``channels`` (channels-last) is the fast layout; any other is copied to it first.
+        u: input, ``(batch, channels, length)``; float16, bfloat16, float32 or float64, any strides. Channels-last (unit
+            stride in ``channels``) is the fast layout; other layouts are copied to it first.
         delta: low-rank step sizes, ``(batch, 2, R, length)``.
         A_log: log of the negated state matrix, ``(2, channels, N)``.
         B: input matrix, ``(batch, 2, N, length)``.
@@ -62,8 +65,7 @@ def bidirectional_scan(
         float32 (float64 for float64). Differentiable once, in reverse mode, in every argument; deterministic.
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
-            expected.
+        RuntimeError: a shape, dtype or device is not the expected one; the message names the argument and both values.
 
     Source: "MobileMamba" (arXiv 2411.15941), the two-direction scan; "Mamba" (arXiv 2312.00752), the recurrence.
     """
@@ -89,8 +91,7 @@ def haar_conv2d(input: Tensor, weight: Tensor) -> Tensor:
         number of times; deterministic.
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
-            expected.
+        RuntimeError: a shape, dtype or device is not the expected one; the message names the argument and both values.
 
     Source: "MobileMamba" (arXiv 2411.15941); "Wavelet Convolutions for Large Receptive Fields" (arXiv 2407.05848).
     """
@@ -105,13 +106,13 @@ def depthwise_conv2d(
     stride: int = 1,
     activation: str = "none",
 ) -> Tensor:
-    """Depthwise convolution with what usually follows it: ``activation(conv(input) + bias) + residual``.
+    """Depthwise convolution with bias, activation and residual: ``activation(conv(input) + bias) + residual``.
 
     Every channel is convolved with its own ``k x k`` kernel, with zero padding of ``k // 2`` on every side.
 
     Args:
         input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides. Unit stride in
-            ``channels`` (channels-last, or a slice of its channels) is the fast layout; any other is copied to it
+            ``channels`` (channels-last, or a slice of its channels) is the fast layout; other layouts are copied to it
             first.
         weight: ``(channels, 1, k, k)`` with ``k`` odd; sizes 3, 5 and 7 are the fast ones.
         bias: ``(channels,)``. ``weight`` and ``bias`` have the dtype of ``input``, or are float32 beside a float16 or
@@ -123,20 +124,20 @@ def depthwise_conv2d(
     Returns:
         ``(batch, channels, ceil(height / stride), ceil(width / stride))`` in the dtype of ``input``, channels-last in
         memory. Differentiable once, in reverse mode, in every tensor argument; deterministic. The backward pass
-        computes the convolution again, so that nothing but the arguments is kept for it.
+        computes the convolution again, so only the arguments are kept for it.
 
     Raises:
-        RuntimeError: a shape, dtype, device, stride or activation does not fit; the message names the argument, what
-            came and what was expected.
+        RuntimeError: a shape, dtype, device, stride or activation is not an expected one; the message names the
+            argument and both values.
     """
     return torch.ops.mobilemamba.depthwise_conv2d(input, weight, bias, residual, stride, activation)
 
 
 def pack_conv2d_weight(weight: Tensor) -> Tensor:
-    """The weight ``(out_channels, in_channels, k, k)`` of a convolution as :func:`packed_conv2d` takes it.
+    """Packs the weight ``(out_channels, in_channels, k, k)`` of a convolution for :func:`packed_conv2d`.
 
     Returns:
-        ``(ceil(out_channels / 32), ceil(in_channels * k * k / 2), 32, 2)``, zero where there is no channel.
+        ``(ceil(out_channels / 32), ceil(in_channels * k * k / 2), 32, 2)``, filled up with zeros.
     """
     return torch.ops.mobilemamba.pack_conv2d_weight(weight)
 
@@ -150,13 +151,13 @@ def packed_conv2d(
     stride: int = 1,
     activation: str = "none",
 ) -> Tensor:
-    """Convolution with what usually follows it: ``activation(conv(input) + bias) + residual``.
+    """Convolution with bias, activation and residual: ``activation(conv(input) + bias) + residual``.
 
-    With zero padding of ``kernel_size // 2`` on every side, and a weight that lies as the CPU kernel reads it.
+    It has zero padding of ``kernel_size // 2`` on every side. The weight has the memory order of the CPU kernel.
 
     Args:
         input: ``(batch, in_channels, height, width)``; float16, bfloat16, float32 or float64, any strides.
-            Channels-last, or a slice of its channels, is the fast layout; any other is copied to it first.
+            Channels-last, or a slice of its channels, is the fast layout; other layouts are copied to it first.
         weight: packed by :func:`pack_conv2d_weight`, in the dtype of ``input``.
         bias: ``(out_channels,)``, in the dtype of ``input``, or float32 beside a float16 or bfloat16 ``input``.
         residual: added last; of the output's shape, in the dtype of ``input``.
@@ -170,8 +171,8 @@ def packed_conv2d(
         deterministic.
 
     Raises:
-        RuntimeError: a shape, dtype, device, size or activation does not fit; the message names the argument, what came
-            and what was expected.
+        RuntimeError: a shape, dtype, device, size or activation is not an expected one; the message names the argument
+            and both values.
     """
     return torch.ops.mobilemamba.packed_conv2d(input, weight, bias, residual, kernel_size, stride, activation)
 
@@ -187,8 +188,8 @@ def ffn(
     """The feed-forward layer with BatchNorm folded, with its own residual and one more.
 
     At each position ``output = input + project_weight @ relu(expand_weight @ input + expand_bias) + project_bias +
-    residual``. On the CPU both products are made of some positions before the next ones, where there are enough for all
-    threads, so that what is between them stays in the cache.
+    residual``. If there are enough positions for all threads, the CPU takes a chunk of positions through both products
+    before the next chunk, so the hidden activations stay in the cache.
 
     Args:
         input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides, channels-last
@@ -202,20 +203,19 @@ def ffn(
 
     Returns:
         ``(batch, channels, height, width)`` in the dtype of ``input``, channels-last in memory. Sums are kept in
-        float32 (float64 for float64), hidden numbers in the dtype of ``input``. Differentiable once, in reverse mode,
-        in every tensor; deterministic. The backward pass computes the hidden numbers again, so that nothing but the
-        arguments is kept for it.
+        float32 (float64 for float64), hidden activations in the dtype of ``input``. Differentiable once, in reverse
+        mode, in every tensor; deterministic. The backward pass computes the hidden activations again, so only the
+        arguments are kept for it.
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
-            expected.
+        RuntimeError: a shape, dtype or device is not the expected one; the message names the argument and both values.
 
     Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
     """
     return torch.ops.mobilemamba.ffn(input, residual, expand_weight, expand_bias, project_weight, project_bias)
 
 
-#: The names of :func:`mrffi`'s weights in their order, that of ``mrffi_weights`` in ``csrc/ops/mrffi.cpp``.
+#: The names of :func:`mrffi`'s weights, in the order of ``mrffi_weights`` in ``csrc/ops/mrffi.cpp``.
 MRFFI_WEIGHTS = (
     "in_weight",
     "in_bias",
@@ -258,24 +258,22 @@ def mrffi(input: Tensor, residual: Tensor | None, weights: list[Tensor], eps: fl
             is the fast layout.
         residual: added last; of the shape and dtype of ``input``.
         weights: in the order of ``MRFFI_WEIGHTS``, with inner width D, rank R and state size N: ``in_weight (2D, G)``,
-            ``in_bias (2D,)``,
-            ``conv_weight (D, 1, k, k)``, ``conv_bias (D,)``, ``x_weight (2 * (R + 2N), D)``, ``dt_weight (2, D, R)``,
-            ``dt_bias (2, D)``, ``A_log (2, D, N)``, ``D (2, D)``, ``norm_weight (D,)``, ``norm_bias (D,)``,
-            ``out_weight (G, D)``, ``out_bias (G,)``, ``wavelet_weight (G, 4, k, k)``, ``local_weight (P, 1, k, k)``,
-            ``local_bias (P,)``, ``local_scale (P,)``, ``local_shift (P,)``, ``proj_weight (channels, channels)``,
-            ``proj_bias (channels,)``. The four matrices have the dtype of ``input`` and may also be packed (by
-            :func:`pack_conv2d_weight`, as kernels of size 1); the others may be float32 beside a float16 or bfloat16
-            ``input``.
+            ``in_bias (2D,)``, ``conv_weight (D, 1, k, k)``, ``conv_bias (D,)``, ``x_weight (2 * (R + 2N), D)``,
+            ``dt_weight (2, D, R)``, ``dt_bias (2, D)``, ``A_log (2, D, N)``, ``D (2, D)``, ``norm_weight (D,)``,
+            ``norm_bias (D,)``, ``out_weight (G, D)``, ``out_bias (G,)``, ``wavelet_weight (G, 4, k, k)``,
+            ``local_weight (P, 1, k, k)``, ``local_bias (P,)``, ``local_scale (P,)``, ``local_shift (P,)``,
+            ``proj_weight (channels, channels)``, ``proj_bias (channels,)``. The four matrices have the dtype of
+            ``input`` and may also be packed (by :func:`pack_conv2d_weight`, as kernels of size 1); the others may be
+            float32 beside a float16 or bfloat16 ``input``.
         eps: of the LayerNorm.
 
     Returns:
         ``(batch, channels, height, width)`` in the dtype of ``input``, channels-last in memory. Differentiable once, in
-        reverse mode, in every tensor; deterministic. The backward pass computes the parts again, so that nothing but
-        the arguments is kept for it.
+        reverse mode, in every tensor; deterministic. The backward pass computes the parts again, so only the arguments
+        are kept for it.
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
-            expected.
+        RuntimeError: a shape, dtype or device is not the expected one; the message names the argument and both values.
 
     Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
     """
@@ -285,26 +283,26 @@ def mrffi(input: Tensor, residual: Tensor | None, weights: list[Tensor], eps: fl
 def patch_embedding(input: Tensor, weights: list[Tensor], biases: list[Tensor], strides: list[int]) -> Tensor:
     """Patch embedding with BatchNorm folded: 3x3 convolutions one after another, a ReLU after each but the last.
 
-    Each convolution has zero padding of 1. On the CPU all of them take a few images before the next ones, so that the
-    activations between them stay in the cache. The result is the same for any batch.
+    Each convolution has zero padding of 1. The CPU takes a few images through all convolutions before the next images,
+    so the activations between them stay in the cache. No image depends on another.
 
     Args:
         input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides, channels-last
             is the fast layout.
-        weights: at least one, ``(out_channels, in_channels, 3, 3)``, in the dtype of ``input``. They may also be packed
-            (by :func:`pack_conv2d_weight`), which is the fast form on the CPU.
+        weights: one ``(out_channels, in_channels, 3, 3)`` for each convolution, at least one, in the dtype of
+            ``input``. They may also be packed (by :func:`pack_conv2d_weight`), which is the fast form on the CPU.
         biases: ``(out_channels,)`` for each weight, in the dtype of ``input``, or float32 beside a float16 or bfloat16
             ``input``.
-        strides: of the convolutions, at least 1.
+        strides: one for each convolution, at least 1.
 
     Returns:
-        ``(batch, out_channels, height', width')`` of the last convolution in the dtype of ``input``; each convolution
-        makes ``ceil(size / stride)`` of a height or width. Channels-last in memory for packed weights and for a
-        channels-last ``input``. Differentiable in every tensor, also under ``torch.autocast``.
+        The output of the last convolution in the dtype of ``input``; each convolution divides height and width by its
+        stride and rounds up. Channels-last in memory if the weights are packed or ``input`` is channels-last.
+        Differentiable in every tensor.
 
     Raises:
-        RuntimeError: a shape, dtype, device or stride does not fit, or the lists are of different lengths; the message
-            names the argument, what came and what was expected.
+        RuntimeError: a shape, dtype, device, stride or the length of a list is not the expected one; the message names
+            the argument and both values.
 
     Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
     """
@@ -334,8 +332,8 @@ def patch_merging(
         x = x * sigmoid(excite_weight @ s + excite_bias)
         output = project_weight @ x + project_bias
 
-    On the CPU all layers take a few images before the next ones, so that the activations between them stay in the
-    cache. The result is the same for any batch.
+    The CPU takes a few images through all layers before the next images, so the activations between them stay in the
+    cache. No image depends on another.
 
     Args:
         input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides, channels-last
@@ -355,11 +353,10 @@ def patch_merging(
 
     Returns:
         ``(batch, out_channels, ceil(height / 2), ceil(width / 2))`` in the dtype of ``input``, channels-last in memory.
-        Differentiable in every tensor (once, in reverse mode), also under ``torch.autocast``.
+        Differentiable once, in reverse mode, in every tensor.
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit; the message names the argument, what came and what was
-            expected.
+        RuntimeError: a shape, dtype or device is not the expected one; the message names the argument and both values.
 
     Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
     """
