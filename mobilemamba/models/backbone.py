@@ -263,9 +263,10 @@ class MobileMamba(nn.Module):
                 blocks.append(Block(widths[i], mixer, rates.pop(0)))
             stages.append(Stage(transition, blocks))
         self.stages = nn.ModuleList(stages)
-        self.feature_info: list[FeatureInfo] = [
+        feature_info: list[FeatureInfo] = [
             {"num_chs": widths[i], "reduction": reduction * 2**i, "module": f"stages.{i}"} for i in range(3)
         ]
+        self.feature_info = feature_info  # in two steps: torch.jit.script warns of an annotated list of self
         self.head = self._make_head()
 
     def _make_head(self) -> nn.Module:
