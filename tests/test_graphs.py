@@ -176,7 +176,6 @@ IMAGES = [(2, 1, 28, 28), (3, 1, 37, 19), (1, 1, 9, 64)]
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.filterwarnings("error::UserWarning")  # torch's about attributes of a module
 def test_model_scripted_and_loaded_again(model, fused):
     model = model.fuse() if fused else model
     file = io.BytesIO()
