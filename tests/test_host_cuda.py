@@ -59,6 +59,8 @@ ORDERS = [  # seed of the order of threads, blocks of a grid, bytes of shared me
 
 @pytest.mark.parametrize(("seed", "blocks", "shared_limit", "which"), ORDERS)
 def test_operators(library, seed, blocks, shared_limit, which, full):
+    if full and ONE_TYPE in which:
+        pytest.skip("a run of all types includes this one")
     settings = {"seed": seed, "blocks": blocks, "shared_limit": shared_limit}
     processes.check(run_tests(library, "operators", which, full, **settings))
 
