@@ -177,6 +177,14 @@ def test_reset_classifier(nano):
     assert nano.eval()(x.double()).shape == (2, nano.num_features)
 
 
+def test_a_refused_reset_of_the_classifier_changes_nothing(nano):
+    head, classes, distillation = nano.head, nano.num_classes, nano.distillation
+    with pytest.raises(ValueError, match="num_classes must not be negative, got -1"):
+        nano.reset_classifier(-1, distillation=not distillation)
+    assert nano.head is head
+    assert (nano.num_classes, nano.distillation) == (classes, distillation)
+
+
 def test_fuse_folds_every_norm_and_leaves_the_model_alone(nano):
     before = copy.deepcopy(nano.state_dict())
     nano.train()

@@ -267,15 +267,15 @@ class MobileMamba(nn.Module):
             {"num_chs": widths[i], "reduction": reduction * 2**i, "module": f"stages.{i}"} for i in range(3)
         ]
         self.feature_info = feature_info  # in two steps: torch.jit.script warns of an annotated list of self
-        self.head = self._make_head()
+        self.head = self._make_head(num_classes, distillation)
 
-    def _make_head(self) -> nn.Module:
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes must not be negative, got {self.num_classes}")
-        if self.num_classes == 0:
+    def _make_head(self, num_classes: int, distillation: bool) -> nn.Module:
+        if num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        if num_classes == 0:
             return nn.Identity()
-        kind = DistilledClassifier if self.distillation else Classifier
-        return kind(self.num_features, self.num_classes)
+        kind = DistilledClassifier if distillation else Classifier
+        return kind(self.num_features, num_classes)
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """The feature maps after stages 1, 2 and 3 of images ``(B, in_chans, H, W)``.
@@ -371,10 +371,10 @@ class MobileMamba(nn.Module):
         Raises:
             ValueError: ``num_classes`` is negative.
         """
-        self.num_classes = num_classes
-        if distillation is not None:
-            self.distillation = distillation
-        self.head = self._make_head().to(next(self.parameters()))
+        if distillation is None:
+            distillation = self.distillation
+        head = self._make_head(num_classes, distillation).to(next(self.parameters()))
+        self.num_classes, self.distillation, self.head = num_classes, distillation, head
 
     @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
