@@ -38,7 +38,7 @@ constexpr int64_t part_positions = 128, share_least_positions = 48;
 /// the mean share is below 90 % of the largest, all threads work on each layer of the whole batch instead. The results
 /// are the same: no image depends on another.
 void in_parts(int64_t batch, int64_t positions, c10::function_ref<void(int64_t, int64_t)> run) {
-  const int64_t threads = at::get_num_threads(), share = (batch + threads - 1) / threads;
+  const int64_t threads = at::get_num_threads(), share = ceil_div(batch, threads);
   if (share * positions < share_least_positions || 10 * batch < 9 * share * threads) return run(0, batch);
   at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView guard;  // threads do not inherit what the caller excludes from dispatch

@@ -18,6 +18,11 @@ inline at::ScalarType accumulate_type(at::ScalarType type) {
 
 DType kernel_dtype(at::ScalarType type);
 
+/// ceil_div for sizes that may be symbolic.
+inline c10::SymInt ceil_div(const c10::SymInt& a, int64_t b) {
+  return (a + (b - 1)) / b;
+}
+
 /// `x` (batch, channels, ...) with contiguous channels; copied only where they are not.
 at::Tensor channels_contiguous(const at::Tensor& x);
 

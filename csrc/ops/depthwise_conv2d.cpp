@@ -23,7 +23,7 @@ Activation activation_of(std::string_view name) {
 }
 
 std::vector<c10::SymInt> output_sizes(const at::Tensor& input, int64_t stride) {
-  const auto strided = [&](int64_t dim) { return (input.sym_size(dim) + (stride - 1)) / stride; };
+  const auto strided = [&](int64_t dim) { return ceil_div(input.sym_size(dim), stride); };
   return {input.sym_size(0), input.sym_size(1), strided(2), strided(3)};
 }
 

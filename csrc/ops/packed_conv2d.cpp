@@ -13,7 +13,7 @@ namespace mobilemamba {
 
 std::vector<c10::SymInt> packed_sizes(const c10::SymInt& out, const c10::SymInt& patch) {
   constexpr int64_t panel = PackedConvForward::panel;
-  return {(out + (panel - 1)) / panel, (patch + 1) / 2, panel, 2};
+  return {ceil_div(out, panel), ceil_div(patch, 2), panel, 2};
 }
 
 at::Tensor pack_conv2d_weight(const at::Tensor& weight) {
@@ -22,7 +22,7 @@ at::Tensor pack_conv2d_weight(const at::Tensor& weight) {
               "pack_conv2d_weight: weight has shape ", weight.sizes(),
               ", expected 4 dimensions (out_channels, in_channels, k, k), k odd");
   const at::Tensor rows = weight.permute({0, 2, 3, 1}).flatten(1);
-  const int64_t out = rows.size(0), in = rows.size(1), panels = (out + panel - 1) / panel, pairs = (in + 1) / 2;
+  const int64_t out = rows.size(0), in = rows.size(1), panels = ceil_div(out, panel), pairs = ceil_div(in, 2);
   const at::Tensor padded = at::constant_pad_nd(rows, {0, 2 * pairs - in, 0, panels * panel - out});
   // clone() always copies; contiguous() would keep the strides of dimensions of size 1, which Meta does not know
   return padded.view({panels, panel, pairs, 2}).permute({0, 2, 1, 3}).clone(at::MemoryFormat::Contiguous);
@@ -46,7 +46,7 @@ namespace {
 std::vector<c10::SymInt> output_sizes(const PackedConvArguments& a) {
   const auto strided = [&](int64_t dim) -> c10::SymInt {
     const c10::SymInt size = a.input.sym_size(dim);
-    if (const auto known = size.maybe_as_int()) return (*known + a.stride - 1) / a.stride;
+    if (const auto known = size.maybe_as_int()) return ceil_div(*known, a.stride);
     return (size - 1) / a.stride + 1;  // torch knows this form from its own convolution, and that it is at least 1
   };
   return {a.input.sym_size(0), a.bias.sym_size(0), strided(2), strided(3)};
