@@ -21,19 +21,19 @@ constinit const ScanBackend scan = {
 
 namespace {
 
-at::Tensor forward(const ScanArguments& a) {
+at::Tensor bidirectional_scan_cpu(const ScanArguments& a) {
   return scan.bidirectional_scan(a);
 }
 
-ScanGradients backward(const at::Tensor& grad_y, const ScanArguments& a) {
+ScanGradients bidirectional_scan_backward_cpu(const at::Tensor& grad_y, const ScanArguments& a) {
   return scan.bidirectional_scan_backward(grad_y, a);
 }
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
-  m.impl("bidirectional_scan", kernel_of<bidirectional_scan, forward>);
-  m.impl("bidirectional_scan_backward", kernel_of<bidirectional_scan_backward, backward>);
+  m.impl("bidirectional_scan", kernel_of<bidirectional_scan, bidirectional_scan_cpu>);
+  m.impl("bidirectional_scan_backward", kernel_of<bidirectional_scan_backward, bidirectional_scan_backward_cpu>);
 }
 
 }  // namespace mobilemamba::cpu

@@ -15,21 +15,23 @@ constinit const DepthwiseBackend depthwise = {
 
 namespace {
 
-at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                   const std::optional<at::Tensor>& residual, int64_t stride, std::string_view activation) {
+at::Tensor depthwise_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
+                                int64_t stride, std::string_view activation) {
   return depthwise.depthwise_conv2d({input, weight, bias, stride, activation}, residual);
 }
 
-DepthwiseGradients backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, int64_t stride, std::string_view activation) {
+DepthwiseGradients depthwise_conv2d_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
+                                                 const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                                 int64_t stride, std::string_view activation) {
   return depthwise.depthwise_conv2d_backward(grad_output, {input, weight, bias, stride, activation});
 }
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
-  m.impl("depthwise_conv2d", forward);
-  m.impl("depthwise_conv2d_backward", backward);
+  m.impl("depthwise_conv2d", depthwise_conv2d_cpu);
+  m.impl("depthwise_conv2d_backward", depthwise_conv2d_backward_cpu);
 }
 
 }  // namespace mobilemamba::cpu

@@ -110,14 +110,14 @@ at::Tensor run_layer(const FfnRows& rows) {
   return output;
 }
 
-at::Tensor forward(const FfnArguments& arguments) {
+at::Tensor ffn_cpu(const FfnArguments& arguments) {
   return arguments.with(run_layer);
 }
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
-  m.impl("ffn", kernel_of<ffn, forward>);
+  m.impl("ffn", kernel_of<ffn, ffn_cpu>);
   m.impl("ffn_backward", kernel_of<ffn_backward, ffn_backward_composed>);
 }
 

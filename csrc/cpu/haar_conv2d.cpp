@@ -14,19 +14,20 @@ constinit const HaarBackend haar = {
 
 namespace {
 
-at::Tensor forward(const at::Tensor& input, const at::Tensor& weight) {
+at::Tensor haar_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight) {
   return haar.haar_conv2d(input, weight);
 }
 
-at::Tensor backward_weight(const at::Tensor& grad_output, const at::Tensor& input, int64_t kernel_size) {
+at::Tensor haar_conv2d_backward_weight_cpu(const at::Tensor& grad_output, const at::Tensor& input,
+                                           int64_t kernel_size) {
   return haar.haar_conv2d_backward_weight(grad_output, input, kernel_size);
 }
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
-  m.impl("haar_conv2d", forward);
-  m.impl("haar_conv2d_backward_weight", backward_weight);
+  m.impl("haar_conv2d", haar_conv2d_cpu);
+  m.impl("haar_conv2d_backward_weight", haar_conv2d_backward_weight_cpu);
 }
 
 }  // namespace mobilemamba::cpu

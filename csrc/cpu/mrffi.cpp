@@ -72,23 +72,24 @@ void pack_matrices(MrffiWeights& weights) {
     if (weight.kind == MrffiWeight::Kind::matrix) weights.*weight.tensor = packed_matrix(weights.*weight.tensor);
 }
 
-at::Tensor forward(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
-                   double eps) {
+at::Tensor mrffi_cpu(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
+                     double eps) {
   MrffiArguments arguments{input, MrffiWeights(weights), eps};
   arguments.check(residual);
   if (input.scalar_type() != at::kDouble) pack_matrices(arguments.weights);
   return backend(input.scalar_type()).mrffi(arguments, residual);
 }
 
-MrffiGradients backward(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights, double eps) {
+MrffiGradients mrffi_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights,
+                                  double eps) {
   return mrffi_backward_composed(grad_output, {input, MrffiWeights(weights), eps});
 }
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
-  m.impl("mrffi", forward);
-  m.impl("mrffi_backward", backward);
+  m.impl("mrffi", mrffi_cpu);
+  m.impl("mrffi_backward", mrffi_backward_cpu);
 }
 
 }  // namespace mobilemamba::cpu

@@ -18,14 +18,14 @@ void run_packed_conv(const PackedConvForward& p) {
 
 namespace {
 
-at::Tensor forward(const PackedConvArguments& a) {
+at::Tensor packed_conv2d_cpu(const PackedConvArguments& a) {
   return a.input.scalar_type() == at::kDouble ? a.with_torch() : a.with(run_packed_conv);
 }
 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CPU, m) {
-  m.impl("packed_conv2d", kernel_of<packed_conv2d, forward>);
+  m.impl("packed_conv2d", kernel_of<packed_conv2d, packed_conv2d_cpu>);
 }
 
 }  // namespace mobilemamba::cpu

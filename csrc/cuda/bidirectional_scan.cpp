@@ -18,12 +18,12 @@ constinit const ScanBackend scan = {
 
 namespace {
 
-at::Tensor forward(const ScanArguments& a) {
+at::Tensor bidirectional_scan_cuda(const ScanArguments& a) {
   const DeviceOf device(a.u);
   return scan.bidirectional_scan(a);
 }
 
-ScanGradients backward(const at::Tensor& grad_y, const ScanArguments& a) {
+ScanGradients bidirectional_scan_backward_cuda(const at::Tensor& grad_y, const ScanArguments& a) {
   const DeviceOf device(a.u);
   return scan.bidirectional_scan_backward(grad_y, a);
 }
@@ -31,8 +31,8 @@ ScanGradients backward(const at::Tensor& grad_y, const ScanArguments& a) {
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
-  m.impl("bidirectional_scan", kernel_of<bidirectional_scan, forward>);
-  m.impl("bidirectional_scan_backward", kernel_of<bidirectional_scan_backward, backward>);
+  m.impl("bidirectional_scan", kernel_of<bidirectional_scan, bidirectional_scan_cuda>);
+  m.impl("bidirectional_scan_backward", kernel_of<bidirectional_scan_backward, bidirectional_scan_backward_cuda>);
 }
 
 }  // namespace mobilemamba::cuda

@@ -25,14 +25,16 @@ constinit const DepthwiseBackend depthwise = {
 
 namespace {
 
-at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                   const std::optional<at::Tensor>& residual, int64_t stride, std::string_view activation) {
+at::Tensor depthwise_conv2d_cuda(const at::Tensor& input, const at::Tensor& weight,
+                                 const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
+                                 int64_t stride, std::string_view activation) {
   const DeviceOf device(input);
   return depthwise.depthwise_conv2d({input, weight, bias, stride, activation}, residual);
 }
 
-DepthwiseGradients backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, int64_t stride, std::string_view activation) {
+DepthwiseGradients depthwise_conv2d_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input,
+                                                  const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                                  int64_t stride, std::string_view activation) {
   const DeviceOf device(input);
   return depthwise.depthwise_conv2d_backward(grad_output, {input, weight, bias, stride, activation});
 }
@@ -40,8 +42,8 @@ DepthwiseGradients backward(const at::Tensor& grad_output, const at::Tensor& inp
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
-  m.impl("depthwise_conv2d", forward);
-  m.impl("depthwise_conv2d_backward", backward);
+  m.impl("depthwise_conv2d", depthwise_conv2d_cuda);
+  m.impl("depthwise_conv2d_backward", depthwise_conv2d_backward_cuda);
 }
 
 }  // namespace mobilemamba::cuda

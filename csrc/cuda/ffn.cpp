@@ -8,12 +8,12 @@
 namespace mobilemamba::cuda {
 namespace {
 
-at::Tensor forward(const FfnArguments& arguments) {
+at::Tensor ffn_cuda(const FfnArguments& arguments) {
   const DeviceOf device(arguments.input);
   return arguments.with(ffn_with_torch);
 }
 
-FfnGradients backward(const at::Tensor& grad_output, const FfnArguments& arguments) {
+FfnGradients ffn_backward_cuda(const at::Tensor& grad_output, const FfnArguments& arguments) {
   const DeviceOf device(arguments.input);
   return ffn_backward_composed(grad_output, arguments);
 }
@@ -21,8 +21,8 @@ FfnGradients backward(const at::Tensor& grad_output, const FfnArguments& argumen
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
-  m.impl("ffn", kernel_of<ffn, forward>);
-  m.impl("ffn_backward", kernel_of<ffn_backward, backward>);
+  m.impl("ffn", kernel_of<ffn, ffn_cuda>);
+  m.impl("ffn_backward", kernel_of<ffn_backward, ffn_backward_cuda>);
 }
 
 }  // namespace mobilemamba::cuda

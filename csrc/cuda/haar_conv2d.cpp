@@ -19,12 +19,13 @@ constinit const HaarBackend haar = {
 
 namespace {
 
-at::Tensor forward(const at::Tensor& input, const at::Tensor& weight) {
+at::Tensor haar_conv2d_cuda(const at::Tensor& input, const at::Tensor& weight) {
   const DeviceOf device(input);
   return haar.haar_conv2d(input, weight);
 }
 
-at::Tensor backward_weight(const at::Tensor& grad_output, const at::Tensor& input, int64_t kernel_size) {
+at::Tensor haar_conv2d_backward_weight_cuda(const at::Tensor& grad_output, const at::Tensor& input,
+                                            int64_t kernel_size) {
   const DeviceOf device(input);
   return haar.haar_conv2d_backward_weight(grad_output, input, kernel_size);
 }
@@ -32,8 +33,8 @@ at::Tensor backward_weight(const at::Tensor& grad_output, const at::Tensor& inpu
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
-  m.impl("haar_conv2d", forward);
-  m.impl("haar_conv2d_backward_weight", backward_weight);
+  m.impl("haar_conv2d", haar_conv2d_cuda);
+  m.impl("haar_conv2d_backward_weight", haar_conv2d_backward_weight_cuda);
 }
 
 }  // namespace mobilemamba::cuda

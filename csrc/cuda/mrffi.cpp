@@ -20,15 +20,16 @@ MrffiBackend backend() {
   };
 }
 
-at::Tensor forward(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
-                   double eps) {
+at::Tensor mrffi_cuda(const at::Tensor& input, const std::optional<at::Tensor>& residual, at::TensorList weights,
+                      double eps) {
   const DeviceOf device(input);
   const MrffiArguments arguments{input, MrffiWeights(weights), eps};
   arguments.check(residual);
   return backend().mrffi(arguments, residual);
 }
 
-MrffiGradients backward(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights, double eps) {
+MrffiGradients mrffi_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList weights,
+                                   double eps) {
   const DeviceOf device(input);
   return mrffi_backward_composed(grad_output, {input, MrffiWeights(weights), eps});
 }
@@ -36,8 +37,8 @@ MrffiGradients backward(const at::Tensor& grad_output, const at::Tensor& input, 
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
-  m.impl("mrffi", forward);
-  m.impl("mrffi_backward", backward);
+  m.impl("mrffi", mrffi_cuda);
+  m.impl("mrffi_backward", mrffi_backward_cuda);
 }
 
 }  // namespace mobilemamba::cuda

@@ -8,7 +8,7 @@
 namespace mobilemamba::cuda {
 namespace {
 
-at::Tensor forward(const PackedConvArguments& a) {
+at::Tensor packed_conv2d_cuda(const PackedConvArguments& a) {
   const DeviceOf device(a.input);
   return a.with_torch();
 }
@@ -16,7 +16,7 @@ at::Tensor forward(const PackedConvArguments& a) {
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
-  m.impl("packed_conv2d", kernel_of<packed_conv2d, forward>);
+  m.impl("packed_conv2d", kernel_of<packed_conv2d, packed_conv2d_cuda>);
 }
 
 }  // namespace mobilemamba::cuda

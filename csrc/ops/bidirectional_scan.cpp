@@ -49,9 +49,9 @@ ScanRows kernel_rows(const at::Tensor& x) {
 }
 
 /// The tensors that the kernel parameters point into.
-class Inputs {
+class ScanInputs {
  public:
-  explicit Inputs(const ScanArguments& a) : u_(channels_contiguous(a.u)), delta_(a.delta), B_(a.B), C_(a.C) {
+  explicit ScanInputs(const ScanArguments& a) : u_(channels_contiguous(a.u)), delta_(a.delta), B_(a.B), C_(a.C) {
     const at::ScalarType type = accumulate_type(a.u.scalar_type());
     // channels last: a vector or a warp loads neighbouring channels
     A_log_ = a.A_log.to(type).transpose(1, 2).contiguous();
@@ -95,7 +95,7 @@ at::Tensor ScanBackend::bidirectional_scan(const ScanArguments& a) const {
   a.check();
   at::Tensor y = scan_output(a.u);
   if (y.numel() == 0) return y;
-  const Inputs inputs(a);
+  const ScanInputs inputs(a);
   ScanForward p{};
   inputs.fill(p);
   p.y = y.mutable_data_ptr();
@@ -108,7 +108,7 @@ at::Tensor ScanBackend::bidirectional_scan(const ScanArguments& a) const {
 ScanGradients ScanBackend::bidirectional_scan_backward(const at::Tensor& grad_y, const ScanArguments& a) const {
   a.check_backward(grad_y);
   if (a.u.numel() == 0) return zeroed(scan_gradients(a));
-  const Inputs inputs(a);
+  const ScanInputs inputs(a);
   const at::Tensor grad_y_channels = channels_contiguous(grad_y);
   ScanBackward p{};
   inputs.fill(p);

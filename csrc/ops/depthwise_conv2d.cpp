@@ -63,12 +63,12 @@ at::Tensor channels_last_weight(const at::Tensor& weight, at::ScalarType type) {
 }
 
 /// Sizes and tensors in the kernels' layouts.
-struct Inputs {
+struct DepthwiseInputs {
   Activation activation;
   at::Tensor image, weight, bias;  // no bias: undefined
   DepthwiseSizes sizes;
 
-  explicit Inputs(const DepthwiseArguments& a)
+  explicit DepthwiseInputs(const DepthwiseArguments& a)
       : activation(activation_of(a.activation)), image(channels_contiguous(a.input)) {
     const at::ScalarType type = accumulate_type(a.input.scalar_type());
     weight = channels_last_weight(a.weight, type);
@@ -101,7 +101,7 @@ at::Tensor DepthwiseBackend::depthwise_conv2d(const DepthwiseArguments& argument
   arguments.check(residual);
   at::Tensor output = arguments.output();
   if (output.numel() == 0) return output;
-  const Inputs inputs(arguments);
+  const DepthwiseInputs inputs(arguments);
   DepthwiseForward p = inputs.forward(output.mutable_data_ptr(), output.size(1));
   const at::Tensor added = residual ? channels_contiguous(*residual) : at::Tensor();
   if (residual) p.residual = image_of(added);
@@ -113,7 +113,7 @@ void DepthwiseBackend::depthwise_conv2d_into(void* output, int64_t output_column
                                              const at::Tensor& scale, const at::Tensor& shift) const {
   const at::ScalarType type = accumulate_type(arguments.input.scalar_type());
   const at::Tensor scales = scale.to(type).contiguous(), shifts = shift.to(type).contiguous();
-  const Inputs inputs(arguments);
+  const DepthwiseInputs inputs(arguments);
   DepthwiseForward p = inputs.forward(output, output_column);
   p.scale = scales.const_data_ptr();
   p.shift = shifts.const_data_ptr();
@@ -125,7 +125,7 @@ DepthwiseGradients DepthwiseBackend::depthwise_conv2d_backward(const at::Tensor&
   arguments.check_backward(grad_output);
   if (arguments.input.numel() == 0) return zeroed(arguments.gradients());
   auto [grad_input, grad_weight, grad_bias] = arguments.gradients();
-  const Inputs inputs(arguments);
+  const DepthwiseInputs inputs(arguments);
   const DepthwiseSizes& sizes = inputs.sizes;
 
   at::Tensor grad = channels_contiguous(grad_output);

@@ -15,17 +15,17 @@ namespace {
 /// are read too often. With more, the activations grow to 19 MB for 32 images of s6 at 224 x 224, which glibc returns
 /// to the system after each pass in some processes: 9400 page faults. Measured there for s6 at batch 32 on 2 cores of
 /// an AMD EPYC with AVX2: the network takes 287 ms without parts, 273 ms with parts of 8.
-constexpr int64_t part_images = 8;
+constexpr int64_t merging_part_images = 8;
 
-constexpr int64_t stride = 2;
+constexpr int64_t merging_stride = 2;
 
 /// The operator's arguments, in the order of its schema.
-struct Arguments {
+struct MergingArguments {
   at::Tensor input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, squeeze_weight, squeeze_bias,
       excite_weight, excite_bias, project_weight, project_bias;
 };
 
-void check(const Arguments& a) {
+void check(const MergingArguments& a) {
   const Checks check("patch_merging", "input", a.input);
   check.dimensions("input", a.input, 4, image_layout);
   const auto dense = [&](const char* weight_name, const at::Tensor& weight, const char* bias_name,
@@ -41,11 +41,11 @@ void check(const Arguments& a) {
   dense("project_weight", a.project_weight, "project_bias", a.project_bias, hidden);
 }
 
-at::Tensor merge(const Arguments& a) {
+at::Tensor merge(const MergingArguments& a) {
   check(a);
-  return in_parts(a.input, part_images, [&](const at::Tensor& images) {
+  return in_parts(a.input, merging_part_images, [&](const at::Tensor& images) {
     at::Tensor x = dense_conv2d(images, a.expand_weight, a.expand_bias, 1, 1, "relu");
-    x = depthwise_conv2d(x, a.depthwise_weight, a.depthwise_bias, std::nullopt, stride, "relu");
+    x = depthwise_conv2d(x, a.depthwise_weight, a.depthwise_bias, std::nullopt, merging_stride, "relu");
     const at::Tensor squeezed = dense_conv2d(x.mean({2, 3}, true), a.squeeze_weight, a.squeeze_bias, 1, 1, "relu");
     x = x * dense_conv2d(squeezed, a.excite_weight, a.excite_bias, 1, 1, "none").sigmoid();
     return dense_conv2d(x, a.project_weight, a.project_bias, 1, 1, "none");
