@@ -103,6 +103,28 @@ def sources(cuda: bool) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
+def units(sources: list[str], folder: Path) -> list[str]:
+    """The translation units: one for the .cpp files of each folder, which it includes; it is written to ``folder``.
+
+    torch's headers take more time than most of these sources, and are read once for each unit. isa_*.cpp stay alone:
+    each chooses the instruction set of all that it includes.
+    """
+    together: dict[str, list[Path]] = {}
+    alone = []
+    for path in map(Path, sources):
+        if path.suffix == ".cpp" and not path.name.startswith("isa_"):
+            together.setdefault(path.parent.name, []).append(path)
+        else:
+            alone.append(str(path))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, paths in together.items():
+        unit = folder / f"{name}.cpp"
+        text = "".join(f'#include "{path.relative_to("csrc")}"\n' for path in paths)
+        if not unit.exists() or unit.read_text() != text:  # an unchanged unit is not compiled again
+            unit.write_text(text)
+    return [*(str(folder / f"{name}.cpp") for name in together), *alone]
+
+
 def git_commit() -> str | None:
     """Commit of the checkout, followed by -dirty if files differ; None outside a checkout."""
     if not (ROOT / ".git").exists():
@@ -195,7 +217,7 @@ def describe(library: object, plan: Plan, version: str, include_dirs: list[str],
     define = [f"-DMOBILEMAMBA_VERSION={version}"]
     define += ["-DMOBILEMAMBA_CUDA", f"-DMOBILEMAMBA_CUDA_ARCHS={archs}"] if cuda else []
     headers = [*include_dirs, *(plan.toolkit.include_dirs if plan.toolkit else ())]
-    library.sources = sources(cuda)
+    library.sources = units(sources(cuda), Path(build_base()) / "units")
     library.include_dirs = [str(ROOT / "csrc")]
     library.extra_compile_args = {
         "cxx": [*CXX_FLAGS, *define, *(flag for path in headers for flag in ("-isystem", path))],

@@ -1,5 +1,5 @@
-# What pip's build and CMake's decide alike: the oldest compilers and the default CUDA archs. Both lists stand in
-# build_backend/ only, and are read from there.
+# What pip's build and CMake's decide alike: the oldest compilers, the default CUDA archs, and the translation units. The
+# two lists stand in build_backend/ only, and are read from there.
 set(build_backend ${CMAKE_CURRENT_LIST_DIR}/../build_backend)
 
 # Refuses a C++ compiler that is too old, before anything is compiled.
@@ -36,6 +36,17 @@ function(mobilemamba_default_archs nvcc result)
   endif()
   list(TRANSFORM archs REPLACE "-real$" "" AT -1)
   set(${result} ${archs} PARENT_SCOPE)
+endfunction()
+
+# The translation unit of a source: its folder's for .cpp files, except isa_*.cpp; see units() in build_backend/.
+function(mobilemamba_unit source result)
+  cmake_path(GET source FILENAME name)
+  cmake_path(GET source PARENT_PATH folder)
+  cmake_path(GET folder FILENAME folder)
+  if(NOT name MATCHES "\\.cpp$" OR name MATCHES "^isa_")
+    set(folder "")
+  endif()
+  set(${result} "${folder}" PARENT_SCOPE)
 endfunction()
 
 # CUDA_ARCHITECTURES in pip's words, for messages: sm_90 for 90-real, sm_120+PTX for 120.

@@ -1,6 +1,7 @@
 """The decisions of the build: torch of the target environment, CUDA or not, archs, errors. Nothing is compiled here."""
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -345,6 +346,36 @@ def test_sources_are_the_folders() -> None:
     assert cpu < cuda
     assert {path.rpartition(".")[2] for path in cuda - cpu} == {"cpp", "cu"}
     assert all(path.startswith("csrc/cuda/") for path in cuda - cpu)
+
+
+def test_a_unit_for_each_folder(tmp_path: Path) -> None:
+    sources = ["csrc/cpu/ffn.cpp", "csrc/cpu/isa_avx2.cpp", "csrc/cpu/mrffi.cpp", "csrc/cuda/gate.cu", "csrc/meta.cpp"]
+    cpu, top = tmp_path / "cpu.cpp", tmp_path / "csrc.cpp"
+    assert build.units(sources, tmp_path) == [str(cpu), str(top), "csrc/cpu/isa_avx2.cpp", "csrc/cuda/gate.cu"]
+    assert cpu.read_text() == '#include "cpu/ffn.cpp"\n#include "cpu/mrffi.cpp"\n'
+    assert top.read_text() == '#include "meta.cpp"\n'
+
+
+def test_only_a_changed_unit_is_written(tmp_path: Path) -> None:
+    build.units(["csrc/cpu/ffn.cpp", "csrc/meta.cpp"], tmp_path)
+    for unit in tmp_path.iterdir():
+        os.utime(unit, (1, 1))
+    build.units(["csrc/cpu/ffn.cpp", "csrc/cpu/mrffi.cpp", "csrc/meta.cpp"], tmp_path)
+    assert (tmp_path / "csrc.cpp").stat().st_mtime == 1
+    assert (tmp_path / "cpu.cpp").stat().st_mtime > 1
+
+
+def test_cmake_has_the_same_units(tmp_path: Path) -> None:
+    lines = [
+        f'mobilemamba_unit({BACKEND.parent}/{source} unit)\nmessage(STATUS "{source} ${{unit}}")'
+        for source in build.sources(cuda=True)
+    ]
+    done = cmake_script(tmp_path, "\n".join(lines))
+    alone = build.units(build.sources(cuda=True), tmp_path / "units")
+    expected = [
+        f"-- {source} {'' if source in alone else Path(source).parent.name}" for source in build.sources(cuda=True)
+    ]
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 def test_cmake_globs_the_same_folders() -> None:
