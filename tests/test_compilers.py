@@ -1,7 +1,6 @@
 """The library built with the oldest compilers that are supported, and the operator tests with its kernels.
 
-The kernels are compiled as in a release. The other sources, which mostly call torch, are compiled with less
-optimisation and a precompiled torch/library.h: that halves the time.
+The kernels are compiled as in a release, and the other sources, which mostly call torch, with less optimisation.
 """
 
 import json
@@ -47,19 +46,15 @@ def build(compiler: str, folder: Path) -> Path:
     python, torch_headers = sysconfig.get_path("include"), include_paths("cpu")
     flags = [*native.CXX_FLAGS, f"-DMOBILEMAMBA_VERSION={mobilemamba.__version__}", "-fPIC", f"-I{ROOT / 'csrc'}"]
     flags += [flag for path in (*torch_headers, python) for flag in ("-isystem", path)]
-    sources = [ROOT / source for source in native.sources(cuda=False)]
-    objects = {source: f"{source.parent.name}-{source.stem}.o" for source in sources}
+    sources = [ROOT / source for source in native.units(native.sources(cuda=False), folder / "units")]
+    objects = {source: f"{source.stem}.o" for source in sources}
     link = ["-shared", "-fopenmp", *(f"-L{path}" for path in library_paths("cpu")), "-ltorch", "-ltorch_cpu", "-lc10"]
     compile = f"command = {compiler} {' '.join(flags)} -MMD -MF $out.d $options -c $in -o $out"
-    (folder / "torch.h").write_text("#include <torch/library.h>\n")
     rules = [
         f"rule compile\n {compile}\n depfile = $out.d\n deps = gcc",
         f"rule link\n command = {compiler} $in {' '.join(link)} -o $out",
-        "build torch.h.gch: compile torch.h\n options = -O1 -x c++-header",
         *(
-            f"build {object}: compile {source}"
-            if source in KERNELS
-            else f"build {object}: compile {source} | torch.h.gch\n options = -O1 -Winvalid-pch -include torch.h"
+            f"build {object}: compile {source}" + "\n options = -O1" * (source not in KERNELS)
             for source, object in objects.items()
         ),
         f"build _C.so: link {' '.join(objects.values())}",
@@ -97,7 +92,7 @@ def test_operators_built_with(compiler):
     folder = FOLDER / compiler
     package(build(compiler, folder), folder)
     for source in KERNELS:
-        check_symbols(folder / f"cpu-{source.stem}.o", source.stem.removeprefix("isa_"))
+        check_symbols(folder / f"{source.stem}.o", source.stem.removeprefix("isa_"))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     command += ["-c", str(ROOT / "pyproject.toml"), "-k", VALUES, *(str(ROOT / "tests" / name) for name in TESTS)]
     facts = "import mobilemamba; from mobilemamba import _C; print(mobilemamba.__file__, _C.build_facts()['compiler'])"
