@@ -2,6 +2,9 @@
 
 python tools/kernel_resources.py           writes the table, benchmarks/results/kernels.sm_90.md
 python tools/kernel_resources.py --check   compares with the committed table, and fails on spills in hot kernels
+
+With --log it compiles nothing, and reads the log of a build for sm_90:
+NVCC_APPEND_FLAGS=-Xptxas=-v TORCH_CUDA_ARCH_LIST=9.0 pip install -v . >LOG
 """
 
 import argparse
@@ -26,15 +29,26 @@ ENTRY = re.compile(
 )
 
 
-def report(nvcc: Path, source: Path, arch: str) -> list[dict[str, str]]:
-    """What ptxas reports about the kernels of one source."""
+def compile(nvcc: Path, source: Path, arch: str) -> str:
+    """The compiler's report on one source."""
     with tempfile.TemporaryDirectory() as folder:
         command = [str(nvcc), "-std=c++20", "-O3", "-I", str(ROOT / "csrc"), f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
         command += [str(source), "-o", str(Path(folder) / "kernels.cubin")]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    kernels = [match.groupdict() for match in ENTRY.finditer(done.stdout + done.stderr)]
+    return done.stdout + done.stderr
+
+
+def reports_of(log: str) -> dict[str, str]:
+    """The compiler's report on each source, from what ninja printed: a numbered command and its output for each."""
+    steps = re.split(r"^ *\[\d+/\d+\] ", log, flags=re.M)
+    return {match[1]: step for step in steps if (match := re.match(r".*csrc/cuda/(\w+\.cu) -o ", step))}
+
+
+def kernels_in(report: str) -> list[dict[str, str]]:
+    """What ptxas reports about the kernels of one source."""
+    kernels = [match.groupdict() for match in ENTRY.finditer(report)]
     names = "\n".join(kernel["name"] for kernel in kernels)
     demangled = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout.splitlines()
     for kernel, name in zip(kernels, demangled, strict=True):
@@ -71,15 +85,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="90", help="compute capability without the dot (default 90)")
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
+    parser.add_argument("--log", type=Path, help="log of a build to read instead of compiling")
     arguments = parser.parse_args()
     nvcc = toolkit.find_nvcc(os.environ)
     if nvcc is None:
         raise SystemExit("no nvcc on PATH or in CUDA_HOME; the table is the compiler's report")
     version = toolkit.ask_nvcc(nvcc).version
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    with ThreadPoolExecutor() as pool:
-        reports = pool.map(lambda source: report(nvcc, source, arguments.arch), sources)
-    kernels = {source.name: found for source, found in zip(sources, reports, strict=True)}
+    if arguments.log is not None:
+        reports = reports_of(arguments.log.read_text())
+        missing = [source.name for source in sources if not kernels_in(reports.get(source.name, ""))]
+        if missing:
+            raise SystemExit(f"{arguments.log} has no report of ptxas on {' '.join(missing)}")
+    else:
+        with ThreadPoolExecutor() as pool:
+            texts = pool.map(lambda source: compile(nvcc, source, arguments.arch), sources)
+        reports = {source.name: text for source, text in zip(sources, texts, strict=True)}
+    kernels = {source.name: kernels_in(reports[source.name]) for source in sources}
     text = table(kernels, version, arguments.arch)
     path = ROOT / "benchmarks" / "results" / f"kernels.sm_{arguments.arch}.md"
     spilling = [k["name"] for found in kernels.values() for k in found if is_hot(k["name"]) and int(k["stack"])]
