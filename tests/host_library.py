@@ -44,10 +44,10 @@ def host_sources() -> list[Path]:
     return [Path(unit) for unit in native.units(sources, FOLDER / "units")]
 
 
-def build(csrc: Path = CSRC, folder: Path = FOLDER, only: list[Path] | None = None) -> Path:
+def build(csrc: Path = CSRC, folder: Path = FOLDER, only: Path | None = None) -> Path:
     """Builds the library from ``csrc`` in ``folder``, as far as it is not up to date, and returns its path.
 
-    With ``only``, it builds just these kernels, and links them with the other objects of the unchanged library.
+    With ``only``, it builds just this source, and links it with the other objects of the unchanged library.
     Processes that build in the same folder take turns.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def build(csrc: Path = CSRC, folder: Path = FOLDER, only: list[Path] | None = No
     return folder / "libhost_cuda.so"
 
 
-def rules(csrc: Path, only: list[Path] | None) -> str:
+def rules(csrc: Path, only: Path | None) -> str:
     """What ninja does; see ``build``."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -69,7 +69,7 @@ def rules(csrc: Path, only: list[Path] | None) -> str:
     # The kernels come first: of an inline function that several objects have, the linker takes the first.
     options = dict.fromkeys(kernels, KERNEL_FLAGS) | dict.fromkeys(host_sources(), HOST_FLAGS)
     objects = {source: f"{source.stem}-{source.suffix[1:]}.o" for source in options}
-    compiled = {source: object for source, object in objects.items() if only is None or source in only}
+    compiled = {source: object for source, object in objects.items() if only in (None, source)}
     linked = [object if source in compiled else str(FOLDER / object) for source, object in objects.items()]
     flags = [*FLAGS, "-DMOBILEMAMBA_CUDA_ARCHS=sm_80,sm_90+PTX"]
     flags += ["-I", str(HERE / "host_cuda" / "include"), "-I", str(csrc)]
