@@ -67,7 +67,10 @@ def test_without_the_library_torchscript_says_what_to_link(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("nano", [(1, 28, 28), (5, 37, 19), (2, 1, 1)]), ("s6", [(1, 224, 224), (3, 160, 97), (1, 30, 33)])],
+    [
+        ("nano", [(1, 28, 28), (5, 37, 19), (2, 1, 1)]),
+        pytest.param("s6", [(1, 224, 224), (3, 160, 97), (1, 30, 33)], marks=pytest.mark.full),
+    ],
 )
 def test_onnx(tmp_path, name, sizes):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")

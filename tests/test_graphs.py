@@ -209,7 +209,7 @@ def test_distilled_model_scripted():
     torch.testing.assert_close(scripted.eval()(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.full), True])
 def test_model_compiled_for_any_size(fused):
     """Whole graph, symbolic batch and image size. (Tracing costs the time, so the backend is the quickest one.)"""
     torch.compiler.reset()
