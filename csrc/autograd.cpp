@@ -129,7 +129,8 @@ struct PackedConv : torch::autograd::Function<PackedConv> {
     const Tensor weight = unpack_conv2d_weight(packed, bias.size(0), input.size(1), kernel_size);
     Tensor grad = grads[0];
     if (ctx->saved_data["relu"].toBool())
-      grad = at::threshold_backward(grad, at::conv2d(input, weight, bias.to(input.scalar_type()), stride, pad), 0);
+      grad = at::threshold_backward(
+          grad, below_autograd(packed_conv2d, input, packed, bias, std::nullopt, kernel_size, stride, "none"), 0);
     auto [grad_input, grad_weight, grad_bias] =
         at::convolution_backward(grad, input, weight, std::nullopt, {stride, stride}, {pad, pad}, {1, 1}, false, {0, 0},
                                  1, {ctx->needs_input_grad(0), ctx->needs_input_grad(1), false});

@@ -63,14 +63,34 @@ ScanForward scan_sizes(DType dtype, int64_t batch, int64_t channels, int64_t len
   return sizes;
 }
 
-cuda::PlaneSizes depthwise_sizes(DType dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
-                                 int64_t kernel, int64_t stride) {
-  return cuda::PlaneSizes(DepthwiseSizes{dtype, batch, channels, height, width, kernel, stride});
+DepthwiseSizes depthwise_sizes(DType dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                               int64_t kernel, int64_t stride) {
+  return {dtype, batch, channels, height, width, kernel, stride};
+}
+
+cuda::PlaneSizes depthwise_plane_sizes(const DepthwiseSizes& sizes) {
+  return cuda::PlaneSizes(sizes);
 }
 
 cuda::PlaneSizes haar_sizes(DType dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
                             int64_t kernel) {
   return cuda::PlaneSizes(HaarSizes{dtype, batch, channels, height, width, kernel});
+}
+
+/// Of a product whose tensors are contiguous.
+PackedConvForward product_sizes(int64_t batch, int64_t in_channels, int64_t height, int64_t width, int64_t out_channels,
+                                int64_t kernel, int64_t stride) {
+  PackedConvForward sizes{};
+  sizes.batch = batch;
+  sizes.in_channels = in_channels;
+  sizes.height = height;
+  sizes.width = width;
+  sizes.out_channels = out_channels;
+  sizes.kernel = kernel;
+  sizes.stride = stride;
+  sizes.input = {nullptr, height * width * in_channels, width * in_channels, in_channels};
+  sizes.residual_row = sizes.second_residual_row = sizes.output_row = out_channels;
+  return sizes;
 }
 
 /// The functions of cuda/launch.h under their own names.
@@ -101,8 +121,7 @@ void bind_launches(py::module_& m) {
   m.def("scan_scratch_bytes", &scan_scratch_bytes, "sizes"_a, "launch"_a, "values"_a);
 
   py::class_<PlaneSizes>(m, "PlaneSizes").def("staged", &PlaneSizes::staged);
-  m.def("depthwise_sizes", &depthwise_sizes, "dtype"_a, "batch"_a, "channels"_a, "height"_a, "width"_a, "kernel"_a,
-        "stride"_a);
+  m.def("depthwise_plane_sizes", &depthwise_plane_sizes, "sizes"_a);
   m.def("haar_sizes", &haar_sizes, "dtype"_a, "batch"_a, "channels"_a, "height"_a, "width"_a, "kernel"_a);
   py::class_<PlaneLaunch, Launch>(m, "PlaneLaunch")
       .def_readonly("tiles_y", &PlaneLaunch::tiles_y)
@@ -113,6 +132,35 @@ void bind_launches(py::module_& m) {
       .def_readonly("stage_width", &PlaneLaunch::stage_width);
   m.def("plane_launch", &plane_launch, "sizes"_a, "backward"_a, "shared_limit"_a);
   m.def("plane_slabs", &plane_slabs, "sizes"_a, "shared_limit"_a);
+
+  py::class_<DepthwiseSizes>(m, "DepthwiseSizes")
+      .def(py::init(&depthwise_sizes), "dtype"_a, "batch"_a, "channels"_a, "height"_a, "width"_a, "kernel"_a,
+           "stride"_a);
+  py::class_<DepthwiseLaunch, Launch>(m, "DepthwiseLaunch")
+      .def_readonly("rows", &DepthwiseLaunch::rows)
+      .def_readonly("strips_y", &DepthwiseLaunch::strips_y)
+      .def_readonly("strips_x", &DepthwiseLaunch::strips_x)
+      .def_readonly("strips", &DepthwiseLaunch::strips);
+  m.def("depthwise_channels", &depthwise_channels, "element_bytes"_a, "kernel"_a);
+  m.def("depthwise_launch", &depthwise_launch, "sizes"_a, "channels"_a);
+  m.def("depthwise_backward_input_launch", &depthwise_backward_input_launch, "sizes"_a, "channels"_a);
+  m.def("depthwise_backward_weight_launch", &depthwise_backward_weight_launch, "sizes"_a, "slabs"_a, "channels"_a);
+  m.def("depthwise_slabs", &depthwise_slabs, "sizes"_a);
+
+  py::class_<PackedConvForward>(m, "ProductSizes")
+      .def(py::init(&product_sizes), "batch"_a, "in_channels"_a, "height"_a, "width"_a, "out_channels"_a, "kernel"_a,
+           "stride"_a);
+  py::enum_<ProductShape>(m, "ProductShape")
+      .value("large", ProductShape::large)
+      .value("medium", ProductShape::medium)
+      .value("narrow", ProductShape::narrow)
+      .value("small", ProductShape::small);
+  py::class_<ProductLaunch, Launch>(m, "ProductLaunch")
+      .def_readonly("shape", &ProductLaunch::shape)
+      .def_readonly("columns", &ProductLaunch::columns)
+      .def_readonly("aligned", &ProductLaunch::aligned)
+      .def_readonly("aligned_output", &ProductLaunch::aligned_output);
+  m.def("product_launch", &product_launch, "sizes"_a);
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 """Registers, spills and shared memory of every CUDA kernel, from the compiler's report. Needs nvcc, but no GPU.
 
 python tools/kernel_resources.py           writes the table, benchmarks/results/kernels.sm_90.md
-python tools/kernel_resources.py --check   compares with the committed table, and fails on spills in hot kernels
+python tools/kernel_resources.py --check   compares with the committed table
+Both fail if a hot kernel spills more than SPILLS allows.
 
 With --log it compiles nothing, and reads the log of a build for sm_90:
 NVCC_APPEND_FLAGS=-Xptxas=-v TORCH_CUDA_ARCH_LIST=9.0 pip install -v . >LOG
@@ -21,6 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1].resolve() / "build_backend"))
 import mobilemamba_toolkit as toolkit
 
 ROOT = Path(__file__).parents[1].resolve()
+SPILLS = {  # bytes of spill stores that a hot kernel may have, by a part of its name; all others have none
+    "scan_forward_kernel<": 8,
+    "plane_backward_weight_kernel<HaarOp": 16,  # with a kernel of 7
+    "depthwise_strip_kernel<__half, 3, 2, 2>": 24,  # for a multiple of 2 channels that is not one of 4
+    "TileShape<2, 2, 4>, ImagePatches>": 56,  # a product: where each of a thread's patches begins
+    "TileShape<2, 4, 4>, ImagePatches>": 8,
+}
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -63,13 +71,19 @@ def is_hot(name: str) -> bool:
     return "double" not in name and "false" not in name
 
 
+def spills(kernel: dict[str, str]) -> bool:
+    """Whether the kernel has more spills than are allowed."""
+    return int(kernel["stores"]) > max((most for part, most in SPILLS.items() if part in kernel["name"]), default=0)
+
+
 def table(kernels: dict[str, list[dict[str, str]]], version: str, arch: str) -> str:
     lines = [
         f"# Resources of the CUDA kernels on sm_{arch}",
         "",
         f"nvcc {version}, `python tools/kernel_resources.py`. Dynamic shared memory is chosen at launch, see",
-        "csrc/cuda/launch.h. A scan's second parameter: whether the state size is 1. Those of a plane: kernel size",
-        "(0: any) and stride.",
+        "csrc/cuda/launch.h. A scan's second parameter: whether the state size is 1. That of a plane: kernel size",
+        "(0: any). Those of a depthwise convolution: kernel size, stride and channels of a thread, or the last alone.",
+        "Those of a TileShape: warps down, warps across, and blocks of 16 rows of a warp.",
         "",
         "| source | kernel | registers | stack | spill stores | spill loads | static shared | barriers |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -104,7 +118,7 @@ def main() -> int:
     kernels = {source.name: kernels_in(reports[source.name]) for source in sources}
     text = table(kernels, version, arguments.arch)
     path = ROOT / "benchmarks" / "results" / f"kernels.sm_{arguments.arch}.md"
-    spilling = [k["name"] for found in kernels.values() for k in found if is_hot(k["name"]) and int(k["stack"])]
+    spilling = [k["name"] for found in kernels.values() for k in found if is_hot(k["name"]) and spills(k)]
     if not arguments.check:
         path.write_text(text)
         print(text, end="")
@@ -113,7 +127,7 @@ def main() -> int:
     elif path.read_text() != text:
         print(f"{path.name} is not what the compiler says now; see `git diff` after running this without --check")
         return 1
-    print(f"{sum(map(len, kernels.values()))} kernels, {len(spilling)} hot ones spill", *spilling)
+    print(f"{sum(map(len, kernels.values()))} kernels, {len(spilling)} hot ones spill more than allowed", *spilling)
     return 1 if spilling else 0
 
 

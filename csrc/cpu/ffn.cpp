@@ -10,10 +10,10 @@
 #include <algorithm>
 
 #include "cpu/backends.h"
-#include "cpu/row_product.h"
 #include "cpu/run.h"
 #include "ops/common.h"
 #include "ops/kernel_of.h"
+#include "ops/product.h"
 #include "registration.h"
 
 namespace mobilemamba::cpu {
@@ -96,7 +96,7 @@ void run_in_chunks(const Layer& layer, const at::Tensor& input, int64_t chunks) 
 
 at::Tensor run_layer(const FfnRows& rows) {
   const at::Tensor& x = rows.input;
-  if (x.scalar_type() == at::kDouble) return ffn_with_torch(rows);
+  if (x.scalar_type() == at::kDouble) return ffn_of_products(rows, product_with_torch);
   at::Tensor output = at::empty(x.sizes(), x.options());
   const Layer layer(rows, output);
   const int64_t count = x.size(0);

@@ -8,7 +8,6 @@
 #include <algorithm>
 
 #include "cpu/backends.h"
-#include "cpu/row_product.h"
 #include "cpu/run.h"
 #include "ops/matrix.h"
 #include "registration.h"
@@ -18,16 +17,7 @@ namespace {
 
 void product(const Product& p, at::Tensor output) {
   if (p.input.scalar_type() == at::kDouble) return product_with_torch(p, output);
-  const RowProduct product(p.weight, p.bias, p.input.size(1), output.size(1));
-  PackedConvForward params = product.of(p.input.size(0), p.input.const_data_ptr(), p.input.stride(0),
-                                        output.mutable_data_ptr(), output.stride(0));
-  params.activation = p.relu ? Activation::relu : Activation::none;
-  params.residual_inside = p.residual_inside;
-  if (p.residual.defined()) {
-    params.residual = p.residual.const_data_ptr();
-    params.residual_row = p.residual.stride(0);
-  }
-  run_packed_conv(params);
+  product_with_kernel(p, output, run_packed_conv);
 }
 
 /// A part has about 128 positions, so that its activations fit in L2. Below 48 positions for each thread the pass over

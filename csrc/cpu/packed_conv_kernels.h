@@ -61,8 +61,9 @@ MOBILEMAMBA_HOST_DEVICE void finish(const PackedConvForward& p, Vec<float> (&sum
       x = x + load(static_cast<const T*>(addend) + r * addend_row + i, length);
     });
   };
-  each([&](Vec<float>& x, int64_t, int64_t i, int length)
-           __attribute__((always_inline)) { x = x + load(static_cast<const float*>(p.bias) + i, length); });
+  if (p.bias)
+    each([&](Vec<float>& x, int64_t, int64_t i, int length)
+             __attribute__((always_inline)) { x = x + load(static_cast<const float*>(p.bias) + i, length); });
   if (p.residual && p.residual_inside) add(p.residual, p.residual_row);
   if (p.activation == Activation::relu)
     each([](Vec<float>& x, int64_t, int64_t, int) __attribute__((always_inline)) { x = max(x, Vec<float>(0.0f)); });

@@ -1,14 +1,17 @@
-// The tables of CUDA kernels of those operators that others are composed of.
+// The CUDA kernels of those operators that others are composed of.
 #pragma once
 
 #include "ops/bidirectional_scan.h"
 #include "ops/depthwise_conv2d.h"
 #include "ops/haar_conv2d.h"
+#include "ops/product.h"
 
 namespace mobilemamba::cuda {
 
 extern const ScanBackend scan;
 extern const HaarBackend haar;
 extern const DepthwiseBackend depthwise;
+
+void product(const Product& p, at::Tensor output);
 
 }  // namespace mobilemamba::cuda

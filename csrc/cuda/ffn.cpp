@@ -1,6 +1,7 @@
-// The feed-forward layer on CUDA. Its matrix products are torch's.
+// The feed-forward layer on CUDA.
 #include "ops/ffn.h"
 
+#include "cuda/backends.h"
 #include "cuda/run.h"
 #include "ops/kernel_of.h"
 #include "registration.h"
@@ -10,7 +11,7 @@ namespace {
 
 at::Tensor ffn_cuda(const FfnArguments& arguments) {
   const DeviceOf device(arguments.input);
-  return arguments.with(ffn_with_torch);
+  return arguments.with([](const FfnRows& rows) { return ffn_of_products(rows, product); });
 }
 
 FfnGradients ffn_backward_cuda(const at::Tensor& grad_output, const FfnArguments& arguments) {

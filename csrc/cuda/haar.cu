@@ -34,10 +34,27 @@ struct HaarOp {
   }
 };
 
+/// Calls run<T, kernel_size>(); the kernel size is 0 for a size without a kernel of its own.
+template <typename Run>
+cudaError_t for_type_and_size(const PlaneSizes& p, Run run) {
+  return for_type(p.dtype, [&]<typename T>() {
+    if constexpr (sizeof(T) < 8) {
+      if (p.kernel == 3) return run.template operator()<T, 3>();
+      if (p.kernel == 5) return run.template operator()<T, 5>();
+      if (p.kernel == 7) return run.template operator()<T, 7>();
+    }
+    return run.template operator()<T, 0>();
+  });
+}
+
 }  // namespace
 
 cudaError_t haar_forward(const HaarForward& p, size_t shared_limit, cudaStream_t stream) {
-  return plane_forward<HaarOp, false>(p, shared_limit, stream);
+  const PlaneSizes sizes(p);
+  const PlaneLaunch launch = plane_launch(sizes, false, shared_limit);
+  return for_type_and_size(sizes, [&]<typename T, int kernel_size>() {
+    return launch_kernel(plane_forward_kernel<HaarOp<T>, kernel_size>, launch, stream, p, launch);
+  });
 }
 
 int64_t haar_backward_weight_slabs(const HaarSizes& p, size_t shared_limit) {
@@ -45,7 +62,12 @@ int64_t haar_backward_weight_slabs(const HaarSizes& p, size_t shared_limit) {
 }
 
 cudaError_t haar_backward_weight(const HaarBackwardWeight& p, size_t shared_limit, cudaStream_t stream) {
-  return plane_backward_weight<HaarOp, false>(p, shared_limit, stream);
+  const PlaneSizes sizes(p);
+  PlaneLaunch launch = plane_launch(sizes, true, shared_limit);
+  launch.tasks = launch.channel_tiles * p.slabs;
+  return for_type_and_size(sizes, [&]<typename T, int kernel_size>() {
+    return launch_kernel(plane_backward_weight_kernel<HaarOp<T>, kernel_size>, launch, stream, p, launch);
+  });
 }
 
 }  // namespace mobilemamba::cuda

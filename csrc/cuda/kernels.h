@@ -8,6 +8,7 @@
 #include "kernels/depthwise.h"
 #include "kernels/gate.h"
 #include "kernels/haar.h"
+#include "kernels/packed_conv.h"
 #include "kernels/scan.h"
 
 namespace mobilemamba::cuda {
@@ -31,5 +32,8 @@ int64_t depthwise_backward_weight_slabs(const DepthwiseSizes& p, size_t shared_l
 cudaError_t depthwise_backward_weight(const DepthwiseBackwardWeight& p, size_t shared_limit, cudaStream_t stream);
 
 cudaError_t gate_forward(const GateForward& p, cudaStream_t stream);
+
+/// For 16-bit elements, on devices of compute capability 8.0 and later.
+cudaError_t packed_conv(const PackedConvForward& p, cudaStream_t stream);
 
 }  // namespace mobilemamba::cuda

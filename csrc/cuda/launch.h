@@ -9,6 +9,7 @@
 
 #include "kernels/depthwise.h"
 #include "kernels/haar.h"
+#include "kernels/packed_conv.h"
 #include "kernels/scan.h"
 
 namespace mobilemamba::cuda {
@@ -33,6 +34,7 @@ struct Launch {
 // collect pass reads the sequence first to compute the decay and the last state of each.
 
 constexpr int staged_rows = 16;     // rows of delta, or of B and C, that a warp stages in shared memory at a time
+constexpr int staged_pitch = 12;    // elements from row to row: fewer lanes meet in one bank than with 8
 constexpr int parameter_batch = 4;  // gradients of parameters that one pair of barriers sums over the warps
 
 /// Positions of a chunk and the most chunks of a block. A multiprocessor's registers (256 KiB) hold one such block.
@@ -48,6 +50,8 @@ constexpr ScanShape scan_backward_shape(bool float64) {
 
 struct ScanLaunch : Launch {
   int64_t segments, tiles;  // of the sequence, of the channels
+  bool together;            // whether a warp stages all its rows of both directions at once, in one wait for memory
+  int staged;               // elements of shared memory for the rows of a warp
 };
 
 /// `numbers`: elements of shared memory that each warp needs besides its staged rows.
@@ -60,7 +64,13 @@ inline ScanLaunch scan_launch(const ScanForward& p, ScanShape shape, int numbers
   launch.segments = ceil_div(chunks, launch.warps);
   launch.tiles = ceil_div(p.channels, warp_size);
   launch.tasks = p.batch * launch.segments * launch.tiles;
-  launch.shared_bytes = launch.warps * (staged_rows * shape.chunk_length + numbers) * accumulate_bytes(p.dtype);
+  constexpr int64_t most_bytes = 64 * 1024;  // what a block can have on every GPU
+  const auto bytes = [&](int64_t rows) {
+    return launch.warps * (rows * staged_pitch + numbers) * accumulate_bytes(p.dtype);
+  };
+  launch.together = bytes(2 * p.rows()) <= most_bytes;
+  launch.staged = staged_pitch * static_cast<int>(launch.together ? 2 * p.rows() : staged_rows);
+  launch.shared_bytes = bytes(launch.staged / staged_pitch);
   return launch;
 }
 
@@ -162,6 +172,122 @@ inline PlaneLaunch plane_launch(const PlaneSizes& p, bool backward, size_t share
 inline int64_t plane_slabs(const PlaneSizes& p, size_t shared_limit) {
   const PlaneLaunch launch = plane_launch(p, true, shared_limit);
   return clamp(1024 / launch.channel_tiles, 1, ceil_div(launch.position_tiles(p.batch), 4));
+}
+
+// The depthwise convolution with a kernel of its own. A thread computes strips of outputs; its channels are the same in
+// all of them, so that it reads the weight once.
+
+constexpr int depthwise_threads = 128;  // of a block
+constexpr int strip_columns = 4;        // outputs of a strip
+
+struct DepthwiseLaunch : Launch {
+  int rows;  // of a strip
+  int64_t strips_y, strips_x, strips;
+};
+
+/// The most channels of a thread: 8 bytes, and fewer where the weights of more would not fit in registers.
+constexpr int depthwise_channels(size_t element_bytes, int64_t kernel) {
+  return kernel == 3 ? static_cast<int>(8 / element_bytes) : kernel == 5 ? 2 : 1;
+}
+
+/// `channels`: of a thread.
+inline DepthwiseLaunch depthwise_launch(const DepthwiseSizes& p, int channels) {
+  // Long strips read fewer rows twice; many strips keep a large GPU busy.
+  constexpr int64_t enough = 1 << 16, most_blocks = 16 * 132;
+  DepthwiseLaunch launch;
+  launch.warps = depthwise_threads / warp_size;
+  launch.shared_bytes = 0;
+  launch.strips_x = ceil_div(p.out_width(), strip_columns);
+  const int64_t groups = p.channels / channels;
+  for (int64_t most = 8;; most /= 2) {
+    launch.strips_y = ceil_div(p.out_height(), most);
+    launch.rows = static_cast<int>(ceil_div(p.out_height(), launch.strips_y));
+    launch.strips = p.batch * launch.strips_y * launch.strips_x;
+    if (most == 1 || launch.strips * groups >= enough) break;
+  }
+  // At least one thread for each group of channels.
+  launch.tasks = clamp(ceil_div(launch.strips * groups, depthwise_threads), 1, most_blocks);
+  const int64_t least = ceil_div(groups, depthwise_threads);
+  if (launch.tasks < least) launch.tasks = least;
+  return launch;
+}
+
+/// For the gradient of the input with stride 2: strips of two rows, which as many strips of outputs contribute to.
+inline DepthwiseLaunch depthwise_backward_input_launch(const DepthwiseSizes& p, int channels) {
+  DepthwiseLaunch launch = depthwise_launch(p, channels);
+  launch.rows = 1;
+  launch.strips_y = p.out_height();
+  launch.strips = p.batch * launch.strips_y * launch.strips_x;
+  const int64_t groups = p.channels / channels, least = ceil_div(groups, depthwise_threads);
+  launch.tasks = clamp(ceil_div(launch.strips * groups, depthwise_threads), 1, 16 * 132);
+  if (launch.tasks < least) launch.tasks = least;
+  return launch;
+}
+
+/// For the gradient of the weight: long strips, because a strip begins with rows that it reads twice.
+inline DepthwiseLaunch depthwise_backward_weight_launch(const DepthwiseSizes& p, int64_t slabs, int channels) {
+  constexpr int64_t most_rows = 16;
+  DepthwiseLaunch launch;
+  launch.warps = depthwise_threads / warp_size;
+  launch.strips_x = ceil_div(p.out_width(), strip_columns);
+  launch.strips_y = ceil_div(p.out_height(), most_rows);
+  launch.rows = static_cast<int>(ceil_div(p.out_height(), launch.strips_y));
+  launch.strips = p.batch * launch.strips_y * launch.strips_x;
+  launch.tasks = slabs * ceil_div(p.channels, warp_size * channels);
+  launch.shared_bytes = (p.kernel * p.kernel + 1) * warp_size * channels * sizeof(float);
+  return launch;
+}
+
+/// The number of slabs: about 8 blocks for each multiprocessor of a large GPU, and at least two strips for each warp.
+inline int64_t depthwise_slabs(const DepthwiseSizes& p) {
+  const int channels = depthwise_channels(p.dtype == DType::float32 ? 4 : 2, p.kernel);
+  const DepthwiseLaunch one = depthwise_backward_weight_launch(p, 1, channels);
+  return clamp(8 * 132 / one.tasks, 1, ceil_div(one.strips, 2 * one.warps));
+}
+
+// The product of patches and packed weight. A block computes a tile of the output.
+
+constexpr int product_stages = 4;  // slices of the inputs in shared memory
+
+/// Tiles of 128 x 128, 128 x 64, 128 x 32 and 32 x 32 rows and columns.
+enum class ProductShape { large, medium, narrow, small };
+
+struct ProductLaunch : Launch {
+  ProductShape shape;
+  int64_t columns;  // tiles in a row of tiles
+  // Whether each row begins at a multiple of 16 bytes, and for the input each pixel of a patch too.
+  bool aligned, aligned_residual, aligned_second, aligned_output;
+};
+
+inline ProductLaunch product_launch(const PackedConvForward& p) {
+  const auto tiles = [&](int64_t rows, int64_t panels) {
+    return ceil_div(p.rows(), rows) * ceil_div(p.panels(), panels);
+  };
+  constexpr int64_t busy = 132;  // blocks that fill a large GPU
+  ProductLaunch launch;
+  int rows = 128, panels;
+  if (!p.in_place() && p.panels() > 2 && tiles(128, 4) >= 2 * busy) {  // gathers each patch fewer times
+    launch.shape = ProductShape::large, launch.warps = 8, panels = 4;
+  } else if (p.panels() > 1 && tiles(128, 2) >= busy) {
+    launch.shape = ProductShape::medium, launch.warps = 4, panels = 2;
+  } else if (tiles(128, 1) >= busy) {
+    launch.shape = ProductShape::narrow, launch.warps = 4, panels = 1;
+  } else {
+    launch.shape = ProductShape::small, launch.warps = 2, panels = 1, rows = 32;
+  }
+  launch.columns = ceil_div(p.panels(), panels);
+  launch.tasks = tiles(rows, panels);
+  constexpr int64_t slice_bytes = 64;
+  launch.shared_bytes = product_stages * (rows + panels * PackedConvForward::panel) * slice_bytes;
+  const auto at_sixteen = [](const void* data, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+  };
+  launch.aligned = at_sixteen(p.input.data, p.input.column);
+  if (!p.in_place()) launch.aligned &= p.input.row % 8 == 0 && p.input.batch % 8 == 0 && p.in_channels % 8 == 0;
+  launch.aligned_residual = at_sixteen(p.residual, p.residual_row);
+  launch.aligned_second = at_sixteen(p.second_residual, p.second_residual_row);
+  launch.aligned_output = at_sixteen(p.output, p.output_row);
+  return launch;
 }
 
 }  // namespace mobilemamba::cuda

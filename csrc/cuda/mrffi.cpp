@@ -1,4 +1,4 @@
-// The MRFFI block on CUDA. Its matrix products are torch's.
+// The MRFFI block on CUDA.
 #include "ops/mrffi.h"
 
 #include "cuda/backends.h"
@@ -15,7 +15,7 @@ MrffiBackend backend() {
       .haar = haar,
       .depthwise = depthwise,
       .gate = [](const GateForward& p) { check_launch(gate_forward(p, c10::cuda::getCurrentCUDAStream())); },
-      .product = product_with_torch,
+      .product = product,
       .in_parts = [](int64_t batch, int64_t, c10::function_ref<void(int64_t, int64_t)> run) { run(0, batch); },
   };
 }

@@ -1,5 +1,6 @@
-// Depthwise convolution of planes on CUDA, forward and the gradient of its weight. Two operators share it: the
-// depthwise convolution (one plane, the image) and the Haar convolution (four planes, the sub-bands).
+// Depthwise convolution of planes on CUDA, forward and the gradient of its weight. The Haar convolution has four
+// planes, the sub-bands. The depthwise convolution has one, the image; it comes here for the sizes that models do not
+// use.
 //
 // An operator `Op` reads a plane's elements from an image and stores the results; the kernels do the rest. For the
 // sizes that models use (`kernel_size` > 0) a block stages a tile of its input, with the border, in shared memory, and
@@ -69,11 +70,14 @@ struct HaarPlanes {
       : pixels(image, height, width, batch, channel) {}
 
   __device__ void load(int64_t y, int64_t x, Acc (&value)[4]) const {
-    Acc patch[4][1];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      pixels.load(2 * y + i / 2, 2 * x + i % 2, patch[i]);  // beyond the plane, all four are beyond the image
-    const HaarBands<Acc> bands = haar(patch[0][0], patch[1][0], patch[2][0], patch[3][0]);
+    // beyond the plane, all four pixels are beyond the image
+    const T* first = pixels.data + 2 * y * pixels.row + 2 * x * pixels.column;
+    const bool above = y >= 0 && 2 * y < pixels.height, below = y >= 0 && 2 * y + 1 < pixels.height;
+    const bool left = x >= 0 && 2 * x < pixels.width, right = x >= 0 && 2 * x + 1 < pixels.width;
+    const HaarBands<Acc> bands =
+        haar(above && left ? widen(first[0]) : Acc(0), above && right ? widen(first[pixels.column]) : Acc(0),
+             below && left ? widen(first[pixels.row]) : Acc(0),
+             below && right ? widen(first[pixels.row + pixels.column]) : Acc(0));
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       value[i] = bands.band[i];
@@ -114,37 +118,43 @@ struct Stage {
 
 // Forward ------------------------------------------------------------------------------------------------------------
 
-/// Computes a strip of outputs of one plane; its first output is in row `y` of the plane and `column` of the tile.
-template <int kernel_size, int stride, typename Acc>
+/// Computes a strip of outputs of one plane; its first output is in row `y` of the plane and `column` of the tile. Each
+/// element of the weight (k, k, C) serves both rows of the strip.
+template <int kernel_size, typename Acc>
 __device__ __forceinline__ void convolve_strip(const Stage<Acc>& stage, int plane, int64_t plane_height, int64_t y,
                                                int column, const Acc* weight, int64_t channels,
                                                Acc (&out)[strip_height][strip_width]) {
-#pragma unroll 1  // unrolled, the addresses of all weights would be in registers at once
-  for (int dy = 0; dy < (strip_height - 1) * stride + kernel_size; ++dy) {
-    const int64_t from = y * stride - kernel_size / 2 + dy;
-    if (from < 0 || from >= plane_height) continue;
-    const Acc* row = stage.row(plane, from, column * stride);
-    constexpr int count = (strip_width - 1) * stride + kernel_size;
-    Acc in[count];
+  static_assert(strip_height == 2);
+  constexpr int count = strip_width - 1 + kernel_size;
+  Acc upper[count], lower[count];
+  const auto load = [&](int dy, Acc(&in)[count]) {
+    const int64_t from = y - kernel_size / 2 + dy;
+    const bool inside = from >= 0 && from < plane_height;
+    const Acc* row = stage.row(plane, inside ? from : stage.first_row, column);
 #pragma unroll
     for (int i = 0; i < count; ++i)
-      in[i] = row[i * warp_size];
+      in[i] = inside ? row[i * warp_size] : Acc(0);
+  };
+  load(0, upper);
+#pragma unroll 1
+  for (int ky = 0; ky < kernel_size; ++ky) {
+    load(ky + 1, lower);
 #pragma unroll
-    for (int r = 0; r < strip_height; ++r) {
-      const int ky = dy - r * stride;
-      if (ky < 0 || ky >= kernel_size) continue;
+    for (int kx = 0; kx < kernel_size; ++kx, weight += channels) {
+      const Acc w = *weight;
 #pragma unroll
-      for (int kx = 0; kx < kernel_size; ++kx) {
-        const Acc w = weight[(ky * kernel_size + kx) * channels];
-#pragma unroll
-        for (int c = 0; c < strip_width; ++c)
-          out[r][c] += w * in[c * stride + kx];
+      for (int c = 0; c < strip_width; ++c) {
+        out[0][c] += w * upper[c + kx];
+        out[1][c] += w * lower[c + kx];
       }
     }
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+      upper[i] = lower[i];
   }
 }
 
-template <typename Op, int kernel_size, int stride>
+template <typename Op, int kernel_size>
 __global__ void __launch_bounds__(plane_max_threads, plane_blocks)
     plane_forward_kernel(const __grid_constant__ typename Op::Forward p, const __grid_constant__ PlaneLaunch launch) {
   using Acc = typename Op::Acc;
@@ -158,7 +168,7 @@ __global__ void __launch_bounds__(plane_max_threads, plane_blocks)
 
     if constexpr (kernel_size > 0) {
       Stage<Acc> stage(launch);
-      stage.fill(source, tile.y * stride - kernel_size / 2, tile.x * stride - kernel_size / 2);
+      stage.fill(source, tile.y - kernel_size / 2, tile.x - kernel_size / 2);
       const int strips_x = launch.tile_width / strip_width, strips = launch.tile_height / strip_height * strips_x;
       for (int strip = threadIdx.y; strip < strips; strip += blockDim.y) {
         const int64_t y = tile.y + strip / strips_x * strip_height;
@@ -166,8 +176,8 @@ __global__ void __launch_bounds__(plane_max_threads, plane_blocks)
         Acc out[Op::planes][strip_height][strip_width] = {};
 #pragma unroll
         for (int plane = 0; plane < Op::planes; ++plane)
-          convolve_strip<kernel_size, stride>(stage, plane, Op::plane_height(p), y, column,
-                                              weight + plane * taps * p.channels, p.channels, out[plane]);
+          convolve_strip<kernel_size>(stage, plane, Op::plane_height(p), y, column, weight + plane * taps * p.channels,
+                                      p.channels, out[plane]);
 #pragma unroll
         for (int r = 0; r < strip_height; ++r)
 #pragma unroll
@@ -213,7 +223,7 @@ __device__ __forceinline__ typename Source::Acc load_plane(const Source& source,
 }
 
 /// Adds the products of one row of `grad` to the sums of one plane.
-template <int kernel_size, int stride, typename Acc, typename Source>
+template <int kernel_size, typename Acc, typename Source>
 __device__ __forceinline__ void correlate_row(const Stage<Acc>& stage, int plane, int64_t plane_height,
                                               const Source& grad, int64_t y, int64_t left, int columns,
                                               Acc (&sum)[kernel_size * kernel_size], Acc& grad_bias) {
@@ -226,10 +236,10 @@ __device__ __forceinline__ void correlate_row(const Stage<Acc>& stage, int plane
     }
 #pragma unroll
     for (int ky = 0; ky < kernel_size; ++ky) {
-      const int64_t from = y * stride - kernel_size / 2 + ky;
+      const int64_t from = y - kernel_size / 2 + ky;
       if (from < 0 || from >= plane_height) continue;
-      const Acc* row = stage.row(plane, from, column * stride);
-      constexpr int count = (strip_width - 1) * stride + kernel_size;
+      const Acc* row = stage.row(plane, from, column);
+      constexpr int count = strip_width - 1 + kernel_size;
       Acc in[count];
 #pragma unroll
       for (int i = 0; i < count; ++i)
@@ -238,13 +248,13 @@ __device__ __forceinline__ void correlate_row(const Stage<Acc>& stage, int plane
       for (int kx = 0; kx < kernel_size; ++kx)
 #pragma unroll
         for (int c = 0; c < strip_width; ++c)
-          if (column + c < columns) sum[ky * kernel_size + kx] += g[c] * in[c * stride + kx];
+          if (column + c < columns) sum[ky * kernel_size + kx] += g[c] * in[c + kx];
     }
   }
 }
 
 /// A block sums over one slab of tiles for 32 channels. Each warp takes one plane, and some of its rows.
-template <typename Op, int kernel_size, int stride>
+template <typename Op, int kernel_size>
 __global__ void __launch_bounds__(plane_max_threads, plane_blocks)
     plane_backward_weight_kernel(const __grid_constant__ typename Op::BackwardWeight p,
                                  const __grid_constant__ PlaneLaunch launch) {
@@ -268,12 +278,11 @@ __global__ void __launch_bounds__(plane_max_threads, plane_blocks)
         const typename Op::Source input(p.input, p.height, p.width, tile.batch, channel.index);
         const typename Op::Source grad(p.grad_output, Op::grad_height(p), Op::grad_width(p), tile.batch, channel.index);
         Stage<Acc> stage(launch);
-        stage.fill(input, tile.y * stride - kernel_size / 2, tile.x * stride - kernel_size / 2);
+        stage.fill(input, tile.y - kernel_size / 2, tile.x - kernel_size / 2);
         const int64_t left = Op::out_width(p) - tile.x;
         const int columns = left < launch.tile_width ? static_cast<int>(left) : launch.tile_width;
         for (int64_t y = tile.y + group; y < tile.y + launch.tile_height && y < Op::out_height(p); y += groups)
-          correlate_row<kernel_size, stride>(stage, plane, Op::plane_height(p), grad, y, tile.x, columns, sum,
-                                             grad_bias);
+          correlate_row<kernel_size>(stage, plane, Op::plane_height(p), grad, y, tile.x, columns, sum, grad_bias);
       }
       // The groups of warps add their sums in a fixed order.
       Acc* const shared = reinterpret_cast<Acc*>(shared_memory) + threadIdx.x;
@@ -317,52 +326,6 @@ __global__ void __launch_bounds__(plane_max_threads, plane_blocks)
       }
     }
   }
-}
-
-// Choice of the kernel -----------------------------------------------------------------------------------------------
-
-/// Calls run<T, kernel_size, stride>(); kernel_size and stride are 0 for a size without a kernel of its own.
-template <typename T, bool with_stride_2, typename Run>
-cudaError_t for_kernel_size(const PlaneSizes& p, Run run) {
-  if constexpr (sizeof(T) < 8) {
-    if (p.staged()) {
-      if constexpr (with_stride_2)
-        if (p.stride == 2) return run.template operator()<T, 3, 2>();
-      switch (p.kernel) {
-        case 3:
-          return run.template operator()<T, 3, 1>();
-        case 5:
-          return run.template operator()<T, 5, 1>();
-        default:
-          return run.template operator()<T, 7, 1>();
-      }
-    }
-  }
-  return run.template operator()<T, 0, 0>();
-}
-
-template <bool with_stride_2, typename Run>
-cudaError_t for_type_and_size(const PlaneSizes& p, Run run) {
-  return for_type(p.dtype, [&]<typename T>() { return for_kernel_size<T, with_stride_2>(p, run); });
-}
-
-template <template <typename> typename Op, bool with_stride_2, typename P>
-cudaError_t plane_forward(const P& p, size_t shared_limit, cudaStream_t stream) {
-  const PlaneSizes sizes(p);
-  const PlaneLaunch launch = plane_launch(sizes, false, shared_limit);
-  return for_type_and_size<with_stride_2>(sizes, [&]<typename T, int kernel_size, int stride>() {
-    return launch_kernel(plane_forward_kernel<Op<T>, kernel_size, stride>, launch, stream, p, launch);
-  });
-}
-
-template <template <typename> typename Op, bool with_stride_2, typename P>
-cudaError_t plane_backward_weight(const P& p, size_t shared_limit, cudaStream_t stream) {
-  const PlaneSizes sizes(p);
-  PlaneLaunch launch = plane_launch(sizes, true, shared_limit);
-  launch.tasks = launch.channel_tiles * p.slabs;
-  return for_type_and_size<with_stride_2>(sizes, [&]<typename T, int kernel_size, int stride>() {
-    return launch_kernel(plane_backward_weight_kernel<Op<T>, kernel_size, stride>, launch, stream, p, launch);
-  });
 }
 
 }  // namespace mobilemamba::cuda

@@ -21,13 +21,16 @@ void check_launch(cudaError_t error) {
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
       error == cudaErrorUnsupportedPtxVersion) {
     (void)cudaGetLastError();  // clears the error: the message below reports it
-    const int major = attribute(cudaDevAttrComputeCapabilityMajor),
-              minor = attribute(cudaDevAttrComputeCapabilityMinor);
+    const auto [major, minor] = compute_capability();
     TORCH_CHECK(false, "mobilemamba: the GPU has compute capability ", major, ".", minor,
                 ", and the library was built for ", build::cuda_archs, "; rebuild it with TORCH_CUDA_ARCH_LIST=", major,
                 ".", minor, " FORCE_CUDA=1 pip install --force-reinstall --no-deps . in the checkout");
   }
   C10_CUDA_CHECK(error);
+}
+
+Capability compute_capability() {
+  return {attribute(cudaDevAttrComputeCapabilityMajor), attribute(cudaDevAttrComputeCapabilityMinor)};
 }
 
 size_t shared_limit() {

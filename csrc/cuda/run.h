@@ -23,6 +23,13 @@ class DeviceOf {
   c10::cuda::OptionalCUDAGuard guard_;
 };
 
+struct Capability {
+  int major, minor;
+};
+
+/// Of the current device.
+Capability compute_capability();
+
 /// Bytes of shared memory that a block may have on the current device.
 size_t shared_limit();
 

@@ -16,22 +16,29 @@ namespace mobilemamba::cuda {
 /// A sequence of several segments takes three launches: `collect`, then scan_carry_kernel, then `finish`.
 enum class Pass { whole, collect, finish };
 
-// For 16-bit elements the errors of the fast functions stay below the elements' rounding error, except for small step
-// sizes: there a short series replaces the functions.
+// For small step sizes the errors of the fast functions would show: there a short series replaces them.
 
+/// exp(dt * A), where `A` is in the form of rate_of.
 template <typename T, typename Acc>
-__device__ __forceinline__ Acc decay_of(Acc dt_A) {
+__device__ __forceinline__ Acc decay_of(Acc dt, Acc A) {
   if constexpr (sizeof(T) == 2)
-    return __expf(dt_A);
+    return fast_exp2(dt * A);
   else
-    return exp(dt_A);
+    return exp(dt * A);
+}
+
+/// A = -exp(A_log), for the fast exponential to the base 2.
+template <typename T, typename Acc>
+__device__ __forceinline__ Acc rate_of(Acc A) {
+  return sizeof(T) == 2 ? A * Acc(log2_of_e) : A;
 }
 
 template <typename T, typename Acc>
 __device__ __forceinline__ Acc step_size_of(Acc x) {
   if constexpr (sizeof(T) == 2) {
-    const float e = __expf(-fabsf(x));
-    return fmaxf(x, 0.0f) + (e < 0.01f ? e * (1.0f - e * (0.5f - e * (1.0f / 3.0f))) : __logf(1.0f + e));
+    const float e = fast_exp2(-log2_of_e * fabsf(x));
+    const float small = e * (1.0f - e * (0.5f - e * (1.0f / 3.0f)));
+    return fmaxf(x, 0.0f) + (e < 0.01f ? small : log_of_2 * fast_log2(1.0f + e));
   } else {
     return softplus(x);
   }
@@ -41,7 +48,7 @@ __device__ __forceinline__ Acc step_size_of(Acc x) {
 template <typename T, typename Acc>
 __device__ __forceinline__ Acc step_size_derivative_of(Acc dt) {
   if constexpr (sizeof(T) == 2)
-    return dt < 0.01f ? dt * (1.0f - dt * (0.5f - dt * (1.0f / 6.0f))) : 1.0f - __expf(-dt);
+    return dt < 0.01f ? dt * (1.0f - dt * (0.5f - dt * (1.0f / 6.0f))) : 1.0f - fast_exp2(-log2_of_e * dt);
   else
     return -expm1(-dt);
 }
@@ -60,14 +67,15 @@ struct Chunk {
   using Acc = typename AccumulateOf<T>::type;
 
   const ScanForward& p;
-  Acc* const staged;  // (staged_rows, chunk_length)
+  Acc* const staged;    // rows of `staged_pitch` elements, of which `chunk_length` are used
+  const bool together;  // all rows of both directions are staged
   const int lane;
   int64_t batch, segment, tile, begin, channel;
   int length;   // in positions: less than chunk_length at the end of the sequence
   bool active;  // false in lanes past the last channel
 
   __device__ Chunk(const ScanForward& p, const ScanLaunch& launch, int64_t task, Acc* staged)
-      : p(p), staged(staged), lane(threadIdx.x) {
+      : p(p), staged(staged), together(launch.together), lane(threadIdx.x) {
     tile = task % launch.tiles;
     segment = task / launch.tiles % launch.segments;
     batch = task / launch.tiles / launch.segments;
@@ -84,16 +92,16 @@ struct Chunk {
   __device__ void load(const void* data, int64_t batch_stride, int64_t position_stride, Acc (&x)[chunk_length]) const {
     const T* from = static_cast<const T*>(data) + batch * batch_stride + begin * position_stride + channel;
 #pragma unroll
-    for (int t = 0; t < chunk_length; ++t)
-      x[t] = active && t < length ? widen(from[t * position_stride]) : Acc(0);
+    for (int t = 0; t < chunk_length; ++t, from += position_stride)
+      x[t] = active && t < length ? widen(*from) : Acc(0);
   }
 
   /// Writes this channel's elements of a contiguous (B, L, D) tensor.
   __device__ void store(void* data, const Acc (&x)[chunk_length]) const {
     T* to = static_cast<T*>(data) + (batch * p.length + begin) * p.channels + channel;
 #pragma unroll
-    for (int t = 0; t < chunk_length; ++t)
-      if (active && t < length) to[t * p.channels] = narrow<T>(x[t]);
+    for (int t = 0; t < chunk_length; ++t, to += p.channels)
+      if (active && t < length) *to = narrow<T>(x[t]);
   }
 
   /// This channel's element of a parameter (2, rows, D).
@@ -102,25 +110,68 @@ struct Chunk {
   }
 
   /// Copies `count` rows of the chunk's positions to row `to` of shared memory and after; zero past the sequence's end.
+  /// Neighbouring lanes take neighbouring rows, which are neighbours in memory in the model's layout.
   __device__ void stage(const ScanRows& rows, int64_t direction, int64_t first, int count, int to) const {
     const T* from = static_cast<const T*>(rows.data) + batch * rows.batch + direction * rows.direction +
                     first * rows.row + begin * rows.position;
+#pragma unroll 4
     for (int i = lane; i < count * chunk_length; i += warp_size) {
-      const int t = i % chunk_length, row = i / chunk_length;
-      staged[to * chunk_length + i] = t < length ? widen(from[row * rows.row + t * rows.position]) : Acc(0);
+      const int t = i / count, row = i % count;
+      staged[(to + row) * staged_pitch + t] = t < length ? widen(from[row * rows.row + t * rows.position]) : Acc(0);
     }
   }
 
-  /// Calls f(row, values) for each row of delta; `values` are the chunk's elements of the row, in shared memory.
+  /// Where all rows have a place, copies those of both directions.
+  __device__ void stage_together() const {
+    if (!together) return;
+    const int rank = static_cast<int>(p.rank), states = static_cast<int>(p.state), rows = rank + 2 * states;
+    __syncwarp();  // all lanes have read the previous rows
+    // In the model's layout neighbouring lanes read neighbours in memory.
+    for (int both = lane; both < 2 * rows; both += warp_size) {
+      const int direction = both >= rows, row = both - direction * rows;
+      const ScanRows& source = row < rank ? p.delta : row < rank + states ? p.B : p.C;
+      const int within = row < rank ? row : row < rank + states ? row - rank : row - rank - states;
+      const T* from = static_cast<const T*>(source.data) + batch * source.batch + direction * source.direction +
+                      within * source.row + begin * source.position;
+      Acc* to = staged + both * staged_pitch;
+#pragma unroll
+      for (int t = 0; t < chunk_length; ++t, from += source.position)
+        to[t] = t < length ? widen(*from) : Acc(0);
+    }
+    __syncwarp();
+  }
+
+  /// The chunk's elements of a staged row, read 16 bytes at a time.
+  struct Row {
+    Acc value[chunk_length];
+
+    __device__ explicit Row(const Acc* staged) {
+      constexpr int together = 16 / sizeof(Acc);
+#pragma unroll
+      for (int t = 0; t < chunk_length; t += together) {
+        const auto part = load_channels<Acc, together>(staged + t);
+#pragma unroll
+        for (int i = 0; i < together; ++i)
+          value[t + i] = part.value[i];
+      }
+    }
+    __device__ Acc operator[](int t) const { return value[t]; }
+  };
+
+  /// Calls f(row, values) for each row of delta; `values` are the chunk's elements of the row.
   template <typename F>
   __device__ void for_each_delta_row(int64_t direction, F f) const {
-    for (int64_t first = 0; first < p.rank; first += staged_rows) {
-      const int count = static_cast<int>(p.rank - first < staged_rows ? p.rank - first : staged_rows);
-      __syncwarp();  // all lanes have read the previous rows
-      stage(p.delta, direction, first, count, 0);
-      __syncwarp();
+    const int64_t step = together ? p.rank : staged_rows;
+    for (int64_t first = 0; first < p.rank; first += step) {
+      const int count = static_cast<int>(p.rank - first < step ? p.rank - first : step);
+      if (!together) {
+        __syncwarp();  // all lanes have read the previous rows
+        stage(p.delta, direction, first, count, 0);
+        __syncwarp();
+      }
+      const Acc* rows = together ? staged + direction * p.rows() * staged_pitch : staged;
       for (int row = 0; row < count; ++row)
-        f(first + row, staged + row * chunk_length);
+        f(first + row, Row(rows + row * staged_pitch));
     }
   }
 
@@ -130,8 +181,10 @@ struct Chunk {
 #pragma unroll
     for (int t = 0; t < chunk_length; ++t)
       dt[t] = bias;
-    for_each_delta_row(direction, [&](int64_t row, const Acc* values) {
-      const Acc weight = parameter(p.dt_weight, direction, row, p.rank);
+    const Acc* weights = static_cast<const Acc*>(p.dt_weight) + direction * p.rank * p.channels + channel;
+    for_each_delta_row(direction, [&](int64_t, const Row& values) {
+      const Acc weight = *weights;
+      weights += p.channels;
 #pragma unroll
       for (int t = 0; t < chunk_length; ++t)
         dt[t] += weight * values[t];
@@ -141,19 +194,25 @@ struct Chunk {
       dt[t] = t < length ? step_size_of<T>(dt[t]) : Acc(0);
   }
 
-  /// Copies B and C of state `n` to rows 0 and 1 of shared memory.
-  __device__ void stage_B_and_C(int64_t direction, int64_t n) const {
+  /// The chunk's elements of B and C of one state, in shared memory.
+  struct Inputs {
+    const Acc *b, *c;
+  };
+  __device__ Inputs B_and_C(int64_t direction, int64_t n) const {
+    if (together) {
+      const Acc* first = staged + static_cast<int>(direction * p.rows() + p.rank + n) * staged_pitch;
+      return {first, first + static_cast<int>(p.state) * staged_pitch};
+    }
     __syncwarp();
     stage(p.B, direction, n, 1, 0);
     stage(p.C, direction, n, 1, 1);
     __syncwarp();
+    return {staged, staged + staged_pitch};
   }
 
-  __device__ Acc b(int t) const { return staged[t]; }
-  __device__ Acc c(int t) const { return staged[chunk_length + t]; }
-
-  /// The state's decay at a position; 1 past the end of the sequence, for an infinite A too.
-  __device__ Acc decay(int t, Acc dt, Acc A) const { return t < length ? decay_of<T>(dt * A) : Acc(1); }
+  /// The state's decay at a position, for A in the form of rate_of; 1 past the end of the sequence, for an infinite A
+  /// too.
+  __device__ Acc decay(int t, Acc dt, Acc A) const { return t < length ? decay_of<T>(dt, A) : Acc(1); }
 
   /// The i-th position in the order of the direction.
   __device__ static constexpr int visited(int direction, int i) { return direction == 0 ? i : chunk_length - 1 - i; }

@@ -78,19 +78,19 @@ __device__ __forceinline__ void run_direction(const ScanBackward& p, const ScanL
 
   for (int64_t n = 0; n < states; ++n) {
     const Acc A = -exp(chunk.parameter(p.A_log, direction, n, states));
-    chunk.stage_B_and_C(direction, n);
+    const auto [b, c] = chunk.B_and_C(direction, n);
     Acc decay[chunk_length], all_decay = Acc(1), state = Acc(0), grad_state = Acc(0);
 #pragma unroll
     for (int i = 0; i < chunk_length; ++i) {
       const int t = chunk.visited(direction, i);
-      decay[i] = chunk.decay(t, dt[t], A);
-      state = scan_step(state, decay[i], dt[t] * u[t], chunk.b(t));
+      decay[i] = chunk.decay(t, dt[t], rate_of<T>(A));
+      state = scan_step(state, decay[i], dt[t] * u[t], b[t]);
       all_decay *= decay[i];
     }
 #pragma unroll
     for (int i = chunk_length - 1; i >= 0; --i) {
       const int t = chunk.visited(direction, i);
-      grad_state = (grad_y[t] * chunk.c(t) + grad_state) * decay[i];
+      grad_state = (grad_y[t] * c[t] + grad_state) * decay[i];
     }
     __syncthreads();  // all warps have read the previous state's values
     at(warp, 0) = all_decay;
@@ -132,7 +132,7 @@ __device__ __forceinline__ void run_direction(const ScanBackward& p, const ScanL
     for (int i = 0; i < chunk_length; ++i) {
       const int t = chunk.visited(direction, i);
       before[i] = state;
-      state = scan_step(state, decay[i], dt[t] * u[t], chunk.b(t));
+      state = scan_step(state, decay[i], dt[t] * u[t], b[t]);
     }
     Acc grad_A = Acc(0), grad_B_and_C[2 * chunk_length];
 #pragma unroll
@@ -140,8 +140,8 @@ __device__ __forceinline__ void run_direction(const ScanBackward& p, const ScanL
       const int t = chunk.visited(direction, i);
       ScanStepGradient<Acc> grad = {grad_u[t], grad_dt[t]};
       Acc grad_B, grad_C;
-      scan_step_backward(grad_state, grad, grad_A, grad_y[t], before[i], decay[i], dt[t], u[t], A, chunk.b(t),
-                         chunk.c(t), grad_B, grad_C);
+      scan_step_backward(grad_state, grad, grad_A, grad_y[t], before[i], decay[i], dt[t], u[t], A, b[t], c[t], grad_B,
+                         grad_C);
       grad_u[t] = grad.u;
       grad_dt[t] = grad.dt;
       grad_B_and_C[t] = chunk.active ? grad_B : Acc(0);
@@ -159,7 +159,7 @@ __device__ __forceinline__ void run_direction(const ScanBackward& p, const ScanL
 #pragma unroll
   for (int t = 0; t < chunk_length; ++t)  // through softplus: from here on the gradient of what went into it
     grad_dt[t] = chunk.active && t < chunk.length ? grad_dt[t] * step_size_derivative_of<T>(dt[t]) : Acc(0);
-  chunk.for_each_delta_row(direction, [&](int64_t row, const Acc* values) {
+  chunk.for_each_delta_row(direction, [&](int64_t row, const auto& values) {
     const Acc weight = chunk.active ? chunk.parameter(p.dt_weight, direction, row, p.rank) : Acc(0);
     Acc grad_weight = Acc(0), grad_row[chunk_length];
 #pragma unroll
@@ -190,8 +190,8 @@ __global__ void __launch_bounds__(warp_size* shape<T>.max_warps)
   constexpr int chunk_length = shape<T>.chunk_length;
   Acc* const shared = reinterpret_cast<Acc*>(shared_memory);
   for (int64_t task = blockIdx.x; task < launch.tasks; task += gridDim.x) {
-    const Chunk<T, chunk_length> chunk(p, launch, task, shared + threadIdx.y * staged_rows * chunk_length);
-    Acc* const rest = shared + launch.warps * staged_rows * chunk_length;
+    const Chunk<T, chunk_length> chunk(p, launch, task, shared + threadIdx.y * launch.staged);
+    Acc* const rest = shared + launch.warps * launch.staged;
     Acc* const kept = rest + threadIdx.y * 2 * chunk_length * warp_size + threadIdx.x;
     const Kept<Acc> u = {kept}, grad_y = {kept + chunk_length * warp_size};
     const Acc skip = chunk.parameter(p.D, 0, 0, 1) + chunk.parameter(p.D, 1, 0, 1);
@@ -201,6 +201,7 @@ __global__ void __launch_bounds__(warp_size* shape<T>.max_warps)
     for (int t = 0; t < chunk_length; ++t)
       u[t] = grad_u[t];
     chunk.load(p.grad_y, p.grad_y_batch, p.grad_y_position, grad_u);
+    chunk.stage_together();
 #pragma unroll
     for (int t = 0; t < chunk_length; ++t) {
       grad_y[t] = grad_u[t];

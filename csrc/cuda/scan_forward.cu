@@ -14,15 +14,16 @@ __global__ void __launch_bounds__(warp_size* shape<T>.max_warps)
   constexpr int chunk_length = shape<T>.chunk_length;
   const int lane = threadIdx.x, warp = threadIdx.y, warps = launch.warps;
   Acc* const shared = reinterpret_cast<Acc*>(shared_memory);
-  Acc* handed = shared + warps * staged_rows * chunk_length;  // two buffers (warps, 2 values, 32)
+  Acc* handed = shared + warps * launch.staged;  // two buffers (warps, 2 values, 32)
   const auto at = [&](int w, int value) -> Acc& { return handed[(w * 2 + value) * warp_size + lane]; };
   const int64_t states = one_state ? 1 : p.state;
   int turn = 0;
 
   for (int64_t task = blockIdx.x; task < launch.tasks; task += gridDim.x) {
-    const Chunk<T, chunk_length> chunk(p, launch, task, shared + warp * staged_rows * chunk_length);
+    const Chunk<T, chunk_length> chunk(p, launch, task, shared + warp * launch.staged);
     Acc u[chunk_length], y[chunk_length];
     chunk.load(p.u, p.u_batch, p.u_position, u);
+    chunk.stage_together();
     const Acc skip = chunk.parameter(p.D, 0, 0, 1) + chunk.parameter(p.D, 1, 0, 1);
 #pragma unroll
     for (int t = 0; t < chunk_length; ++t)
@@ -33,21 +34,21 @@ __global__ void __launch_bounds__(warp_size* shape<T>.max_warps)
       Acc dt[chunk_length];
       chunk.step_sizes(direction, dt);
       for (int64_t n = 0; n < states; ++n) {
-        const Acc A = -exp(chunk.parameter(p.A_log, direction, n, states));
-        chunk.stage_B_and_C(direction, n);
+        const Acc A = rate_of<T>(-exp(chunk.parameter(p.A_log, direction, n, states)));
+        const auto [b, c] = chunk.B_and_C(direction, n);
         Acc reach[chunk_length];  // d y / d carry
         Acc state = Acc(0), decay = Acc(1);
 #pragma unroll
         for (int i = 0; i < chunk_length; ++i) {
           const int t = chunk.visited(direction, i);
           const Acc step_decay = chunk.decay(t, dt[t], A);
-          state = scan_step(state, step_decay, dt[t] * u[t], chunk.b(t));
+          state = scan_step(state, step_decay, dt[t] * u[t], b[t]);
           decay *= step_decay;
-          y[t] += chunk.c(t) * state;
-          reach[t] = chunk.c(t) * decay;
+          y[t] += c[t] * state;
+          reach[t] = c[t] * decay;
         }
         // Two buffers alternate, so that one barrier suffices: no warp writes the buffer that another still reads.
-        handed = shared + warps * (staged_rows * chunk_length + turn * 2 * warp_size);
+        handed = shared + warps * (launch.staged + turn * 2 * warp_size);
         turn = 1 - turn;
         at(warp, 0) = decay;
         at(warp, 1) = state;

@@ -23,7 +23,7 @@ struct PackedConvForward {
   bool residual_inside;
   Image input;
   const void* weight;
-  const void* bias;                       // (N), in the accumulator type
+  const void* bias;                       // (N), in the accumulator type; null: none
   const void* residual;                   // null: none
   int64_t residual_row;                   // elements from position to position, like the next two
   const void* second_residual = nullptr;  // null: none

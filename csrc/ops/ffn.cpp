@@ -2,6 +2,7 @@
 #include "ops/ffn.h"
 
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/zero.h>
@@ -50,12 +51,19 @@ at::Tensor FfnArguments::with(at::Tensor (*layer)(const FfnRows&)) const {
   return image(layer({positions(x), added, weights}), x);
 }
 
-at::Tensor ffn_with_torch(const FfnRows& rows) {
+at::Tensor ffn_of_products(const FfnRows& rows, ProductFunction product) {
   const FfnWeights& w = rows.weights;
   const at::Tensor& x = rows.input;
-  const at::Tensor hidden = linear_with_torch(x, w.expand_weight, w.expand_bias, w.expand_bias.size(0)).relu_();
-  at::Tensor y = linear_with_torch(hidden, w.project_weight, w.project_bias, x.size(1)).add_(x);
-  return rows.residual.defined() ? y.add_(rows.residual) : y;
+  const at::Tensor hidden = at::empty({x.size(0), w.expand_bias.size(0)}, x.options());
+  at::Tensor output = at::empty(x.sizes(), x.options());
+  product({.input = x, .weight = w.expand_weight, .bias = w.expand_bias, .relu = true}, hidden);
+  product({.input = hidden,
+           .weight = w.project_weight,
+           .bias = w.project_bias,
+           .residual = x,
+           .second_residual = rows.residual},
+          output);
+  return output;
 }
 
 FfnGradients ffn_backward_composed(const at::Tensor& grad_output, const FfnArguments& arguments) {

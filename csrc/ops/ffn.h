@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mobilemamba.h"
+#include "ops/product.h"
 
 namespace mobilemamba {
 
@@ -40,8 +41,8 @@ struct FfnArguments {
   at::Tensor with(at::Tensor (*layer)(const FfnRows&)) const;
 };
 
-/// The layer, computed by torch's operators.
-at::Tensor ffn_with_torch(const FfnRows& rows);
+/// The layer, as two products.
+at::Tensor ffn_of_products(const FfnRows& rows, ProductFunction product);
 
 /// The gradients, composed of torch's operators.
 FfnGradients ffn_backward_composed(const at::Tensor& grad_output, const FfnArguments& arguments);

@@ -150,14 +150,6 @@ at::Tensor sequence(const at::Tensor& positions, int64_t batch) {
 
 }  // namespace
 
-void product_with_torch(const Product& p, at::Tensor output) {
-  at::Tensor y = linear_with_torch(p.input, p.weight, p.bias, output.size(1));
-  if (p.residual.defined() && p.residual_inside) y.add_(p.residual);
-  if (p.relu) y.relu_();
-  if (p.residual.defined() && !p.residual_inside) y.add_(p.residual);
-  output.copy_(y);
-}
-
 at::Tensor MrffiBackend::mrffi(const MrffiArguments& arguments, const std::optional<at::Tensor>& residual) const {
   at::Tensor output = empty_image(arguments.input);
   if (output.numel() == 0) return output;

@@ -10,6 +10,7 @@
 #include "ops/bidirectional_scan.h"
 #include "ops/depthwise_conv2d.h"
 #include "ops/haar_conv2d.h"
+#include "ops/product.h"
 
 namespace mobilemamba {
 
@@ -74,21 +75,13 @@ struct MrffiArguments {
   MrffiGradients gradients() const;
 };
 
-/// relu(input @ weight.t() + bias) + residual or, with `residual_inside`, relu(input @ weight.t() + bias + residual).
-/// The matrices (rows, channels) have contiguous channels. Bias and residual may be undefined.
-struct Product {
-  at::Tensor input, weight, bias = {}, residual = {};
-  bool residual_inside = false, relu = false;
-};
-
 /// The operator on a backend's kernels.
 struct MrffiBackend {
   ScanBackend scan;
   HaarBackend haar;
   DepthwiseBackend depthwise;
   void (*gate)(const GateForward&);
-  /// Writes to `output`, which may be the same memory as the residual.
-  void (*product)(const Product&, at::Tensor output);
+  ProductFunction product;
   /// Calls `run` with parts of a batch, each given by its first image and its number of images. The calls may come in
   /// any order and at the same time.
   void (*in_parts)(int64_t batch, int64_t positions, c10::function_ref<void(int64_t, int64_t)> run);
@@ -101,9 +94,6 @@ struct MrffiBackend {
   void run(const at::Tensor& input, const at::Tensor& residual, const MrffiWeights& w, double eps,
            const at::Tensor& output) const;
 };
-
-/// The product, computed by torch's operators.
-void product_with_torch(const Product& p, at::Tensor output);
 
 /// The gradients, composed of the other operators and torch's.
 MrffiGradients mrffi_backward_composed(const at::Tensor& grad_output, const MrffiArguments& arguments);

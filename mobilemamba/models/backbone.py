@@ -413,6 +413,6 @@ class MobileMamba(nn.Module):
             fold_batchnorm(fused)
         fused.distillation = False
         for module in fused.modules():
-            if isinstance(module, Folded) and next(module.parameters()).device.type == "cpu":
+            if isinstance(module, Folded) and next(module.parameters()).device.type in ("cpu", "cuda"):
                 module.pack()
         return fused.requires_grad_(False)

@@ -198,7 +198,7 @@ def ffn(
         expand_weight: ``(hidden, channels)``, in the dtype of ``input``, with ``hidden`` at least 1.
         expand_bias: ``(hidden,)``, in the dtype of ``input``, or float32 beside a float16 or bfloat16 ``input``.
         project_weight: ``(channels, hidden)``, in the dtype of ``input``. Both matrices may also be packed (by
-            :func:`pack_conv2d_weight`, as kernels of size 1), which is the fast form on the CPU.
+            :func:`pack_conv2d_weight`, as kernels of size 1), which is the fast form.
         project_bias: ``(channels,)``, like ``expand_bias``.
 
     Returns:
@@ -290,7 +290,7 @@ def patch_embedding(input: Tensor, weights: list[Tensor], biases: list[Tensor], 
         input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides, channels-last
             is the fast layout.
         weights: one ``(out_channels, in_channels, 3, 3)`` for each convolution, at least one, in the dtype of
-            ``input``. They may also be packed (by :func:`pack_conv2d_weight`), which is the fast form on the CPU.
+            ``input``. They may also be packed (by :func:`pack_conv2d_weight`), which is the fast form.
         biases: ``(out_channels,)`` for each weight, in the dtype of ``input``, or float32 beside a float16 or bfloat16
             ``input``.
         strides: one for each convolution, at least 1.
@@ -339,7 +339,7 @@ def patch_merging(
         input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides, channels-last
             is the fast layout.
         expand_weight: ``(F, channels, 1, 1)``, in the dtype of ``input``. This and the other weights but
-            ``depthwise_weight`` may also be packed (by :func:`pack_conv2d_weight`), which is the fast form on the CPU.
+            ``depthwise_weight`` may also be packed (by :func:`pack_conv2d_weight`), which is the fast form.
         expand_bias: ``(F,)``. Biases and ``depthwise_weight`` have the dtype of ``input``, or are float32 beside a
             float16 or bfloat16 ``input``.
         depthwise_weight: ``(F, 1, k, k)`` with ``k`` odd, ``3`` in the network.

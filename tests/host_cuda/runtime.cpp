@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <numeric>
@@ -51,6 +52,12 @@ struct Thread {
   int turn;  // which of the warp's two exchange buffers is next
   void* stack_pointer;
   unsigned char* stack;
+  struct Copy {
+    void* shared;
+    const void* global;
+    int bytes;
+  };
+  std::deque<std::vector<Copy>> copies;  // groups; the last one is open
 };
 
 struct Scheduler {
@@ -61,7 +68,7 @@ struct Scheduler {
   Thread* running;
   void* stack_pointer;
   const std::function<void()>* kernel;
-  uint64_t places[most_threads / warp_size][2][warp_size];
+  uint64_t places[most_threads / warp_size][2][3][warp_size];
 
   Scheduler() {
     threads.resize(most_threads);
@@ -117,6 +124,7 @@ void thread_main() {
 void start(Thread& thread) {
   thread.state = State::ready;
   thread.turn = 0;
+  thread.copies.assign(1, {});
   ASAN_UNPOISON_MEMORY_REGION(thread.stack, stack_bytes);
   void** top = reinterpret_cast<void**>(thread.stack + stack_bytes) - 3;  // aligned as after a call
   *top = nullptr;
@@ -209,17 +217,49 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, const
   return cudaSuccess;
 }
 
-uint64_t exchange(unsigned lanes, uint64_t bits, int mask) {
-  if (lanes != 0xffffffff) fail("a shuffle that not all lanes take part in");
+const uint64_t (&gather(const uint64_t (&words)[3]))[3][warp_size] {
   Scheduler& s = scheduler();
   Thread& thread = *s.running;
   const int number = static_cast<int>(&thread - s.threads.data()), lane = number % warp_size;
   // Two buffers alternate: a lane can be one exchange ahead of another, but not two.
   auto& place = s.places[number / warp_size][thread.turn];
   thread.turn = 1 - thread.turn;
-  place[lane] = bits;
+  for (int i = 0; i < 3; ++i)
+    place[i][lane] = words[i];
   pause(State::at_shuffle);
-  return place[lane ^ mask];
+  return place;
+}
+
+uint64_t exchange(unsigned lanes, uint64_t bits, int mask) {
+  if (lanes != 0xffffffff) fail("a shuffle that not all lanes take part in");
+  return gather({bits, 0, 0})[0][threadIdx.x % warp_size ^ mask];
+}
+
+void copy_async(void* shared, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes < 0 || bytes > 16)
+    fail("an asynchronous copy that is not of aligned 16 bytes");
+  scheduler().running->copies.back().push_back({shared, global, bytes});
+}
+
+void commit_copies() {
+  scheduler().running->copies.emplace_back();
+}
+
+void wait_for_copies(int groups) {
+  auto& copies = scheduler().running->copies;
+  for (; static_cast<int>(copies.size()) > groups + 1; copies.pop_front())
+    for (const Thread::Copy& copy : copies.front()) {
+      std::memset(copy.shared, 0, 16);
+      std::memcpy(copy.shared, copy.global, copy.bytes);
+    }
+}
+
+void load_matrices(uint32_t (&to)[4], const void* shared_row) {
+  if (reinterpret_cast<uintptr_t>(shared_row) % 16) fail("a row of a matrix that is not aligned to 16 bytes");
+  const auto& rows = gather({reinterpret_cast<uintptr_t>(shared_row), 0, 0})[0];
+  const int lane = threadIdx.x % warp_size;
+  for (int i = 0; i < 4; ++i)
+    std::memcpy(&to[i], reinterpret_cast<const unsigned char*>(rows[8 * i + lane / 4]) + lane % 4 * 4, 4);
 }
 
 }  // namespace host_cuda
@@ -242,7 +282,7 @@ cudaError_t cudaGetLastError() {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 6
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 12
            : attribute == cudaDevAttrComputeCapabilityMinor ? 1
                                                             : host_cuda::setting("HOST_CUDA_SHARED_LIMIT", 227 * 1024);
   return cudaSuccess;

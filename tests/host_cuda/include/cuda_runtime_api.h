@@ -35,6 +35,12 @@ enum cudaDeviceAttr {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -64,6 +70,41 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, const
 inline const cudaStream_t current_stream = reinterpret_cast<cudaStream_t>(64);
 /// Gives `bits` to the warp and returns the bits of the lane whose index is this lane's XOR `mask`.
 uint64_t exchange(unsigned lanes, uint64_t bits, int mask);
+
+// The instructions of cuda/tensor_core.cuh. A copy to shared memory happens when its thread waits for it: memory that
+// is read without waiting is NaN, or what was there before.
+void copy_async(void* shared, const void* global, int bytes);
+void commit_copies();
+void wait_for_copies(int groups);
+template <int groups>
+void wait_for_copies() {
+  wait_for_copies(groups);
+}
+void load_matrices(uint32_t (&to)[4], const void* shared_row);
+/// The words of all lanes, once the whole warp has called this.
+const uint64_t (&gather(const uint64_t (&words)[3]))[3][32];
+
+template <typename T>
+void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const uint64_t words[3] = {a[0] | uint64_t(a[1]) << 32, a[2] | uint64_t(a[3]) << 32, b[0] | uint64_t(b[1]) << 32};
+  const auto& all = gather(words);
+  const auto element = [](uint64_t word, int i) {  // of four
+    const uint16_t bits = static_cast<uint16_t>(word >> 16 * i);
+    T x;
+    std::memcpy(&x, &bits, 2);
+    return static_cast<float>(x);
+  };
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, column = lane % 4 * 2 + i % 2, lower = i / 2;  // row + 8 * lower
+    // By the PTX ISA's tables of fragments.
+    for (int k = 0; k < 16; ++k) {
+      const float x = element(all[k / 8][row * 4 + k % 8 / 2], lower * 2 + k % 2);
+      const float y = element(all[2][column * 4 + k % 8 / 2], k / 8 * 2 + k % 2);
+      sum[i] += x * y;
+    }
+  }
+}
 }  // namespace host_cuda
 
 template <typename T>
