@@ -52,6 +52,6 @@ def build(name: str) -> nn.Module:
 
 def fuse(model: nn.Module) -> nn.Module:
     """BatchNorm fused and branches merged where timm offers it: SHViT, EfficientViT and RepViT."""
-    from timm.models import reparameterize_model
+    from timm.utils import reparameterize_model
 
     return reparameterize_model(model, inplace=True)

@@ -66,6 +66,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: runs with --full only")
+    config.addinivalue_line("markers", "alone: runs while no other process tests the GPU")
     examples = FULL_EXAMPLES if config.option.full else EXAMPLES
     hypothesis.settings.register_profile("mobilemamba", max_examples=examples, deadline=None, derandomize=True)
     hypothesis.settings.load_profile("mobilemamba")

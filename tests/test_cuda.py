@@ -28,13 +28,14 @@ GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
-def one_process_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Some tests measure the GPU's memory, some need most of it."""
+def turns_of_processes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that measures the GPU's memory, or needs most of it, runs while no other process tests."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # of all workers
     with (folder / "gpu.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        alone = request.node.get_closest_marker("alone") is not None
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
         torch.cuda.empty_cache()
 
@@ -298,6 +299,7 @@ def test_on_another_device_than_the_current_one(name):
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_channel_slices_are_read_where_they_are():
     image = torch.randn(2, 9, 9, 64, device=CUDA).permute(0, 3, 1, 2)[:, 16:48]
     weight, bias = torch.randn(32, 1, 3, 3, device=CUDA), torch.randn(32, device=CUDA)
@@ -307,6 +309,7 @@ def test_channel_slices_are_read_where_they_are():
     assert allocated == y.nbytes + weight.nbytes  # the weight is packed
 
 
+@pytest.mark.alone
 def test_no_memory_but_from_torchs_allocator():
     def outside() -> int:
         torch.cuda.synchronize()
@@ -359,6 +362,7 @@ def check_large_batch(operator, backward, images: int, arguments: list[Tensor]) 
             torch.testing.assert_close(several.double() / batch, entry.double(), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.alone
 def test_scan_of_more_than_2_to_the_31_elements():
     needs(50)
     arguments = [x.to(CUDA) for x in scan_arguments(1, 64, 4096, 1, dtype=torch.bfloat16)]
@@ -369,6 +373,7 @@ def test_scan_of_more_than_2_to_the_31_elements():
     )
 
 
+@pytest.mark.alone
 def test_haar_of_more_than_2_to_the_31_elements():
     needs(50)
     image, weight = (x.to(CUDA) for x in haar_arguments(1, 64, 64, 64, 3, dtype=torch.bfloat16))
@@ -380,6 +385,7 @@ def test_haar_of_more_than_2_to_the_31_elements():
     check_large_batch(ops.haar_conv2d, backward, (0,), [image, weight.float()])
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("stride", [1, 2])
 def test_depthwise_of_more_than_2_to_the_31_elements(stride):
     needs(50)
@@ -394,6 +400,7 @@ def test_depthwise_of_more_than_2_to_the_31_elements(stride):
     check_large_batch(operator, backward, (0, 3), [image, weight.float(), bias.float(), residual])
 
 
+@pytest.mark.alone
 def test_one_image_of_more_than_2_to_the_31_elements():
     """Its last rows equal those of a small image."""
     needs(40)

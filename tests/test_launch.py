@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mobilemamba import _C
@@ -81,7 +81,9 @@ def test_plane(
         stride = 1
         sizes = _C.haar_sizes(dtype, batch, channels, height, width, kernel)
     else:
-        sizes = _C.depthwise_sizes(dtype, batch, channels, height, width, kernel, stride)
+        sizes = _C.depthwise_plane_sizes(_C.DepthwiseSizes(dtype, batch, channels, height, width, kernel, stride))
+    assert sizes.staged() == (dtype != _C.DType.float64 and (kernel, stride) in [(3, 1), (3, 2), (5, 1), (7, 1)])
+    assume(haar or not sizes.staged())  # such a depthwise convolution has strips instead
     launch = _C.plane_launch(sizes, backward, limit)
     if haar:
         height, width = math.ceil(height / 2), math.ceil(width / 2)
@@ -96,13 +98,116 @@ def test_plane(
     if backward:
         assert 1 <= _C.plane_slabs(sizes, limit) <= min(tiles, 1024)
     assert launch.shared_bytes <= limit
-    assert sizes.staged() == (dtype != _C.DType.float64 and (kernel, stride) in [(3, 1), (3, 2), (5, 1), (7, 1)])
     if sizes.staged():
         assert launch.stage_width == (launch.tile_width - 1) * stride + kernel
         assert launch.stage_height == min(height, (launch.tile_height - 1) * stride + kernel)
-        planes = 4 if haar else 1
-        assert launch.shared_bytes >= planes * launch.stage_height * launch.stage_width * 32 * 4
+        assert launch.shared_bytes >= 4 * launch.stage_height * launch.stage_width * 32 * 4  # of four sub-bands
         if backward:  # the warps' sums reuse this memory
-            assert launch.shared_bytes >= (planes * kernel**2 + (not haar)) * 32 * 4
+            assert launch.shared_bytes >= 4 * kernel**2 * 32 * 4
     else:
         assert launch.shared_bytes == 0
+
+
+ELEMENT_BYTES = {_C.DType.float32: 4, _C.DType.float16: 2, _C.DType.bfloat16: 2}
+HAVE_STRIPS = st.sampled_from([(3, 1), (3, 2), (5, 1), (7, 1)])  # kernel size and stride
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(sorted(ELEMENT_BYTES, key=str)),
+    st.integers(1, 1000),
+    st.one_of(st.integers(1, 200), st.integers(1, 2**20)),
+    st.one_of(st.integers(1, 40), st.integers(1, 100000)),
+    st.one_of(st.integers(1, 40), st.integers(1, 100000)),
+    HAVE_STRIPS,
+    st.integers(0, 2),
+)
+def test_depthwise_strips(
+    dtype: _C.DType, batch: int, groups: int, height: int, width: int, kernel_and_stride: tuple[int, int], halved: int
+) -> None:
+    kernel, stride = kernel_and_stride
+    most = _C.depthwise_channels(ELEMENT_BYTES[dtype], kernel)
+    assert most * ELEMENT_BYTES[dtype] <= 8
+    together = max(most >> halved, 1)  # channels of a thread
+    channels = groups * together
+    sizes = _C.DepthwiseSizes(dtype, batch, channels, height, width, kernel, stride)
+    assert _C.depthwise_plane_sizes(sizes).staged()  # so the sizes have kernels that compute strips
+    out_height, out_width = math.ceil(height / stride), math.ceil(width / stride)
+    slabs = _C.depthwise_slabs(sizes)
+
+    def check_cover(launch: _C.DepthwiseLaunch, most_rows: int) -> None:
+        assert (launch.strips_y - 1) * launch.rows < out_height <= launch.strips_y * launch.rows
+        assert (launch.strips_x - 1) * 4 < out_width <= launch.strips_x * 4
+        assert launch.strips == batch * launch.strips_y * launch.strips_x
+        assert 1 <= launch.rows <= most_rows
+        assert launch.warps == 4  # the kernels are compiled for it
+
+    launches = {8: _C.depthwise_launch(sizes, together)}
+    if stride == 2:
+        launches[1] = _C.depthwise_backward_input_launch(sizes, together)
+    for most_rows, launch in launches.items():
+        check_cover(launch, most_rows)
+        assert groups <= launch.tasks * 128  # at least one thread for each group of channels
+        assert launch.tasks <= max(16 * 132, math.ceil(groups / 128))
+        assert launch.shared_bytes == 0
+
+    backward = _C.depthwise_backward_weight_launch(sizes, slabs, together)
+    check_cover(backward, 16)
+    assert 1 <= slabs <= backward.strips
+    assert backward.tasks == slabs * math.ceil(groups / 32)
+    assert (kernel**2 + 1) * 32 * together * 4 <= backward.shared_bytes <= 48 * 1024
+
+
+def test_depthwise_strips_keep_a_large_gpu_busy() -> None:
+    """A stage of MobileMamba-S2 at batch 1."""
+    sizes = _C.DepthwiseSizes(_C.DType.bfloat16, batch=1, channels=192, height=16, width=16, kernel=3, stride=1)
+    assert _C.depthwise_launch(sizes, 4).rows == 1
+
+
+TILES = {  # rows, panels and warps of a block
+    _C.ProductShape.large: (128, 4, 8),
+    _C.ProductShape.medium: (128, 2, 4),
+    _C.ProductShape.narrow: (128, 1, 4),
+    _C.ProductShape.small: (32, 1, 2),
+}
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(
+    st.one_of(st.just(1), st.integers(1, 1000), st.integers(1, 2**20)),
+    st.integers(0, 2000),
+    st.one_of(st.integers(1, 100), st.integers(1, 5000)),
+    st.one_of(st.integers(1, 100), st.integers(1, 5000)),
+    st.one_of(st.integers(1, 200), st.integers(1, 100000)),
+    st.sampled_from([1, 1, 3, 5]),
+    st.integers(1, 3),
+)
+def test_product(
+    batch: int, in_channels: int, height: int, width: int, out_channels: int, kernel: int, stride: int
+) -> None:
+    launch = _C.product_launch(_C.ProductSizes(batch, in_channels, height, width, out_channels, kernel, stride))
+    rows, panels, warps = TILES[launch.shape]
+    all_rows, all_panels = batch * math.ceil(height / stride) * math.ceil(width / stride), math.ceil(out_channels / 32)
+    assert launch.warps == warps  # the kernels are compiled for it
+    assert (launch.columns - 1) * panels < all_panels <= launch.columns * panels
+    assert launch.tasks == math.ceil(all_rows / rows) * launch.columns
+    slice_bytes = (rows + panels * 32) * 32 * 2  # of 32 inputs of 16 bits
+    assert launch.shared_bytes == 4 * slice_bytes
+    assert launch.shared_bytes >= rows * panels * 32 * 4  # the sums take the place of the slices
+    assert launch.shared_bytes <= 99 * 1024  # what a block can have on every GPU with these tensor cores
+    if launch.shape != _C.ProductShape.small:
+        assert launch.tasks >= 132  # an H100 has 132 multiprocessors
+    if launch.shape == _C.ProductShape.large:
+        assert kernel > 1 or stride > 1  # it gathers patches
+    assert launch.aligned == (in_channels % 8 == 0)
+    assert launch.aligned_output == (out_channels % 8 == 0)
+
+
+def test_product_has_every_shape() -> None:
+    def shape(batch: int, in_channels: int, size: int, out_channels: int, kernel: int = 1) -> _C.ProductShape:
+        return _C.product_launch(_C.ProductSizes(batch, in_channels, size, size, out_channels, kernel, 1)).shape
+
+    assert shape(1, 64, 16, 128) == _C.ProductShape.small
+    assert shape(256, 64, 16, 32) == _C.ProductShape.narrow
+    assert shape(256, 64, 16, 128) == _C.ProductShape.medium
+    assert shape(256, 64, 16, 128, 3) == _C.ProductShape.large

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import reference
 import torch
+from devices import cpu_only
 from torch import nn
 
 import mobilemamba
@@ -130,6 +131,7 @@ def test_every_preset_fused(name):
             assert error < tolerance, (dtype, error)
 
 
+@cpu_only
 @torch.no_grad()
 def test_fused_batches_are_cut_in_parts(nano):
     """Layers take 4 or 8 images at a time, threads share the others; scripted alike."""

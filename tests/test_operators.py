@@ -80,6 +80,13 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
 
 
+def same(actual: Tensor, expected: Tensor) -> bool:
+    """Equal to the bit on the CPU. Elsewhere torch's matrix products may take another algorithm for another layout."""
+    if actual.device.type == "cpu":
+        return torch.equal(actual, expected)
+    return relative_error(actual, expected) < LOW_PRECISION.get(actual.dtype, 1e-12)
+
+
 def check_against_reference(operator, expected, arguments: list[Tensor], tolerance: float = 1e-12) -> None:
     """Value and every gradient of ``operator``, against ``expected`` in float64."""
     exact = [x.detach().double().requires_grad_() for x in arguments]

@@ -84,6 +84,17 @@ def test_in_lower_precision(shape, dtype):
         check_against_reference(*operators, arguments, 2 * LOW_PRECISION[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inputs", [7, 8])
+@pytest.mark.parametrize(("outputs", "kernel"), [(4250, 1), (8450, 1), (4250, 3), (8450, 3), (33800, 3)])
+def test_in_lower_precision_with_many_outputs(outputs, kernel, inputs, dtype):
+    """On CUDA many tasks mean larger tiles: each of the kernel's shapes, with and without aligned pixels."""
+    arguments = arguments_of(2, inputs, outputs, 5, 4, kernel, dtype=dtype)
+    arguments[0] = arguments[0].contiguous(memory_format=torch.channels_last)
+    y, expected = packing("relu")(*arguments), plain("relu")(*[x.double() for x in arguments])
+    assert relative_error(y, expected) < LOW_PRECISION[dtype]
+
+
 @given(
     st.integers(1, 3),
     st.integers(1, 200),

@@ -9,6 +9,7 @@ Exit status: 0 if no stage failed, 1 if one did, 2 without a GPU.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import importlib.util
 import json
@@ -112,14 +113,19 @@ def tests(stage: Stage) -> Result:
     missing = [name for name in ("pytest", "hypothesis", "numpy") if importlib.util.find_spec(name) is None]
     if missing:
         return {"status": "failed", "summary": f"not installed: {', '.join(missing)}; expected mobilemamba[test]"}
-    files = [f"tests/test_{name}.py" for name in ("operators", "ffn", "mrffi", "parity", "model", "graphs")]
+    names = ("operators", "packed_conv", "ffn", "mrffi", "patches", "parity", "model", "graphs")
+    files = [f"tests/test_{name}.py" for name in names]
+    cores = os.cpu_count() or 1
+    parallel = ["-n", str(min(8, cores))] if importlib.util.find_spec("xdist") and cores > 1 else []
     total = dict.fromkeys(OUTCOMES, 0)
     failures: list[str] = []
     endings: list[str] = []
     output: list[str] = []
     for arguments, share in ((["tests/test_cuda.py"], 0.4), (["--device", "cuda", *files], 1.0)):
-        options = ("-v", "--tb=short", "-p", "no:cacheprovider")
-        status, printed = stage.run(sys.executable, "-m", "pytest", *options, *arguments, limit=share * stage.left())
+        options = ("-v", "--tb=short", "-p", "no:cacheprovider", *parallel)
+        status, printed = stage.run(
+            sys.executable, "-m", "pytest", *options, *arguments, limit=share * stage.left(), OMP_NUM_THREADS="2"
+        )
         counts, failed, unfinished = read_pytest(printed)
         total = {outcome: total[outcome] + count for outcome, count in counts.items()}
         failures += failed
@@ -136,12 +142,15 @@ def tests(stage: Stage) -> Result:
 def read_pytest(output: str) -> tuple[dict[str, int], list[str], str]:
     """From the output of ``pytest -v``: counts, names of failures, and the test that was running when pytest died."""
     outcomes = dict(re.findall(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.M))
+    in_processes = re.findall(r"^\[gw\d+\] .*?\b(PASSED|FAILED|ERROR|SKIPPED) (tests/\S+?::.+?) *$", output, re.M)
+    outcomes |= {name: outcome for outcome, name in in_processes}
     counts = {what: sum(outcome == what.upper() for outcome in outcomes.values()) for what in OUTCOMES}
     failed = [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
     broken = re.findall(r"^ERROR (tests/[^:\s]+)(?: - .*)?$", output, re.M)  # files that pytest could not collect
     counts["error"] += len(broken)
     failed += broken
-    started = re.findall(r"^(tests/\S+?::.+?) ?$", output, re.M)
+    started = [] if in_processes else re.findall(r"^(tests/\S+?::.+?) ?$", output, re.M)
+    started += re.findall(r"crashed while running '(.+?)'", output)
     unfinished = [name for name in started if name not in outcomes]
     return counts, failed, unfinished[-1] if unfinished else ""
 
@@ -151,25 +160,28 @@ def sanitizer(stage: Stage) -> Result:
     program = find_sanitizer()
     if program is None:
         return {"status": "absent", "summary": "no compute-sanitizer beside nvcc or on PATH"}
-    found: dict[str, str] = {}
-    good, output = True, ""
-    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        if tool != "memcheck" and stage.left() < 15:
-            found[tool] = "skipped: time limit"
-            continue
-        calls = (sys.executable, ROOT / "tools" / "operator_calls.py")
+    calls = (sys.executable, ROOT / "tools" / "operator_calls.py")
+
+    def run(tool: str) -> tuple[int | None, str]:
+        log = stage.log.with_name(f"{stage.log.stem}-{tool}.log")
+        own = ("--own",) if tool == "initcheck" else ()
         options = ("--tool", tool, "--error-exitcode", "9")
-        status, output = stage.run(program, *options, *calls, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return Stage(stage.left(), log, stage.gpu).run(program, *options, *calls, *own, **environment)
+
+    tools = ("memcheck", "racecheck", "synccheck", "initcheck")
+    with concurrent.futures.ThreadPoolExecutor(len(tools)) as pool:
+        done = dict(zip(tools, pool.map(run, tools), strict=True))
+    found: dict[str, str] = {}
+    for tool, (status, output) in done.items():
         if "Device not supported" in output:
             return {"status": "absent", "summary": "compute-sanitizer: device not supported", "output": tail(output)}
         summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
         found[tool] = summary[1] if summary else ended(status)
-        if status != 0:
-            good = False
-            break
     summary = "; ".join(f"{tool}: {text}" for tool, text in found.items())
-    result = {"status": "passed" if good else "failed", "summary": summary, **found}
-    return result if good else {**result, "output": tail(output, 60)}
+    result = {"status": "passed", "summary": summary, **found}
+    failed = [line for status, output in done.values() if status != 0 for line in tail(output, 30)]
+    return {**result, "status": "failed", "output": failed} if failed else result
 
 
 def find_sanitizer() -> str | None:
@@ -184,7 +196,7 @@ def find_sanitizer() -> str | None:
 
 def kernels(stage: Stage) -> Result:
     """Times every operator at s6's sizes against a copy of its bytes and against plain PyTorch."""
-    return benchmark(stage, "operators.py", "--batch", 256, 1, "--dtype", "float32", "bfloat16", "float16")
+    return benchmark(stage, "operators.py", "--batch", 256, 1, "--dtype", "bfloat16", "float32", "float16")
 
 
 def models(stage: Stage) -> Result:

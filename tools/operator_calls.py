@@ -1,6 +1,10 @@
-"""Calls every operator on the GPU, forward and backward, at small sizes, for compute-sanitizer."""
+"""Calls every operator on the GPU, forward and backward, at small sizes, for compute-sanitizer.
+
+With ``--own`` it leaves out the matrix products that torch computes. initcheck does not see what they write on Hopper.
+"""
 
 import itertools
+import sys
 
 import torch
 
@@ -11,20 +15,43 @@ def leaf(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
 
 
+@torch.no_grad()
+def products(dtype: torch.dtype) -> None:
+    """On packed weights: in matrices and images, aligned or not, in tiles of every size."""
+    for inputs, outputs, side, kernel, stride in (
+        (75, 45, 7, 1, 1),
+        (64, 100, 9, 1, 1),
+        (40, 100, 140, 1, 1),
+        (3, 24, 21, 3, 2),
+        (24, 48, 11, 3, 2),
+        (16, 48, 100, 3, 1),
+    ):
+        x = leaf(2, side, side, inputs, dtype=dtype).permute(0, 3, 1, 2)
+        weight = ops.pack_conv2d_weight(leaf(outputs, inputs, kernel, kernel, dtype=dtype))
+        y = ops.packed_conv2d(x, weight, leaf(outputs, dtype=dtype), None, kernel, stride, "relu")
+        ops.packed_conv2d(x, weight, leaf(outputs, dtype=dtype), y, kernel, stride)
+
+
 def main() -> None:
     torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    own = "--own" in sys.argv
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         # batch, channels, length, rank, state: one segment; several segments; a partial warp of channels
         for b, d, n, r, s in ((2, 33, 20, 3, 1), (1, 5, 300, 2, 1), (1, 40, 70, 17, 3)):
             shapes = [(b, d, n), (b, 2, r, n), (2, d, s), (b, 2, s, n), (b, 2, s, n), (2, d), (2, d, r), (2, d)]
             ops.bidirectional_scan(*[leaf(*shape, dtype=dtype) for shape in shapes]).sum().backward()
-        for kernel, (height, width) in itertools.product((3, 7, 9), ((5, 3), (19, 22))):
-            image = leaf(2, 33, height, width, dtype=dtype)
-            ops.haar_conv2d(image, leaf(132, 1, kernel, kernel, dtype=dtype)).sum().backward()
+        sizes = (33, 5, 3), (33, 19, 22), (40, 9, 10)  # channels that are loaded one by one, and together
+        for kernel, (c, height, width) in itertools.product((3, 5, 7, 9), sizes):
+            image = leaf(2, c, height, width, dtype=dtype)
+            ops.haar_conv2d(image, leaf(4 * c, 1, kernel, kernel, dtype=dtype)).sum().backward()
             for stride in (1, 2, 3):
-                weight, bias = leaf(33, 1, kernel, kernel, dtype=dtype), leaf(33, dtype=dtype)
-                residual = leaf(2, 33, -(-height // stride), -(-width // stride), dtype=dtype)
+                weight, bias = leaf(c, 1, kernel, kernel, dtype=dtype), leaf(c, dtype=dtype)
+                residual = leaf(2, c, -(-height // stride), -(-width // stride), dtype=dtype)
                 ops.depthwise_conv2d(image, weight, bias, residual, stride, "silu").sum().backward()
+        if dtype.itemsize == 2 or not own:
+            products(dtype)
+        if own:
+            continue
         g, p, d, r, n, c = 16, 5, 40, 2, 1, 24  # global, local, inner, rank, state, channels
         shapes = [(2 * d, g), (2 * d,), (d, 1, 3, 3), (d,), (2 * (r + 2 * n), d), (2, d, r), (2, d), (2, d, n), (2, d)]
         shapes += [(d,), (d,), (g, d), (g,), (g, 4, 5, 5), (p, 1, 7, 7), (p,), (p,), (p,), (c, c), (c,)]
