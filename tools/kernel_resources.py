@@ -26,8 +26,6 @@ SPILLS = {  # bytes of spill stores that a hot kernel may have, by a part of its
     "scan_forward_kernel<": 8,
     "plane_backward_weight_kernel<HaarOp": 16,  # with a kernel of 7
     "depthwise_strip_kernel<__half, 3, 2, 2>": 24,  # for a multiple of 2 channels that is not one of 4
-    "TileShape<2, 2, 4>, ImagePatches>": 56,  # a product: where each of a thread's patches begins
-    "TileShape<2, 4, 4>, ImagePatches>": 8,
 }
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"

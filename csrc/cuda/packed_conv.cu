@@ -96,6 +96,12 @@ struct Patch {
   int64_t origin;  // of that pixel
 
   __device__ __forceinline__ void set(const PackedConvForward& p, int64_t row) {
+    if (p.in_place()) {  // a matrix, whose rows may be more than an int can count
+      y = row < p.rows() ? 0 : static_cast<int>(p.height);
+      x = 0;
+      origin = row * p.input.column;
+      return;
+    }
     const int64_t across = row / p.out_width(), batch = across / p.out_height();
     y = static_cast<int>((across - batch * p.out_height()) * p.stride - p.kernel / 2);
     x = static_cast<int>((row - across * p.out_width()) * p.stride - p.kernel / 2);
@@ -189,10 +195,11 @@ class AnyPatches {
     const int down = number / runs, across = number - down * runs, y = patch_.y + down, x = patch_.x + across;
     Run run;
     run.data = static_cast<const T*>(p.input.data) + patch_.origin + down * p.input.row + across * p.input.column;
-    const int channels = static_cast<int>(p.in_channels), left = static_cast<int>(p.width) - x;  // pixels from x on
+    const int channels = static_cast<int>(p.in_channels);
+    const int64_t left = p.width - x;  // pixels from x on
     const bool exists = down < p.kernel && y >= 0 && y < p.height && left > 0;
     run.begin = x < 0 ? -x * channels : 0;
-    run.end = !exists ? 0 : left < pixels_ ? left * channels : length;
+    run.end = !exists ? 0 : left < pixels_ ? static_cast<int>(left) * channels : length;
     return run;
   }
 
