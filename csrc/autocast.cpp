@@ -3,6 +3,8 @@
 #include <ATen/autocast_mode.h>
 
 #include "mobilemamba.h"
+#include "ops/backbone.h"
+#include "ops/kernel_of.h"
 #include "ops/mrffi.h"
 #include "registration.h"
 
@@ -58,6 +60,7 @@ class Autocast {
 
  public:
   static void register_kernels(torch::Library& m) {
+    m.impl("backbone", kernel_of<backbone, backbone_composed>);  // each layer casts its own arguments
     m.impl("ffn", kernel<ffn, lower, lower, lower, keep, lower, keep>);
     m.impl("mrffi", mixer);
     m.impl("bidirectional_scan", kernel<bidirectional_scan, lower, lower, keep, lower, lower, keep, keep, keep>);

@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "mobilemamba.h"
+#include "ops/backbone.h"
+#include "ops/kernel_of.h"
 #include "ops/packed_conv2d.h"
 #include "registration.h"
 
@@ -182,6 +184,16 @@ struct Mrffi : torch::autograd::Function<Mrffi> {
   }
 };
 
+/// Where a gradient may be asked for, the layers' operators make the graph.
+std::vector<Tensor> differentiable_backbone(const BackboneArguments& a) {
+  const bool reverse = at::GradMode::is_enabled();
+  const auto wanted = [&](const Tensor& x) { return (reverse && x.requires_grad()) || x._fw_grad(0).defined(); };
+  if (wanted(a.input) || std::any_of(a.weights.begin(), a.weights.end(), wanted) ||
+      (a.head_weight && wanted(*a.head_weight)) || (a.head_bias && wanted(*a.head_bias)))
+    return backbone_composed(a);
+  return below_autograd(backbone, a.input, a.weights, a.strides, a.depths, a.head_weight, a.head_bias, a.eps);
+}
+
 template <typename Function, typename Operator>
 struct Differentiable;
 
@@ -197,6 +209,7 @@ constexpr auto differentiable = &Differentiable<Function, decltype(op)>::call;
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(Autograd, m) {
+  m.impl("backbone", kernel_of<backbone, differentiable_backbone>);
   m.impl("ffn", differentiable<Ffn, ffn>);
   m.impl("mrffi", differentiable<Mrffi, mrffi>);
   m.impl("bidirectional_scan", differentiable<Scan, bidirectional_scan>);

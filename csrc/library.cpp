@@ -65,6 +65,11 @@ MOBILEMAMBA_LIBRARY(m) {
       "Tensor depthwise_bias, Tensor squeeze_weight, Tensor squeeze_bias, Tensor excite_weight, Tensor excite_bias, "
       "Tensor project_weight, Tensor project_bias) -> Tensor",
       tags);
+  // the weights are in the order of the layers (ops/backbone.cpp)
+  m.def(
+      "backbone(Tensor input, Tensor[] weights, int[] strides, int[] depths, Tensor? head_weight=None, Tensor? "
+      "head_bias=None, float eps=1e-5) -> Tensor[]",
+      tags);
   m.def("version() -> str");  // of the copy that registered the operators
 }
 

@@ -1,4 +1,5 @@
 // Shapes without data, which may be symbolic. The checks and the memory layout of outputs are those of real backends.
+#include "ops/backbone.h"
 #include "ops/bidirectional_scan.h"
 #include "ops/depthwise_conv2d.h"
 #include "ops/ffn.h"
@@ -71,9 +72,15 @@ MrffiGradients mixer_backward(const at::Tensor& grad_output, const at::Tensor& i
   return arguments.gradients();
 }
 
+std::vector<at::Tensor> feature_maps(const BackboneArguments& a) {
+  a.check();
+  return a.outputs();
+}
+
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(Meta, m) {
+  m.impl("backbone", kernel_of<backbone, feature_maps>);
   m.impl("ffn", kernel_of<ffn, feed_forward>);
   m.impl("ffn_backward", kernel_of<ffn_backward, feed_forward_backward>);
   m.impl("mrffi", mixer);

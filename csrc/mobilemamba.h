@@ -105,4 +105,13 @@ MOBILEMAMBA_API at::Tensor patch_merging(const at::Tensor& input, const at::Tens
                                          const at::Tensor& excite_bias, const at::Tensor& project_weight,
                                          const at::Tensor& project_bias);
 
+/// The network with BatchNorm folded up to its feature maps, one for each stage; mobilemamba/ops/operators.py has the
+/// order of the weights. input (B, C, H, W); one stride for each convolution of the patch embedding; the number of
+/// blocks of each stage. On the CPU the threads are started once for all layers, not for each.
+MOBILEMAMBA_API std::vector<at::Tensor> backbone(const at::Tensor& input, at::TensorList weights,
+                                                 at::IntArrayRef strides, at::IntArrayRef depths,
+                                                 const std::optional<at::Tensor>& head_weight = std::nullopt,
+                                                 const std::optional<at::Tensor>& head_bias = std::nullopt,
+                                                 double eps = 1e-5);
+
 }  // namespace mobilemamba

@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ceil_div.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 
@@ -83,9 +82,8 @@ void run_in_chunks(const Layer& layer, const at::Tensor& input, int64_t chunks) 
   const size_t hidden_bytes = at::round_up<int64_t>(most * layer.hidden() * input.element_size(), 64);
   const size_t scratch_bytes = std::max(kernel.scratch_bytes(layer.expansion(0, most, nullptr)),
                                         kernel.scratch_bytes(layer.projection(0, most, nullptr)));
-  at::parallel_for(0, at::ceil_div(rows, most), 1, [&](int64_t begin, int64_t end) {
-    const c10::DataPtr memory = c10::GetCPUAllocator()->allocate(hidden_bytes + scratch_bytes);  // 64-byte aligned
-    std::byte *const hidden = static_cast<std::byte*>(memory.get()), *const scratch = hidden + hidden_bytes;
+  parallel(at::ceil_div(rows, most), hidden_bytes + scratch_bytes, [&](int64_t begin, int64_t end, std::byte* hidden) {
+    std::byte* const scratch = hidden + hidden_bytes;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * most, count = std::min(most, rows - first);
       for (const PackedConvForward& p : {layer.expansion(first, count, hidden), layer.projection(first, count, hidden)})

@@ -30,11 +30,11 @@ constexpr int64_t part_positions = 128, share_least_positions = 48;
 void in_parts(int64_t batch, int64_t positions, c10::function_ref<void(int64_t, int64_t)> run) {
   const int64_t threads = at::get_num_threads(), share = ceil_div(batch, threads);
   if (share * positions < share_least_positions || 10 * batch < 9 * share * threads) return run(0, batch);
-  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+  const int64_t parts = threads * std::clamp<int64_t>(share * positions / part_positions, 1, batch / threads);
+  parallel(parts, 0, [&](int64_t begin, int64_t end, std::byte*) {
     const at::AutoDispatchBelowADInplaceOrView guard;  // threads do not inherit what the caller excludes from dispatch
-    const int64_t images = end - begin, parts = std::clamp<int64_t>(images * positions / part_positions, 1, images);
-    for (int64_t i = 0; i < parts; ++i) {
-      const int64_t first = begin + images * i / parts, last = begin + images * (i + 1) / parts;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = batch * i / parts, last = batch * (i + 1) / parts;
       run(first, last - first);
     }
   });

@@ -1,21 +1,17 @@
 // Runs a CPU kernel's tasks on torch's threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
-
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "cpu/team.h"
 
 namespace mobilemamba::cpu {
 
 template <typename Params>
 void run(const Kernel<Params>& kernel, const Params& params) {
-  at::parallel_for(0, kernel.tasks(params), 1, [&](int64_t begin, int64_t end) {
-    const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(kernel.scratch_bytes(params));  // 64-byte aligned
-    kernel.run(params, begin, end, static_cast<std::byte*>(scratch.get()));
-  });
+  parallel(kernel.tasks(params), kernel.scratch_bytes(params),
+           [&](int64_t begin, int64_t end, std::byte* scratch) { kernel.run(params, begin, end, scratch); });
 }
 
 /// The number of parts of the batch that the gradient of a depthwise weight is split into. A task takes 64 channels of

@@ -103,4 +103,11 @@ at::Tensor patch_merging(const at::Tensor& input, const at::Tensor& expand_weigh
                  excite_weight, excite_bias, project_weight, project_bias);
 }
 
+std::vector<at::Tensor> backbone(const at::Tensor& input, at::TensorList weights, at::IntArrayRef strides,
+                                 at::IntArrayRef depths, const std::optional<at::Tensor>& head_weight,
+                                 const std::optional<at::Tensor>& head_bias, double eps) {
+  static const auto op = operator_named<decltype(backbone)>("mobilemamba::backbone");
+  return op.call(input, weights, strides, depths, head_weight, head_bias, eps);
+}
+
 }  // namespace mobilemamba

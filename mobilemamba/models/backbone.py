@@ -1,6 +1,7 @@
 """The backbone: patch embedding, three stages of blocks with transitions between them, pooling and head."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops import backbone
 from .layers import (
     FFN,
     ConvNorm,
@@ -74,6 +76,15 @@ class FoldedBlock(nn.Module):
         y = self.mixer(y, y)
         return self.ffn1(self.depthwise1(y), x)
 
+    def weights(self) -> list[Tensor]:
+        return (
+            self.depthwise0.weights()  # type: ignore[operator]
+            + self.ffn0.weights()  # type: ignore[operator]
+            + self.mixer.weights()  # type: ignore[operator]
+            + self.depthwise1.weights()  # type: ignore[operator]
+            + self.ffn1.weights()  # type: ignore[operator]
+        )
+
 
 class Transition(nn.Sequential):
     """The layers between two stages: dw3 and FFN at the old width, patch merging, dw3 and FFN at the new width.
@@ -85,6 +96,19 @@ class Transition(nn.Sequential):
         super().__init__(
             ResidualDepthwise(dim), FFN(dim), PatchMerging(dim, out_dim), ResidualDepthwise(out_dim), FFN(out_dim)
         )
+
+    def fold(self) -> nn.Module:
+        return FoldedTransition(OrderedDict(self.named_children()))
+
+
+class FoldedTransition(nn.Sequential):
+    """A :class:`Transition` with folded layers."""
+
+    def weights(self) -> list[Tensor]:
+        weights: list[Tensor] = []
+        for layer in self:
+            weights += layer.weights()  # type: ignore[operator]
+        return weights
 
 
 class Stage(nn.Module):
@@ -113,6 +137,31 @@ class Stage(nn.Module):
         if torch.compiler.is_compiling():  # torch.compile decides by itself what to recompute
             return block(x)
         return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block)))
+
+    def fold(self) -> nn.Module:
+        return FoldedStage(self)
+
+
+class FoldedStage(nn.Module):
+    """A :class:`Stage` with folded layers."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.transition, self.blocks = stage.transition, stage.blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transition(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def weights(self) -> list[Tensor]:
+        weights: list[Tensor] = []
+        if not isinstance(self.transition, nn.Identity):
+            weights += self.transition.weights()  # type: ignore[operator]
+        for block in self.blocks:
+            weights += block.weights()  # type: ignore[operator]
+        return weights
 
 
 @contextmanager
@@ -214,6 +263,8 @@ class MobileMamba(nn.Module):
     Source: "MobileMamba: Lightweight Multi-Receptive Visual Mamba Network" (arXiv 2411.15941).
     """
 
+    __constants__ = ("fused", "fused_head")  # torch.jit.script compiles only the branch that runs
+
     def __init__(
         self,
         num_classes: int = 1000,
@@ -234,6 +285,8 @@ class MobileMamba(nn.Module):
         super().__init__()
         self.num_classes, self.in_chans, self.distillation = num_classes, in_chans, distillation
         self.num_features = widths[-1]
+        self.fused = self.fused_head = False
+        self.patch_strides, self.depths = list(patch_strides), list(depths)
         reduction = 1
         stem: list[nn.Module] = []
         chans = in_chans
@@ -287,6 +340,17 @@ class MobileMamba(nn.Module):
         Raises:
             ValueError: the shape or the type of the images does not fit.
         """
+        self._check_images(x)
+        if self.fused:
+            return self._run_fused(x, None, None)
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        maps: list[Tensor] = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def _check_images(self, x: Tensor) -> None:
         if x.dim() != 4 or x.size(1) != self.in_chans:
             raise ValueError(
                 f"input: expected images of shape (batch, {self.in_chans}, height, width), got {list(x.shape)}"
@@ -295,12 +359,12 @@ class MobileMamba(nn.Module):
             raise ValueError(f"input: expected images of a floating-point type, scaled and normalised, got {x.dtype}")
         if x.size(2) < 1 or x.size(3) < 1:
             raise ValueError(f"input: expected height and width of at least 1, got {list(x.shape)}")
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
-        maps: list[Tensor] = []
+
+    def _run_fused(self, x: Tensor, head_weight: Tensor | None, head_bias: Tensor | None) -> list[Tensor]:
+        weights = self.patch_embed.weights()  # type: ignore[operator]
         for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
+            weights += stage.weights()  # type: ignore[operator]
+        return backbone(x, weights, self.patch_strides, self.depths, head_weight, head_bias)
 
     @overload
     def forward_features(self, x: Tensor, stages: Literal[False] = False) -> Tensor: ...
@@ -358,6 +422,10 @@ class MobileMamba(nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Logits:
+        if self.fused_head:
+            self._check_images(x)
+            head = self.head.weights()  # type: ignore[operator]
+            return self._run_fused(x, head[0], head[1])[-1]
         return self.forward_head(self.forward_stages(x)[-1])
 
     @torch.jit.unused
@@ -374,6 +442,7 @@ class MobileMamba(nn.Module):
         if distillation is None:
             distillation = self.distillation
         head = self._make_head(num_classes, distillation).to(next(self.parameters()))
+        self.fused_head = False
         self.num_classes, self.distillation, self.head = num_classes, distillation, head
 
     @torch.jit.unused
@@ -411,7 +480,7 @@ class MobileMamba(nn.Module):
             fused.to(first.dtype)
         else:
             fold_batchnorm(fused)
-        fused.distillation = False
+        fused.distillation, fused.fused, fused.fused_head = False, True, isinstance(fused.head, FoldedLinear)
         for module in fused.modules():
             if isinstance(module, Folded) and next(module.parameters()).device.type in ("cpu", "cuda"):
                 module.pack()

@@ -121,6 +121,9 @@ class FoldedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x[:, :, None, None]).flatten(1)
 
+    def weights(self) -> list[Tensor]:
+        return [self.conv.weight, self.conv.bias]
+
 
 class DepthwiseConv2d(Folded):
     """A folded depthwise convolution with activation, as one operator."""
@@ -132,6 +135,9 @@ class DepthwiseConv2d(Folded):
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_conv2d(x, self.weight, self.bias, None, self.stride, self.activation)
+
+    def weights(self) -> list[Tensor]:
+        return [self.weight, self.bias]
 
 
 class ChannelAffine(nn.Module):
@@ -225,6 +231,12 @@ class FoldedPatchEmbedding(nn.Sequential):
             biases.append(conv.bias)  # type: ignore[arg-type]
         return patch_embedding(x, weights, biases, self.strides)
 
+    def weights(self) -> list[Tensor]:
+        weights: list[Tensor] = []
+        for conv in self:
+            weights += [conv.weight, conv.bias]  # type: ignore[list-item]
+        return weights
+
 
 class ResidualDepthwise(ConvNorm):
     """``x + BN(depthwise 3x3(x))``. ``(B, C, H, W) -> (B, C, H, W)``."""
@@ -270,6 +282,9 @@ class FoldedFFN(Folded):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ffn(x, residual, self.expand_weight, self.expand_bias, self.project_weight, self.project_bias)
+
+    def weights(self) -> list[Tensor]:
+        return [self.expand_weight, self.expand_bias, self.project_weight, self.project_bias]
 
 
 class SqueezeExcite(nn.Module):
@@ -341,9 +356,12 @@ class FoldedPatchMerging(nn.Module):
         self.expand, self.depthwise, self.squeeze_excite, self.project = expand, depthwise, squeeze_excite, project
 
     def forward(self, x: Tensor) -> Tensor:
+        w = self.weights()
+        return patch_merging(x, w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9])
+
+    def weights(self) -> list[Tensor]:
         squeeze, excite = self.squeeze_excite.reduce, self.squeeze_excite.expand
-        return patch_merging(
-            x,
+        return [
             self.expand.weight,
             self.expand.bias,
             self.depthwise.weight,
@@ -354,7 +372,7 @@ class FoldedPatchMerging(nn.Module):
             excite.bias,
             self.project.weight,
             self.project.bias,
-        )
+        ]
 
 
 class DropPath(nn.Module):

@@ -230,7 +230,10 @@ class FoldedMRFFI(Folded):
         self.proj_weight, self.proj_bias = _parameters(proj.weight.flatten(1), proj.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        weights = [
+        return mrffi(x, residual, self.weights(), self.eps)
+
+    def weights(self) -> list[Tensor]:
+        return [
             self.in_weight,
             self.in_bias,
             self.conv_weight,
@@ -252,7 +255,6 @@ class FoldedMRFFI(Folded):
             self.proj_weight,
             self.proj_bias,
         ]
-        return mrffi(x, residual, weights, self.eps)
 
 
 def _parameters(*tensors: Tensor) -> list[nn.Parameter]:

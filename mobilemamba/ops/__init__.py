@@ -3,6 +3,7 @@
 from . import flops  # noqa: F401  (registers the formulas with torch's counter)
 from .operators import (
     MRFFI_WEIGHTS,
+    backbone,
     bidirectional_scan,
     depthwise_conv2d,
     ffn,
@@ -16,6 +17,7 @@ from .operators import (
 
 __all__ = [
     "MRFFI_WEIGHTS",
+    "backbone",
     "bidirectional_scan",
     "depthwise_conv2d",
     "ffn",

@@ -14,6 +14,7 @@ from .. import _native  # noqa: F401  (registers the operators)
 
 __all__ = [
     "MRFFI_WEIGHTS",
+    "backbone",
     "bidirectional_scan",
     "depthwise_conv2d",
     "ffn",
@@ -373,3 +374,52 @@ def patch_merging(
         project_weight,
         project_bias,
     )
+
+
+def backbone(
+    input: Tensor,
+    weights: list[Tensor],
+    strides: list[int],
+    depths: list[int],
+    head_weight: Tensor | None = None,
+    head_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> list[Tensor]:
+    """The network with BatchNorm folded up to its feature maps, as one operator.
+
+    It calls the operators of its layers in this order, with ``weights`` in the order of their arguments::
+
+        x = patch_embedding(input, strides)                        # weight and bias of each convolution
+        for i, depth in enumerate(depths):
+            if i > 0:
+                x = ffn(depthwise_conv2d(x))                       # 2 and 4 weights
+                x = patch_merging(x)                               # 10
+                x = ffn(depthwise_conv2d(x))                       # 2 and 4
+            for _ in range(depth):
+                y = ffn(depthwise_conv2d(x))                       # 2 and 4
+                y = mrffi(y, residual=y)                           # 20, see MRFFI_WEIGHTS
+                x = ffn(depthwise_conv2d(y), residual=x)           # 2 and 4
+            maps[i] = x
+
+    On the CPU the threads are started once, and any thread takes the next tasks of a layer. So a thread that does not
+    run, because other processes need its core, does not hold up the others.
+
+    Args:
+        input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64, any strides.
+        weights: for each layer as its operator takes them.
+        strides: of the convolutions of the patch embedding, at least 1.
+        depths: number of blocks of each stage.
+        eps: of the LayerNorms.
+
+    Returns:
+        A map for each stage, ``(batch, channels, height, width)`` with the channels of the stage, in the dtype of
+        ``input``, channels-last in memory. The patch embedding divides height and width by its strides, and each
+        patch merging by 2, rounded up. Differentiable once, in reverse mode, in every tensor.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or the length of a list is not the expected one; the message names the
+            operator, the argument and both values.
+
+    Source: "MobileMamba" (arXiv 2411.15941), section 3.
+    """
+    return torch.ops.mobilemamba.backbone(input, weights, strides, depths, head_weight, head_bias, eps)

@@ -1,0 +1,156 @@
+"""Latency of one image while other processes want the cores: ours, and files under ONNX Runtime and OpenVINO.
+
+    python benchmarks/load.py --busy 0 1 2 --onnx s6.onnx hgnetv2_b2.onnx
+    python benchmarks/load.py --busy 0 1 --beside onnxruntime --onnx s6.onnx
+
+Each contestant runs in a process of its own, one after another, with ``--threads`` threads, beside ``--busy``
+processes that never wait. It is called for ``--seconds`` without a pause, in float32 at batch 1. The table has the median and the
+95th percentile of its calls, and the ratio of the latter to the contestant's median without busy processes. The turns of
+``--rounds`` are taken together. ``--beside`` runs another runtime in the same process between the calls, so that its
+threads are alive. The files are any networks with one input of images; random images are the same for all.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+
+import mobilemamba
+
+Call = Callable[[], Any]
+
+
+def ours(kind: str, model: str) -> Call:
+    torch.manual_seed(0)
+    network = mobilemamba.create_model(model).eval().fuse()
+    side = mobilemamba.weights.entry(model).preprocessing.crop
+    images = torch.randn(1, network.in_chans, side, side)
+    run: Any = torch.jit.script(network) if kind == "scripted" else network
+
+    def call() -> None:
+        with torch.inference_mode():
+            run(images)
+
+    return call
+
+
+def onnxruntime(path: str, threads: int) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = session.get_inputs()[0]
+    images = torch.randn(
+        *(size if isinstance(size, int) else 1 if i == 0 else 224 for i, size in enumerate(feed.shape))
+    )
+    return lambda: session.run(None, {feed.name: images.numpy()})
+
+
+def openvino(path: str, threads: int) -> Call:
+    import openvino
+
+    core = openvino.Core()
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    model = core.read_model(path)
+    shape = model.inputs[0].partial_shape
+    sizes = [size.get_length() if size.is_static else 1 if i == 0 else 224 for i, size in enumerate(shape)]
+    model.reshape(sizes)
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    images = torch.randn(*sizes).numpy()
+    return lambda: request.infer([images])
+
+
+def contestant(name: str, args: argparse.Namespace) -> Call:
+    kind, _, what = name.partition(":")
+    if kind in ("fused", "scripted"):
+        return ours(kind, what)
+    return {"onnxruntime": onnxruntime, "openvino": openvino}[kind](what, args.threads)
+
+
+def run(name: str, args: argparse.Namespace) -> list[float]:
+    """Milliseconds of each call."""
+    call = contestant(name, args)
+    beside = contestant(args.beside, args) if args.beside else None
+    times: list[float] = []
+    end = time.perf_counter() + args.seconds + 1
+    while (start := time.perf_counter()) < end:
+        call()
+        stop = time.perf_counter()
+        if stop > end - args.seconds:  # the first second is for warming up
+            times.append((stop - start) * 1e3)
+        if beside:
+            beside()
+    return times
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """``count`` processes that never wait."""
+    processes = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["s6"], choices=mobilemamba.list_models())
+    parser.add_argument("--onnx", nargs="+", default=[], metavar="FILE", help="networks for ONNX Runtime and OpenVINO")
+    parser.add_argument(
+        "--runtimes", nargs="+", default=["onnxruntime", "openvino"], choices=["onnxruntime", "openvino"]
+    )
+    parser.add_argument("--beside", metavar="CONTESTANT", help="such as onnxruntime:FILE, in the same process")
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # in a contestant's own process
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    if args.run:
+        print(json.dumps(run(args.run, args)))
+        return
+    names = [f"{kind}:{model}" for model in args.model for kind in ("fused", "scripted")]
+    names += [f"{kind}:{path}" for path in args.onnx for kind in args.runtimes]
+    settings = {**common.setting(torch.device("cpu")), "cores": os.cpu_count(), "beside": args.beside}
+    columns = ["contestant", "busy processes", "calls", "ms, median", "95 %", "longest", "95 % to quiet median"]
+    report = common.Report(settings, columns, args.json, None)
+    quiet: dict[str, float] = {}
+    command = [sys.executable, *sys.argv]
+    for count in sorted(args.busy):
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(args.rounds):
+            for name in names:
+                with busy(count):
+                    done = subprocess.run([*command, "--run", name], stdout=subprocess.PIPE, check=True)
+                times[name] += json.loads(done.stdout)
+        for name, values in times.items():
+            median, high = statistics.median(values), statistics.quantiles(values, n=20)[-1]
+            quiet.setdefault(name, median)
+            row = [Path(name).name, count, len(values), *(f"{ms:.1f}" for ms in (median, high, max(values)))]
+            row.append(f"{high / quiet[name]:.1f}")
+            report.add(list(map(str, row)), {"contestant": name, "busy": count, "ms": [round(ms, 2) for ms in values]})
+    raise SystemExit(report.close())
+
+
+if __name__ == "__main__":
+    main()
