@@ -106,3 +106,17 @@ def test_the_ways_to_compute_a_model_cost_the_same() -> None:
     assert flops(lambda: fused(x)) == pytest.approx(expected, rel=1e-3)
     with reference.plain_pytorch():
         assert flops(lambda: model(x)) == pytest.approx(expected, rel=0.02)  # but for the scan's recurrence
+
+
+@torch.no_grad()
+def test_backbone() -> None:
+    fused, x = mobilemamba.nano().fuse(), torch.randn(2, 1, 27, 30)
+
+    def layers() -> None:
+        y = fused.patch_embed(x)
+        for stage in fused.stages:
+            y = stage(y)
+        fused.forward_head(y)
+
+    assert flops(lambda: fused(x)) == flops(layers) > 0
+    assert flops(lambda: fused.forward_features(x)) == flops(layers) - 2 * 2 * fused.num_features * fused.num_classes

@@ -100,3 +100,46 @@ def mrffi(input: Shape, residual: Shape | None, weights: list[Shape], *_: Any, *
 @register_flop_formula(NATIVE.mrffi_backward)
 def mrffi_backward(grad_output: Shape, input: Shape, weights: list[Shape], *_: Any, **__: Any) -> int:
     return 2 * mrffi(input, None, weights)
+
+
+@register_flop_formula(NATIVE.backbone)
+def backbone(
+    input: Shape,
+    weights: list[Shape],
+    strides: list[int],
+    depths: list[int],
+    head_weight: Shape | None = None,
+    head_bias: Shape | None = None,
+    *_: Any,
+    out_shape: list[Shape],
+    **__: Any,
+) -> int:
+    rest = iter(weights)
+    batch, channels, height, width = input
+    total = 0
+
+    def residual_layers() -> int:
+        x = [batch, channels, height, width]
+        convolution = depthwise_conv2d(x, next(rest), next(rest), out_val=x)  # type: ignore[call-arg]
+        return convolution + ffn(x, None, *(next(rest) for _ in range(4)))  # type: ignore[misc]
+
+    for stride in strides:
+        _weight, (outputs,) = next(rest), next(rest)
+        height, width = -(-height // stride), -(-width // stride)
+        total += 2 * batch * height * width * outputs * channels * 3**2
+        channels = outputs
+    for i, depth in enumerate(depths):
+        if i > 0:
+            total += residual_layers()
+            _expand, (hidden,), depthwise, _, _squeeze, (squeezed,), *_ = (next(rest) for _ in range(10))
+            outputs, *size = out_shape[i][1:]
+            total += 2 * batch * height * width * channels * hidden + 2 * 2 * batch * hidden * squeezed
+            height, width = size
+            total += 2 * batch * height * width * hidden * (depthwise[3] ** 2 + outputs)
+            channels = outputs
+            total += residual_layers()
+        for _ in range(depth):
+            total += residual_layers()
+            total += mrffi([batch, channels, height, width], None, [next(rest) for _ in MRFFI_WEIGHTS])
+            total += residual_layers()
+    return total + (2 * batch * channels * head_bias[0] if head_bias else 0)
