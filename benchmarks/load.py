@@ -4,10 +4,10 @@
     python benchmarks/load.py --busy 0 1 --beside onnxruntime --onnx s6.onnx
 
 Each contestant runs in a process of its own, one after another, with ``--threads`` threads, beside ``--busy``
-processes that never wait. It is called for ``--seconds`` without a pause, in float32 at batch 1. The table has the median and the
-95th percentile of its calls, and the ratio of the latter to the contestant's median without busy processes. The turns of
-``--rounds`` are taken together. ``--beside`` runs another runtime in the same process between the calls, so that its
-threads are alive. The files are any networks with one input of images; random images are the same for all.
+processes that never wait. For ``--seconds`` it is called without a pause, in float32 at batch 1, and ``--rounds`` times
+so. The table has the median of its calls, the 95th percentile, and the ratio of that to its median without busy
+processes. ``--beside`` calls another contestant in the same process between the calls, so that its threads are alive.
+The files are networks with one input of images; the images are random.
 """
 
 import argparse
