@@ -47,8 +47,4 @@ MOBILEMAMBA_LIBRARY_IMPL(CompositeImplicitAutograd, m) {
   m.impl("patch_embedding", embed);
 }
 
-MOBILEMAMBA_LIBRARY_IMPL(FuncTorchBatchedDecomposition, m) {  // torch.vmap
-  m.impl("patch_embedding", embed);
-}
-
 }  // namespace mobilemamba
