@@ -84,8 +84,4 @@ struct Differentiable<Derivative, op, Result (*)(Args...)>
   }
 };
 
-/// The autograd kernel of a backward operator, "NAME_backward", that is not differentiable itself. A second derivative
-/// is refused where it is taken, so the first one can be computed with create_graph=True.
-void refuse_second_derivative(const c10::OperatorHandle& op, torch::jit::Stack* stack);
-
 }  // namespace mobilemamba::autograd

@@ -295,7 +295,8 @@ class MobileMamba(nn.Module):
             raise ValueError(f"input: expected images of a floating-point type, scaled and normalised, got {x.dtype}")
         if x.size(2) < 1 or x.size(3) < 1:
             raise ValueError(f"input: expected height and width of at least 1, got {list(x.shape)}")
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        channels_last = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.vmap has no memory formats
+        x = self.patch_embed(channels_last)
         maps: list[Tensor] = []
         for stage in self.stages:
             x = stage(x)
