@@ -94,6 +94,9 @@ def test_python_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     if document.name == "training.md":
         assert names["accuracy"] > 0.4  # 0.59 to 0.72 for three seeds, 0.1 is chance
         assert weights.read("digits.pt").preset == "nano"
+    if document.name == "derivatives.md":
+        assert names["logits"].shape == (3, 2, 10)
+        assert all(len(gradient) == 2 for gradient in names["per_sample"].values())
     if document.name == "deployment.md":
         assert tuple(names["logits"].shape) == (3, 10)
         assert names["difference"] < 0.1

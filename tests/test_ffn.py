@@ -103,13 +103,6 @@ def test_gradcheck_in_every_input_and_weight(shape, function):
     assert torch.autograd.gradcheck(lambda x, *weights: function(x, None, *weights), [arguments[0], *arguments[2:]])
 
 
-def test_refuses_second_derivatives_where_they_are_taken():
-    arguments = [x.requires_grad_() for x in arguments_of(*SHAPES[0])]
-    (grad,) = torch.autograd.grad(ops.ffn(*arguments).sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="derivative for mobilemamba::ffn_backward is not implemented"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

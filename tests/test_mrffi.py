@@ -106,13 +106,6 @@ def test_gradcheck_in_every_input_and_weight(shape):
         assert torch.autograd.gradcheck(packing, arguments)
 
 
-def test_refuses_second_derivatives_where_they_are_taken():
-    arguments = [x.requires_grad_() for x in arguments_of(*SHAPES[-1])]
-    (grad,) = torch.autograd.grad(operator(*arguments).sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="derivative for mobilemamba::mrffi_backward is not implemented"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     x, residual, *weights = (y.requires_grad_() for y in arguments_of(*SHAPES[2], dtype=dtype))

@@ -441,22 +441,6 @@ def test_depthwise_gradcheck(shape, activation):
     assert torch.autograd.gradcheck(operator, last)
 
 
-def test_scan_refuses_second_derivatives_where_they_are_taken():
-    arguments = scan_arguments(1, 2, 3, requires_grad=True)
-    y = ops.bidirectional_scan(*arguments)
-    (grad,) = torch.autograd.grad(y.sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="::bidirectional_scan_backward is not implemented"):
-        grad.sum().backward()
-
-
-def test_depthwise_refuses_second_derivatives_where_they_are_taken():
-    arguments = depthwise_arguments(1, 2, 3, 4, 3, requires_grad=True)
-    y = ops.depthwise_conv2d(*arguments)
-    (grad,) = torch.autograd.grad(y.sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="derivative for mobilemamba::depthwise_conv2d_backward is not implemented"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("empty", range(4))
 def test_depthwise_empty_inputs(empty, stride):

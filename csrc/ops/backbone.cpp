@@ -130,8 +130,4 @@ MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
   m.impl("backbone", kernel_of<backbone, backbone_composed>);
 }
 
-MOBILEMAMBA_LIBRARY_IMPL(FuncTorchBatchedDecomposition, m) {  // torch.vmap
-  m.impl("backbone", kernel_of<backbone, backbone_composed>);
-}
-
 }  // namespace mobilemamba

@@ -26,7 +26,7 @@ void check(const at::Tensor& input, at::TensorList weights, at::TensorList biase
     const std::string weight = c10::str("weights[", i, "]"), bias = c10::str("biases[", i, "]");
     channels =
         check_dense_conv2d(check, weight.c_str(), weights[i], bias.c_str(), biases[i], channels, embedding_kernel_size);
-    TORCH_CHECK(strides[i] >= 1, "patch_embedding: strides[", i, "] is ", strides[i], ", expected at least 1");
+    check_stride("patch_embedding", c10::str("strides[", i, "]").c_str(), strides[i]);
   }
 }
 
@@ -44,10 +44,6 @@ at::Tensor embed(const at::Tensor& input, at::TensorList weights, at::TensorList
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CompositeImplicitAutograd, m) {
-  m.impl("patch_embedding", embed);
-}
-
-MOBILEMAMBA_LIBRARY_IMPL(FuncTorchBatchedDecomposition, m) {  // torch.vmap
   m.impl("patch_embedding", embed);
 }
 

@@ -58,8 +58,4 @@ MOBILEMAMBA_LIBRARY_IMPL(CompositeImplicitAutograd, m) {
   m.impl("patch_merging", kernel_of<patch_merging, merge>);
 }
 
-MOBILEMAMBA_LIBRARY_IMPL(FuncTorchBatchedDecomposition, m) {  // torch.vmap
-  m.impl("patch_merging", kernel_of<patch_merging, merge>);
-}
-
 }  // namespace mobilemamba

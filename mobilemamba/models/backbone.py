@@ -343,7 +343,8 @@ class MobileMamba(nn.Module):
         self._check_images(x)
         if self.fused:
             return self._run_fused(x, None, None)
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        channels_last = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.vmap has no memory formats
+        x = self.patch_embed(channels_last)
         maps: list[Tensor] = []
         for stage in self.stages:
             x = stage(x)

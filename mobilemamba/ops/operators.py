@@ -3,8 +3,8 @@
 Each function only calls ``torch.ops.mobilemamba``, so it works under autograd, autocast, ``torch.jit.script``,
 ``torch.compile`` and ``torch.export``, on every backend that the library was built for.
 
-An operator that is differentiable once refuses a second derivative where it is used: ``derivative for
-mobilemamba::ffn_backward is not implemented`` is about :func:`ffn`.
+They work inside ``torch.vmap`` and ``torch.func.grad``. Forward-mode derivatives are refused, and second derivatives of
+the operators that are differentiable once: docs/derivatives.md has the table.
 """
 
 import torch
