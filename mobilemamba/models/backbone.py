@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import checks
 from .layers import (
     FFN,
     ConvNorm,
@@ -232,8 +233,15 @@ class MobileMamba(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_classes, self.in_chans, self.distillation = num_classes, in_chans, distillation
-        self.num_features = widths[-1]
+        in_chans = checks.integer("in_chans", in_chans)
+        widths, depths = checks.integers("widths", widths, 3), checks.integers("depths", depths, 3, least=0)
+        global_ratios = checks.sequence("global_ratios", global_ratios, 3)
+        local_ratios = checks.sequence("local_ratios", local_ratios, 3)
+        wavelet_kernels = checks.sequence("wavelet_kernels", wavelet_kernels, 3)
+        local_kernels = checks.sequence("local_kernels", local_kernels, 3)
+        patch_strides = checks.integers("patch_strides", patch_strides)
+        drop_path_rate = checks.real("drop_path_rate", drop_path_rate, below=1)
+        self.in_chans, self.num_features = in_chans, widths[-1]
         reduction = 1
         stem: list[nn.Module] = []
         chans = in_chans
@@ -267,15 +275,13 @@ class MobileMamba(nn.Module):
             {"num_chs": widths[i], "reduction": reduction * 2**i, "module": f"stages.{i}"} for i in range(3)
         ]
         self.feature_info = feature_info  # in two steps: torch.jit.script warns of an annotated list of self
-        self.head = self._make_head(num_classes, distillation)
+        self._set_head(num_classes, distillation)
 
-    def _make_head(self, num_classes: int, distillation: bool) -> nn.Module:
-        if num_classes < 0:
-            raise ValueError(f"num_classes must not be negative, got {num_classes}")
-        if num_classes == 0:
-            return nn.Identity()
-        kind = DistilledClassifier if distillation else Classifier
-        return kind(self.num_features, num_classes)
+    def _set_head(self, num_classes: int, distillation: bool) -> None:
+        num_classes = checks.integer("num_classes", num_classes, least=0)
+        kind = DistilledClassifier if checks.flag("distillation", distillation) else Classifier
+        self.head: nn.Module = kind(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.num_classes, self.distillation = num_classes, distillation
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """The feature maps after stages 1, 2 and 3 of images ``(B, in_chans, H, W)``.
@@ -362,19 +368,21 @@ class MobileMamba(nn.Module):
 
     @torch.jit.unused
     def reset_classifier(self, num_classes: int, distillation: bool | None = None) -> None:
-        """Replace the head by a fresh one, on the model's device and in its dtype.
+        """Replace the head by a fresh one on the model's device, in its dtype and its mode (training or evaluation).
+
+        The parameters of the new head require gradients, also if the others are frozen.
 
         Args:
             num_classes: classes of the new head; 0 for no head.
             distillation: whether the new head is two heads; None keeps the model's choice.
 
         Raises:
-            ValueError: ``num_classes`` is negative.
+            ValueError: an argument is out of its range or of another type. The head stays then.
         """
-        if distillation is None:
-            distillation = self.distillation
-        head = self._make_head(num_classes, distillation).to(next(self.parameters()))
-        self.num_classes, self.distillation, self.head = num_classes, distillation, head
+        *_, last = self.stages.parameters()
+        with last.device:
+            self._set_head(num_classes, self.distillation if distillation is None else distillation)
+        self.head.to(next(self.parameters()).dtype).train(self.training)
 
     @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -415,4 +423,4 @@ class MobileMamba(nn.Module):
         for module in fused.modules():
             if isinstance(module, Folded) and next(module.parameters()).device.type in ("cpu", "cuda"):
                 module.pack()
-        return fused.requires_grad_(False)
+        return fused.eval().requires_grad_(False)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import depthwise_conv2d, ffn, pack_conv2d_weight, packed_conv2d, patch_embedding, patch_merging
+from . import checks
 
 __all__ = [
     "FFN",
@@ -362,9 +363,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f"drop path rate must be in [0, 1), got {rate}")
-        self.rate = rate
+        self.rate = checks.real("drop path rate", rate, below=1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rate == 0.0 or not self.training:
