@@ -1,8 +1,7 @@
 """The backbone: patch embedding, three stages of blocks with transitions between them, pooling and head."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -113,25 +112,32 @@ class Stage(nn.Module):
     def _checkpointed(self, block: nn.Module, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # torch.compile decides by itself what to recompute
             return block(x)
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block)))
+        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _BuffersOfForward(block)))
 
 
-@contextmanager
-def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of ``module``: recomputation in the backward pass shows them a batch again."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-    momenta = [norm.momentum for norm in norms]
-    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
-    counts = [counter.clone() for counter in counters]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for counter, count in zip(counters, counts, strict=True):
-            counter.copy_(count)
+class _BuffersOfForward:
+    """Context of the recomputation in the backward pass: ``module`` computes with copies of the forward pass's buffers.
+
+    The recomputation shows a batch to the norms again. It updates the copies, so running statistics see the batch once,
+    whatever the class and the options of the norm are.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.before = [
+            (owner._buffers, name, buffer.clone())
+            for owner in module.modules()
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
+        ]
+
+    def __enter__(self) -> None:
+        self.own = [buffers[name] for buffers, name, _ in self.before]
+        for buffers, name, before in self.before:
+            buffers[name] = before.clone()  # the next recomputation, with retain_graph, needs `before` again
+
+    def __exit__(self, *_: object) -> None:
+        for (buffers, name, _), own in zip(self.before, self.own, strict=True):
+            buffers[name] = own
 
 
 class Classifier(nn.Module):
