@@ -18,8 +18,10 @@ from .layers import (
     PatchEmbedding,
     PatchMerging,
     ResidualDepthwise,
+    check_foldable,
     fold_batchnorm,
     is_short,
+    scale_and_shift,
 )
 from .mrffi import MRFFI
 
@@ -131,13 +133,13 @@ class _BuffersOfForward:
         ]
 
     def __enter__(self) -> None:
-        self.own = [buffers[name] for buffers, name, _ in self.before]
-        for buffers, name, before in self.before:
-            buffers[name] = before.clone()  # the next recomputation, with retain_graph, needs `before` again
+        self.own = [buffers[key] for buffers, key, _ in self.before]
+        for buffers, key, before in self.before:
+            buffers[key] = before.clone()  # the next recomputation, with retain_graph, needs `before` again
 
-    def __exit__(self, *_: object) -> None:
-        for (buffers, name, _), own in zip(self.before, self.own, strict=True):
-            buffers[name] = own
+    def __exit__(self, *error: object) -> None:
+        for (buffers, key, _), own in zip(self.before, self.own, strict=True):
+            buffers[key] = own
 
 
 class Classifier(nn.Module):
@@ -155,12 +157,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> FoldedLinear:
-        norm, linear = self.norm, self.linear
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        bias = linear.bias + linear.weight @ (norm.bias - norm.running_mean * scale)
-        return FoldedLinear(linear.weight * scale, bias)
+        scale, shift = scale_and_shift(self.norm)
+        return FoldedLinear(self.linear.weight * scale, self.linear.bias + self.linear.weight @ shift)
 
 
 class DistilledClassifier(nn.Module):
@@ -189,6 +187,22 @@ class DistilledClassifier(nn.Module):
         labels.conv.weight.add_(teacher.conv.weight).div_(2)
         labels.conv.bias.add_(teacher.conv.bias).div_(2)
         return labels
+
+
+@torch.fx.wrap  # a call in the graph of a tracer, which cannot follow conditions on the shape
+def checked_images(x: Tensor, in_chans: int) -> Tensor:
+    """``x``, which are images ``(B, in_chans, H, W)``.
+
+    Raises:
+        ValueError: the shape or the type of the images does not fit.
+    """
+    if x.dim() != 4 or x.size(1) != in_chans:
+        raise ValueError(f"input: expected images of shape (batch, {in_chans}, height, width), got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"input: expected images of a floating-point type, scaled and normalised, got {x.dtype}")
+    if x.size(2) < 1 or x.size(3) < 1:
+        raise ValueError(f"input: expected height and width of at least 1, got {list(x.shape)}")
+    return x
 
 
 class MobileMamba(nn.Module):
@@ -280,13 +294,14 @@ class MobileMamba(nn.Module):
         feature_info: list[FeatureInfo] = [
             {"num_chs": widths[i], "reduction": reduction * 2**i, "module": f"stages.{i}"} for i in range(3)
         ]
-        self.feature_info = feature_info  # in two steps: torch.jit.script warns of an annotated list of self
+        self.feature_info = feature_info  # in two steps, as the head
         self._set_head(num_classes, distillation)
 
     def _set_head(self, num_classes: int, distillation: bool) -> None:
         num_classes = checks.integer("num_classes", num_classes, least=0)
         kind = DistilledClassifier if checks.flag("distillation", distillation) else Classifier
-        self.head: nn.Module = kind(self.num_features, num_classes) if num_classes else nn.Identity()
+        head: nn.Module = kind(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = head  # in two steps: torch.jit.script warns of an annotated attribute of self
         self.num_classes, self.distillation = num_classes, distillation
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
@@ -299,15 +314,8 @@ class MobileMamba(nn.Module):
         Raises:
             ValueError: the shape or the type of the images does not fit.
         """
-        if x.dim() != 4 or x.size(1) != self.in_chans:
-            raise ValueError(
-                f"input: expected images of shape (batch, {self.in_chans}, height, width), got {list(x.shape)}"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"input: expected images of a floating-point type, scaled and normalised, got {x.dtype}")
-        if x.size(2) < 1 or x.size(3) < 1:
-            raise ValueError(f"input: expected height and width of at least 1, got {list(x.shape)}")
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        x = checked_images(x, self.in_chans)
+        x = self.patch_embed(x)
         maps: list[Tensor] = []
         for stage in self.stages:
             x = stage(x)
@@ -417,7 +425,11 @@ class MobileMamba(nn.Module):
 
         The copy can be moved, cast, copied, pickled, scripted, compiled and exported. Its parameters have the memory
         order of the kernels, which safetensors does not store: keep the model that it is made from.
+
+        Raises:
+            ValueError: a layer has hooks or was replaced (pruning, LoRA), or a BatchNorm has no running statistics.
         """
+        check_foldable(self)
         first = next(self.parameters())
         fused = copy.deepcopy(self).eval()
         if is_short(first):

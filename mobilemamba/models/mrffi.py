@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import bidirectional_scan, depthwise_conv2d, haar_conv2d, mrffi
 from . import checks
-from .layers import ConvNorm, Folded, in_order
+from .layers import ConvNorm, Folded, are_plain, in_order
 
 __all__ = ["MRFFI", "SS2D", "HaarConv2d", "MultiKernelDepthwise", "WaveletMamba", "split_channels"]
 
@@ -60,13 +60,20 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         u, z = self.in_proj(x).split(self.inner, dim=1)
-        u = depthwise_conv2d(u, self.conv.weight, self.conv.bias, activation="silu")
+        u = self._convolved(u)
         projected = F.linear(u.permute(0, 2, 3, 1), self.x_proj.flatten(0, 1))
         projected = projected.reshape(batch, height * width, 2, self.rank + 2 * self.d_state).permute(0, 2, 3, 1)
         delta, B, C = projected.split([self.rank, self.d_state, self.d_state], dim=2)
         y = bidirectional_scan(u.flatten(2), delta, self.A_log, B, C, self.D, self.dt_weight, self.dt_bias)
         y = self.norm(y.transpose(1, 2)) * F.silu(z.flatten(2).transpose(1, 2))
         return self.out_proj(y.transpose(1, 2).view(batch, self.inner, height, width))
+
+    def _convolved(self, u: Tensor) -> Tensor:
+        conv = self.conv
+        if not torch.jit.is_scripting():
+            if not are_plain(nn.Conv2d, conv):
+                return F.silu(conv(u))
+        return depthwise_conv2d(u, conv.weight, conv.bias, activation="silu")
 
 
 class HaarConv2d(nn.Module):
@@ -146,9 +153,10 @@ class MultiKernelDepthwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if len(self.groups) == 0:
             return x
-        parts = list(x.split(self.widths, dim=1))
+        split = x.split(self.widths, dim=1)
+        parts: list[Tensor] = []
         for i, group in enumerate(self.groups):
-            parts[i] = group(parts[i])
+            parts.append(group(split[i]))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def folded(self, like: Tensor) -> list[nn.Parameter]:
