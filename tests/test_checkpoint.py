@@ -438,6 +438,19 @@ def test_one_network_of_several_presets(tmp_path: Path) -> None:
     assert zoo.open_model(source)[1].preprocessing == zoo.open_model(source, "b1")[1].preprocessing == own
 
 
+def test_preprocessing_has_the_channels_of_the_weights(tmp_path: Path) -> None:
+    """The preset's mean and std are not given to weights for other images, and no file contradicts itself."""
+    colour = create_model("nano", in_chans=3).state_dict()
+    torch.save(colour, tmp_path / "colour.pt")
+    model, stored = zoo.open_model(tmp_path / "colour.pt")
+    assert (model.in_chans, stored.preprocessing) == (3, None)
+    with pytest.raises(ValueError, match=r"expected mean and std with 3 values, .* got 1"):
+        weights.save(tmp_path / "own.pt", Checkpoint(colour, "nano", {"in_chans": 3}, None, PREPROCESSING))
+    own = Preprocessing(resize=28, crop=28)
+    weights.save(tmp_path / "own.pt", Checkpoint(colour, "nano", {"in_chans": 3}, None, own))
+    assert zoo.open_model(tmp_path / "own.pt")[1].preprocessing == own
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent: no such checkpoint file"):
         weights.read(tmp_path / "absent")

@@ -166,9 +166,13 @@ def save(path: PathLike, checkpoint: Checkpoint) -> None:
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
-        ValueError: ``path`` has another ending, or the package safetensors is missing.
+        ValueError: ``path`` has another ending, the package safetensors is missing, or the preprocessing has another
+            number of channels than the weights.
     """
     path = Path(path)
+    channels = guess_model_args(checkpoint.state_dict).get("in_chans")
+    if checkpoint.preprocessing is not None and channels is not None:
+        checkpoint.preprocessing.check_channels(channels)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state_dict.items()}
     if path.suffix == ".safetensors":
         save_file, _ = _safetensors()
