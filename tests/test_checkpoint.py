@@ -1,5 +1,7 @@
 """Checkpoints: every format that is read, what is written, and what is refused with which message."""
 
+import argparse
+import copy
 import json
 import os
 import subprocess
@@ -8,6 +10,7 @@ import threading
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from figures import small_cases
@@ -96,6 +99,77 @@ def test_published(tmp_path: Path, t2: dict[str, Tensor], prefix: str, wrap: str
     assert torch.equal(transition, t2["blocks3.2.1.m.pw2.c.weight"])
     if wrap == "plain":
         weights.load_into(create_model("t2"), back.state_dict)
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": tensor for key, tensor in tensors.items()}
+
+
+OTHER = {"loss.weight": torch.ones(3), "n_averaged": torch.tensor(5)}  # beside the network, without its prefix
+TRAINERS = {  # from a network and another one that must not be taken
+    **{
+        prefix: lambda net, _, prefix=prefix: prefixed(prefix, net)
+        for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "backbone.")
+    },
+    **{
+        wrapper: lambda net, _, wrapper=wrapper: {wrapper: net, "epoch": 3, "optimizer": {"state": {0: net}}}
+        for wrapper in ("state_dict", "model", "model_state_dict", "ema", "net")
+    },
+    "lightning": lambda net, _: {"state_dict": {**prefixed("model._orig_mod.", net), **OTHER}, "callbacks": {}},
+    "averaged model": lambda net, _: {**prefixed("module.", net), **OTHER},
+    "timm": lambda net, wrong: {"state_dict": wrong, "state_dict_ema": prefixed("module.", net), "arch": "nano"},
+    "torchvision": lambda net, wrong: {"model": wrong, "model_ema": {**prefixed("module.", net), **OTHER}},
+    "average in a module": lambda net, wrong: {**prefixed("model.", wrong), **prefixed("ema_model.module.", net)},
+    "deep": lambda net, _: {"state": {"modules": {"model": prefixed("module.", net)}}},
+    "compiled stages": lambda net, _: {key.replace("blocks.", "blocks._orig_mod."): net[key] for key in net},
+    "a teacher of another kind": lambda net, _: {
+        **prefixed("student.", net),
+        **prefixed("teacher.", {"stages.0.blocks.0.weight": torch.ones(3)}),
+    },
+    "options and scalars": lambda net, _: {
+        "model": net,
+        "args": argparse.Namespace(lr=0.1, output=Path("runs")),
+        "best": np.float64(0.9),
+        "epoch": np.int64(3),
+    },
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_state_dicts_as_trainers_write_them(tmp_path: Path, nano: MobileMamba, trainer: str) -> None:
+    wrong = {key: torch.zeros(()).expand_as(tensor) for key, tensor in nano.state_dict().items()}
+    torch.save(TRAINERS[trainer](nano.state_dict(), wrong), tmp_path / "file.pt")
+    back = weights.read(tmp_path / "file.pt")
+    assert back.preset == "nano"
+    assert same(back.state_dict, nano.state_dict())
+
+
+def test_several_networks_are_named(tmp_path: Path, nano: MobileMamba) -> None:
+    net = nano.state_dict()
+    for content, message in (
+        ({"model": net, "teacher": prefixed("module.", net)}, "got 2: model, teacher.module; save the state_dict"),
+        (
+            {"state_dict": {**prefixed("a.", net), **prefixed("b.c.", net), **prefixed("ema.", net)}},
+            "got 3: state_dict",
+        ),
+        ({**net, "old": net}, "got 2: the top level, old;"),
+    ):
+        torch.save(content, tmp_path / "file.pt")
+        with pytest.raises(ValueError, match=rf"file\.pt: expected one network, {message}") as caught:
+            weights.read(tmp_path / "file.pt")
+        assert "\n" not in str(caught.value)
+
+
+def test_load_into_takes_prefixes_on_both_sides(nano: MobileMamba) -> None:
+    model, compiled = create_model("nano"), torch.nn.Module()
+    compiled._orig_mod = model
+    for wrapped in (model, torch.nn.DataParallel(model), compiled):
+        for given in (nano.state_dict(), prefixed("module._orig_mod.", nano.state_dict())):
+            torch.nn.init.zeros_(model.head.linear.weight)
+            weights.load_into(wrapped, given)
+            assert same(model.state_dict(), nano.state_dict())
+    with pytest.raises(ValueError, match="expected weights of nano, got weights of a fused model; save those of the"):
+        weights.load_into(model, nano.fuse().state_dict())
 
 
 def test_every_published_name_is_renamed_to_one_of_ours(t2: dict[str, Tensor]) -> None:
@@ -187,6 +261,34 @@ def test_other_precision(nano: MobileMamba) -> None:
     assert model.head.linear.weight.dtype == torch.float32
 
 
+def test_weights_for_a_model_on_meta(nano: MobileMamba) -> None:
+    """The parameters get memory and values. A model that would keep parts without values is refused."""
+    with torch.device("meta"):
+        made = create_model("nano", pretrained=True)
+        opened, _ = zoo.open_model(weights.entry("nano"))
+        without_head = create_model("nano", pretrained=True, num_classes=0)
+        half = create_model("nano").half()
+        with pytest.raises(
+            ValueError, match=r"the model's head is on meta, without values: head\.norm\.weight, .* make"
+        ):
+            create_model("nano", pretrained=True, num_classes=3, allow_head_mismatch=True)
+    expected = create_model("nano", pretrained=True)
+    assert same(made.state_dict(), expected.state_dict())
+    assert same(opened.state_dict(), expected.state_dict())
+    assert same(without_head.stages.state_dict(), expected.stages.state_dict())
+    empty = half.state_dict()
+    half.patch_embed.to_empty(device="cpu")  # a part of the model is on meta, the rest is not
+    half.stages[0].requires_grad_(False)
+    weights.load_into(half, nano.state_dict())
+    assert same(half.state_dict(), copy.deepcopy(nano).half().state_dict())
+    assert not any(parameter.requires_grad for parameter in half.stages[0].parameters())
+    assert all(parameter.requires_grad for parameter in half.stages[1].parameters())
+    half.head.linear.weight.data.zero_()
+    assert nano.head.linear.weight.any()  # no memory is shared
+    with pytest.raises(ValueError, match="expected weights with values, got tensors on meta: patch_embed"):
+        weights.load_into(nano, empty)
+
+
 class Payload:
     """What loading with plain pickle would run."""
 
@@ -229,10 +331,10 @@ def test_not_a_checkpoint(tmp_path: Path, content: bytes, message: str) -> None:
     ("content", "message"),
     [
         ([1, 2], "expected a state dict or a training checkpoint, got a list"),
-        ({"a": 1, "b": 2}, "expected a state dict of tensors, or one under 'net' or 'net_E', got a, b"),
+        ({"a": 1, "b": 2}, "expected a state dict of tensors, also inside other dicts, got a, b"),
         ({}, "got nothing"),
-        ({"net": None}, "got NoneType"),
-        ({"net_E": {"a": 1}}, "got a"),
+        ({"net": None}, "got net"),
+        ({"net_E": {"a": 1}}, "got net_E"),
         (
             {"format": "mobilemamba", "version": 9, "meta": {}, "state_dict": {"a": torch.zeros(1)}},
             "expected at most version 1 of the format, got 9",
@@ -334,6 +436,19 @@ def test_one_network_of_several_presets(tmp_path: Path) -> None:
     own = Preprocessing(resize=64, crop=64)  # of an own training
     weights.save(source, Checkpoint(network, "b1", {"num_classes": 2}, None, own))
     assert zoo.open_model(source)[1].preprocessing == zoo.open_model(source, "b1")[1].preprocessing == own
+
+
+def test_preprocessing_has_the_channels_of_the_weights(tmp_path: Path) -> None:
+    """The preset's mean and std are not given to weights for other images, and no file contradicts itself."""
+    colour = create_model("nano", in_chans=3).state_dict()
+    torch.save(colour, tmp_path / "colour.pt")
+    model, stored = zoo.open_model(tmp_path / "colour.pt")
+    assert (model.in_chans, stored.preprocessing) == (3, None)
+    with pytest.raises(ValueError, match=r"expected mean and std with 3 values, .* got 1"):
+        weights.save(tmp_path / "own.pt", Checkpoint(colour, "nano", {"in_chans": 3}, None, PREPROCESSING))
+    own = Preprocessing(resize=28, crop=28)
+    weights.save(tmp_path / "own.pt", Checkpoint(colour, "nano", {"in_chans": 3}, None, own))
+    assert zoo.open_model(tmp_path / "own.pt")[1].preprocessing == own
 
 
 def test_no_file(tmp_path: Path) -> None:

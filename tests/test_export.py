@@ -96,6 +96,48 @@ def test_onnx(tmp_path, name, sizes):
     assert stored["mobilemamba.crop"] == str(entry.preprocessing.crop)
 
 
+@pytest.fixture(scope="module")
+def five(tmp_path_factory) -> str:
+    """A file of weights for images of five channels, and nothing else."""
+    path = tmp_path_factory.mktemp("five") / "five.pt"
+    torch.manual_seed(0)
+    torch.save(mobilemamba.nano(in_chans=5).state_dict(), path)
+    return str(path)
+
+
+def test_preprocessing_has_the_channels_of_the_model(five, tmp_path, capsys):
+    target = str(tmp_path / "out.pt")
+    command = ["export", "--format", "torchscript", "--checkpoint", five, target]
+    assert cli.main(command) == 2
+    message = "images of 5 channels, but mean and std are known for 1; state --mean and --std with 5 values each"
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"preprocessing: expected mean and std with 5 values, .* got 1"):
+        export(mobilemamba.nano(in_chans=5), target, "torchscript", preprocessing=NANO.preprocessing)
+    assert list(tmp_path.iterdir()) == []
+
+    stated = ["--mean", "0.1,0.2,0.3,0.4,0.5", "--std", "1,1,1,1,2", "--resize", "20", "--crop", "16"]
+    assert cli.main([*command, *stated, "--interpolation", "bilinear"]) == 0
+    found = records(target)
+    assert (found["mean"], found["std"]) == ("0.1 0.2 0.3 0.4 0.5", "1.0 1.0 1.0 1.0 2.0")
+    assert (found["resize"], found["crop"], found["interpolation"]) == ("20", "16", "bilinear")
+    assert torch.jit.load(target)(torch.randn(2, 5, 16, 16)).shape == (2, 10)
+
+    capsys.readouterr()
+    assert cli.main(["classify", "a.png", "--checkpoint", five, *stated]) == 2
+    assert capsys.readouterr().err == (
+        "mobilemamba classify: error: image files are read into 1 (grey) or 3 (RGB) channels; the model takes 5\n"
+    )
+
+
+def test_what_contradicts_the_model_is_refused(model, tmp_path):
+    target = tmp_path / "nano.pt"
+    with pytest.raises(ValueError, match="expected 10 labels, got 1"):
+        export(model, target, "torchscript", preprocessing=NANO.preprocessing, labels=["a"])
+    with pytest.raises(ValueError, match="expected a model with values, got one on the device meta"):
+        export(model.to("meta"), target, "torchscript", preprocessing=NANO.preprocessing)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_wrong_file_is_not_kept(model, tmp_path, monkeypatch):
     def wrong(model, path, records):
         path.touch()
@@ -126,6 +168,8 @@ def test_command(tmp_path, monkeypatch, capsys):
         (["--format", "torchscript", "none/nano.pt"], "none: no such folder"),
         (["--format", "torchscript", "--checkpoint", "none.pt", "nano.pt"], "none.pt: no such checkpoint file"),
         (["--format", "torchscript", "--labels", "/dev/null", "nano.pt"], "expected 10 labels, one per line, got 0"),
+        (["--format", "torchscript", "--crop", "29", "nano.pt"], "expected a crop of 1 to resize=28 pixels, got 29"),
+        (["--format", "torchscript", "--mean", "0,0,0", "nano.pt"], "mean and std with a value for each channel, got"),
     ],
 )
 def test_refusals(options, message, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """The model family: presets, sizes, heads, features, folding, training behaviour, what is refused."""
 
 import copy
+import functools
+import itertools
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -179,10 +181,37 @@ def test_reset_classifier(nano):
     assert nano.eval()(x.double()).shape == (2, nano.num_features)
 
 
-def test_a_refused_reset_of_the_classifier_changes_nothing(nano):
+@pytest.mark.parametrize("distillation", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_new_head_takes_mode_and_dtype_and_learns(nano, training, distillation):
+    frozen = nano.bfloat16().train(training).requires_grad_(False)
+    with torch.device("meta"):  # the model's device counts, not the context's
+        frozen.reset_classifier(3, distillation)
+    assert all(module.training is training for module in frozen.head.modules())
+    for parameter in frozen.head.parameters():
+        assert (parameter.dtype, parameter.device.type) == (
+            torch.bfloat16,
+            frozen.stages[0].blocks[0].ffn0.expand.norm.weight.device.type,
+        )
+        assert parameter.requires_grad
+    if not training:
+        assert frozen(torch.randn(1, 1, 28, 28).bfloat16()).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, True), "num_classes: expected an integer of at least 0, got -1"),
+        ((True,), "num_classes: expected an integer of at least 0, got True"),
+        ((10.0,), "num_classes: expected an integer of at least 0, got 10.0"),
+        ((10, "avg"), "distillation: expected True or False, got 'avg'"),  # timm's second argument is the pooling
+        ((10, 1), "distillation: expected True or False, got 1"),
+    ],
+)
+def test_a_refused_reset_of_the_classifier_changes_nothing(nano, arguments, message):
     head, classes, distillation = nano.head, nano.num_classes, nano.distillation
-    with pytest.raises(ValueError, match="num_classes must not be negative, got -1"):
-        nano.reset_classifier(-1, distillation=not distillation)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        nano.reset_classifier(*arguments)
     assert nano.head is head
     assert (nano.num_classes, nano.distillation) == (classes, distillation)
 
@@ -192,7 +221,7 @@ def test_fuse_folds_every_norm_and_leaves_the_model_alone(nano):
     nano.train()
     fused = nano.fuse()
     assert nano.training
-    assert not fused.training
+    assert not any(module.training for module in fused.modules())
     assert all(torch.equal(v, before[k]) for k, v in nano.state_dict().items())
     assert not any(isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) for m in fused.modules())
     again = pickle.loads(pickle.dumps(copy.deepcopy(fused.fuse())))  # folding what is folded changes nothing
@@ -262,22 +291,55 @@ def test_drop_path():
     assert rates[-1] == pytest.approx(0.03)
 
 
+class OtherNorm(nn.Module):
+    """A norm of another family, whose statistics also change its output."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("total", torch.zeros(channels))
+
+    def forward(self, x):
+        if self.training:
+            self.total += x.detach().mean((0, 2, 3))
+        return x - self.total[:, None, None] / 2
+
+
+NORMS = (
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    functools.partial(nn.BatchNorm2d, momentum=None),
+    functools.partial(nn.BatchNorm2d, track_running_stats=False),
+    OtherNorm,
+)
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory():
     torch.manual_seed(0)
-    plain = mobilemamba.nano(drop_path_rate=0.2).double()
+    plain = mobilemamba.nano(drop_path_rate=0.2, depths=(2, 1, 1)).stages[0].double()
+    layers = [module for module in plain.modules() if isinstance(getattr(module, "norm", None), nn.BatchNorm2d)]
+    for layer, make in zip(layers, itertools.cycle(NORMS), strict=False):
+        layer.norm = make(layer.norm.num_features).double()
     saving = copy.deepcopy(plain)
-    saving.set_grad_checkpointing()
-    x = torch.randn(4, 1, 28, 28, dtype=torch.float64)
+    saving.grad_checkpointing = True
+    x = torch.randn(3, 48, 3, 3, dtype=torch.float64)
     for model in (plain, saving):
         torch.manual_seed(1)
-        model(x).sin().sum().backward()
+        loss = model(x).sin().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()  # with retain_graph the blocks are computed a third time
     for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
     for (name, a), b in zip(plain.named_buffers(), saving.buffers(), strict=True):
         assert torch.equal(a, b), name  # the running statistics saw the batch once
-    compiled = torch.compile(saving.stages[0], fullgraph=True, backend="eager")
-    y = torch.randn(2, 48, 7, 7, dtype=torch.float64)
-    torch.testing.assert_close(compiled(y), saving.stages[0](y))
+
+
+def test_gradient_checkpointing_compiles():
+    model = mobilemamba.nano()
+    model.set_grad_checkpointing()
+    saving = model.stages[0].double()
+    assert saving.grad_checkpointing
+    y = torch.randn(2, 48, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(torch.compile(saving, fullgraph=True, backend="eager")(y), saving(y))
 
 
 def test_refused_arguments(nano):
@@ -287,14 +349,33 @@ def test_refused_arguments(nano):
         (lambda: nano(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)), "floating-point type, scaled and normalised, got"),
         (lambda: nano(torch.randn(1, 28, 28)), "expected images of shape (batch, 1, height, width), got [1, 28, 28]"),
         (lambda: nano(torch.randn(1, 1, 0, 28)), "expected height and width of at least 1, got [1, 1, 0, 28]"),
-        (lambda: mobilemamba.nano(num_classes=-1), "num_classes must not be negative, got -1"),
-        (lambda: mobilemamba.nano(drop_path_rate=1.5), "drop path rate must be in [0, 1), got"),
+        (lambda: mobilemamba.nano(num_classes=True), "num_classes: expected an integer of at least 0, got True"),
+        (lambda: mobilemamba.nano(in_chans=0), "in_chans: expected an integer of at least 1, got 0"),
+        (lambda: mobilemamba.nano(in_chans=3.0), "in_chans: expected an integer of at least 1, got 3.0"),
+        (lambda: mobilemamba.nano(distillation="no"), "distillation: expected True or False, got 'no'"),
+        (
+            lambda: mobilemamba.nano(drop_path_rate=1.5),
+            "drop_path_rate: expected a number of at least 0 and below 1, g",
+        ),
+        (lambda: mobilemamba.nano(drop_path_rate="0.1"), "at least 0 and below 1, got '0.1'"),
+        (lambda: mobilemamba.nano(drop_path_rate=float("nan")), "at least 0 and below 1, got nan"),
+        (lambda: mobilemamba.nano(widths=(48, 96)), "widths: expected a tuple of 3, got (48, 96)"),
+        (lambda: mobilemamba.nano(depths=(1, 2.0, 1)), "depths: expected an integer of at least 0, got 2.0"),
+        (
+            lambda: mobilemamba.nano(local_kernels=((5,), (3,))),
+            "local_kernels: expected a tuple of 3, got ((5,), (3,))",
+        ),
+        (lambda: mobilemamba.nano(patch_strides=()), "patch_strides: expected a tuple of at least 1, got ()"),
+        (lambda: mobilemamba.nano(d_state=0), "d_state: expected an integer of at least 1, got 0"),
+        (lambda: mobilemamba.nano(ssm_ratio=0), "ssm_ratio: expected at least one inner channel of 32 channels, got 0"),
+        (lambda: MRFFI(40.0, 0.4, 0.4, 3, (3,)), "dim: expected an integer of at least 1, got 40.0"),
         (lambda: MRFFI(40, 0.1, 0.4, 3, (3,)), "global_ratio=0.1 of 40 channels gives a global part of 0 channels"),
-        (lambda: MRFFI(40, 0.4, -0.1, 3, (3,)), "local_ratio must not be negative, got -0.1"),
-        (lambda: MRFFI(40, 0.4, 0.4, 3, 3), "local kernel sizes must be a tuple such as (7,) or (3, 5), got 3"),
-        (lambda: MRFFI(40, 0.4, 0.4, 3, (4,)), "local kernel sizes must be odd and at least one, got (4,)"),
+        (lambda: MRFFI(40, 0.4, -0.1, 3, (3,)), "local_ratio: expected a number of at least 0, got -0.1"),
+        (lambda: MRFFI(40, 0.4, 0.4, 3, 3), "local_kernels: expected a tuple of at least 1, got 3"),
+        (lambda: MRFFI(40, 0.4, 0.4, 3, (4,)), "local_kernels: expected an odd number, got 4"),
         (lambda: MRFFI(40, 0.4, 0.05, 3, (3, 5, 7)), "3 local kernel sizes (3, 5, 7) need as many channels, got 2"),
-        (lambda: MRFFI(40, 0.4, 0.4, 4, (3,)), "wavelet kernel size must be odd, got 4"),
+        (lambda: MRFFI(40, 0.4, 0.4, 4, (3,)), "wavelet_kernel: expected an odd number, got 4"),
+        (lambda: MRFFI(40, 0.4, 0.4, 3.0, (3,)), "wavelet_kernel: expected an integer of at least 1, got 3.0"),
     ]
     for call, message in refused:
         with pytest.raises(ValueError, match=re.escape(message)):

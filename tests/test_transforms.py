@@ -109,8 +109,9 @@ def test_json() -> None:
     [
         ({"resize": 20, "crop": 28}, "expected a crop of 1 to resize=20 pixels, got 28"),
         ({"resize": 20, "crop": 0}, "expected a crop of 1 to resize=20 pixels, got 0"),
-        ({"mean": (0.5, 0.5), "std": (1, 1)}, "mean and std of 1 or 3 channels"),
-        ({"mean": (0.5,)}, "mean and std of 1 or 3 channels"),
+        ({"mean": (), "std": ()}, "mean and std with a value for each channel"),
+        ({"mean": (0.5,)}, "mean and std with a value for each channel"),
+        ({"mean": (0, 0, float("nan"))}, "expected a finite mean"),
         ({"std": (1, 0, 1)}, "expected a positive std"),
         ({"std": (1, float("nan"), 1)}, "expected a positive std"),
         ({"crop": 27.5}, "expected resize and crop in whole pixels, got 28 and 27.5"),
@@ -142,3 +143,12 @@ def test_bad_images(tmp_path: Path) -> None:
         prepare(3)
     with pytest.raises(ValueError, match="expected 8 or 16 bits per channel, got values from 0 to 70000"):
         prepare(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)))
+
+
+def test_any_number_of_channels_but_not_from_files() -> None:
+    four = Preprocessing(resize=8, crop=8, mean=(0, 0.5, 0, 0), std=(1, 0.5, 1, 1))
+    pixels = torch.full((2, 4, 8, 8), 255, dtype=torch.uint8)
+    assert torch.equal(four.normalize(pixels), torch.ones(2, 4, 8, 8))
+    for function in (four.transforms, four.pixels):
+        with pytest.raises(ValueError, match=r"image files are read into .* channels; the model takes 4"):
+            function()

@@ -113,7 +113,8 @@ std::vector<at::Tensor> BackboneArguments::outputs() const {
 std::vector<at::Tensor> backbone_composed(const BackboneArguments& a) {
   a.check();
   Layers layers(a.weights);
-  at::Tensor x = layers.embedding(a.input, a.strides);
+  const at::Tensor images = a.input.movedim(1, -1).contiguous().movedim(-1, 1);  // channels-last
+  at::Tensor x = layers.embedding(images, a.strides);
   std::vector<at::Tensor> maps;
   for (size_t i = 0; i < a.depths.size(); ++i) {
     if (i > 0) x = layers.transition(x);

@@ -104,6 +104,9 @@ Image with_channels(const Image& image, int64_t channels) {
 
 at::Tensor Preprocessing::pixels(const Image& source) const {
   const int64_t channels = static_cast<int64_t>(mean.size());
+  if (channels != 1 && channels != 3)
+    throw std::runtime_error("image files are read into 1 (grey) or 3 (RGB) channels; the model takes " +
+                             std::to_string(channels));
   Image image = with_channels(source, channels);
   int64_t shorter = std::min(image.width, image.height);
   if (shorter < 1) throw std::runtime_error("expected at least one pixel");

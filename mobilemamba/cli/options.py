@@ -1,6 +1,7 @@
 """Options that several commands share, and functions that turn their values into models and devices."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -9,6 +10,7 @@ import torch
 
 from .. import weights, zoo
 from ..data import Preprocessing
+from ..data.preprocessing import INTERPOLATIONS
 from ..models import MobileMamba
 
 __all__ = ["Parser", "add_device_option", "add_model_options", "checked_device", "open_model", "positive"]
@@ -27,6 +29,14 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value
+
+
+def per_channel(text: str) -> tuple[float, ...]:
+    """The type of an option: numbers with commas between them."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 0.5,0.5,0.5, got '{text}'") from None
 
 
 def add_device_option(parser: Parser, what: str = "") -> None:
@@ -51,6 +61,12 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument("--distilled", action="store_true", help="use the weights that were trained with a teacher")
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="use the weights in this file")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one per line")
+    group = parser.add_argument_group("preprocessing", "default: as the checkpoint states, otherwise the preset's")
+    group.add_argument("--mean", type=per_channel, metavar="X,...", help="a value for each channel of images in [0, 1]")
+    group.add_argument("--std", type=per_channel, metavar="X,...", help="standard deviation for each channel")
+    group.add_argument("--resize", type=positive, metavar="N", help="short side in pixels after resizing")
+    group.add_argument("--crop", type=positive, metavar="N", help="side of the centre square in pixels")
+    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="of resizing")
 
 
 def open_model(args: argparse.Namespace) -> tuple[MobileMamba, Sequence[str] | None, Preprocessing]:
@@ -71,8 +87,22 @@ def open_model(args: argparse.Namespace) -> tuple[MobileMamba, Sequence[str] | N
         raise ValueError(
             f"{args.labels or stored.path}: expected {model.num_classes} labels, one per line, got {len(labels)}"
         )
-    assert stored.preprocessing is not None
-    return model, labels, stored.preprocessing
+    return model, labels, stated_preprocessing(args, stored, model.in_chans)
+
+
+def stated_preprocessing(args: argparse.Namespace, stored: weights.Checkpoint, channels: int) -> Preprocessing:
+    """The preprocessing of ``stored``, or its preset's, with the fields that the options state instead."""
+    assert stored.preset is not None
+    known = stored.preprocessing or weights.entry(stored.preset).preprocessing
+    names = [field.name for field in dataclasses.fields(Preprocessing)]
+    stated = {name: value for name in names if (value := getattr(args, name)) is not None}
+    preprocessing = dataclasses.replace(known, **stated)
+    if preprocessing.channels != channels:
+        raise ValueError(
+            f"{stored.path}: the weights take images of {channels} channels, but mean and std are known for "
+            f"{preprocessing.channels}; state --mean and --std with {channels} values each"
+        )
+    return preprocessing
 
 
 def read_labels(path: Path) -> list[str]:

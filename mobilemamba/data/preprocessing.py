@@ -1,5 +1,6 @@
 """Preprocessing: from an image file to the tensor that a model expects, with Pillow."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -50,7 +51,8 @@ class Preprocessing:
     Args:
         resize: short side in pixels after resizing; the aspect ratio is kept.
         crop: side of the centre square in pixels, from 1 to ``resize``.
-        mean, std: for each channel, of values from 0 to 1. Three values mean RGB, one means grey.
+        mean, std: for each channel, of values from 0 to 1. Three values mean RGB, one means grey. Image files cannot be
+            read into another number of channels; :meth:`normalize` works with any.
         interpolation: ``"bicubic"`` or ``"bilinear"``, antialiased.
 
     Raises:
@@ -70,10 +72,12 @@ class Preprocessing:
             raise ValueError(f"expected resize and crop in whole pixels, got {self.resize!r} and {self.crop!r}")
         if not 1 <= self.crop <= self.resize:
             raise ValueError(f"expected a crop of 1 to resize={self.resize} pixels, got {self.crop}")
-        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
-            raise ValueError(f"expected mean and std of 1 or 3 channels, got {self.mean} and {self.std}")
-        if not all(value > 0 for value in self.std):
+        if not self.mean or len(self.mean) != len(self.std):
+            raise ValueError(f"expected mean and std with a value for each channel, got {self.mean} and {self.std}")
+        if not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"expected a positive std, got {self.std}")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"expected a finite mean, got {self.mean}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation: expected {' or '.join(INTERPOLATIONS)}, got '{self.interpolation}'")
 
@@ -81,6 +85,18 @@ class Preprocessing:
     def channels(self) -> int:
         """3 for RGB, 1 for grey."""
         return len(self.mean)
+
+    def check_channels(self, expected: int) -> None:
+        """Refuse a model's ``expected`` channels that are not these.
+
+        Raises:
+            ValueError: the numbers differ.
+        """
+        if self.channels != expected:
+            raise ValueError(
+                f"preprocessing: expected mean and std with {expected} values, one for each channel of the model's "
+                f"images, got {self.channels}"
+            )
 
     def transforms(self) -> Callable[[ImageOrPath], Tensor]:
         """A function from a PIL image or its path to a normalised float32 tensor ``(channels, crop, crop)``.
@@ -93,11 +109,16 @@ class Preprocessing:
 
         The function raises ValueError for an image that cannot be read or converted, FileNotFoundError for a path
         without a file, and TypeError for anything else.
+
+        Raises:
+            ValueError: the model has neither 1 nor 3 channels.
         """
+        self._check_files()
         return self._normalized
 
     def pixels(self) -> Callable[[ImageOrPath], Tensor]:
         """Like :meth:`transforms` without normalisation: the function returns uint8 ``(channels, crop, crop)``."""
+        self._check_files()
         return self._pixels
 
     def normalize(self, pixels: Tensor) -> Tensor:
@@ -120,6 +141,10 @@ class Preprocessing:
             return cls(**fields)
         except TypeError as error:
             raise ValueError(f"preprocessing: expected the fields of Preprocessing, got {fields!r:.200}") from error
+
+    def _check_files(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(f"image files are read into 1 (grey) or 3 (RGB) channels; the model takes {self.channels}")
 
     def _normalized(self, image: ImageOrPath) -> Tensor:
         return self.normalize(self._pixels(image))

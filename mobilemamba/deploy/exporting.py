@@ -43,7 +43,7 @@ def export(
         path: the file to write; for ``"aoti"`` its name ends with ``.pt2``.
         format: ``"torchscript"``; ``"aoti"``, a ``.pt2`` package that AOTInductor compiles for this machine's
             processor or GPU; ``"onnx"``, in standard operators (needs the extra ``onnx``; float32 only).
-        preprocessing: how the model expects its images.
+        preprocessing: how the model expects its images; a value of mean and std for each channel of the model.
         labels: names of the classes.
         dtype: type of parameters, images and logits: one of ``DTYPES``.
         fuse: False keeps BatchNorm as it is, so that the module can be trained (TorchScript only).
@@ -63,6 +63,11 @@ def export(
         raise ValueError(f"expected float32 for ONNX, got {dtype}; convert the float32 file with ONNX tools")
     if not fuse and format != "torchscript":
         raise ValueError(f"expected torchscript for a module that can be trained, got {format}")
+    preprocessing.check_channels(model.in_chans)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("expected a model with values, got one on the device meta")
+    if labels and len(labels) != model.num_classes:
+        raise ValueError(f"expected {model.num_classes} labels, got {len(labels)}")
     device = next(model.parameters()).device
     records = {
         f"mobilemamba.{name}": " ".join(map(str, value)) if isinstance(value, list) else str(value)

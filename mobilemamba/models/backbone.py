@@ -2,8 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -11,19 +10,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import backbone
+from . import checks
 from .layers import (
     FFN,
     ConvNorm,
+    DenseConv2d,
+    DepthwiseConv2d,
     DropPath,
     Folded,
+    FoldedFFN,
     FoldedLinear,
+    FoldedPatchEmbedding,
+    FoldedPatchMerging,
+    FoldedSqueezeExcite,
     PatchEmbedding,
     PatchMerging,
     ResidualDepthwise,
+    are_plain,
+    check_foldable,
     fold_batchnorm,
     is_short,
+    scale_and_shift,
 )
-from .mrffi import MRFFI
+from .mrffi import MRFFI, FoldedMRFFI
 
 __all__ = ["MobileMamba"]
 
@@ -136,7 +145,7 @@ class Stage(nn.Module):
     def _checkpointed(self, block: nn.Module, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # torch.compile decides by itself what to recompute
             return block(x)
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block)))
+        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _BuffersOfForward(block)))
 
     def fold(self) -> nn.Module:
         return FoldedStage(self)
@@ -164,22 +173,29 @@ class FoldedStage(nn.Module):
         return weights
 
 
-@contextmanager
-def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of ``module``: recomputation in the backward pass shows them a batch again."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-    momenta = [norm.momentum for norm in norms]
-    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
-    counts = [counter.clone() for counter in counters]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for counter, count in zip(counters, counts, strict=True):
-            counter.copy_(count)
+class _BuffersOfForward:
+    """Context of the recomputation in the backward pass: ``module`` computes with copies of the forward pass's buffers.
+
+    The recomputation shows a batch to the norms again. It updates the copies, so running statistics see the batch once,
+    whatever the class and the options of the norm are.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.before = [
+            (owner._buffers, name, buffer.clone())
+            for owner in module.modules()
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
+        ]
+
+    def __enter__(self) -> None:
+        self.own = [buffers[key] for buffers, key, _ in self.before]
+        for buffers, key, before in self.before:
+            buffers[key] = before.clone()  # the next recomputation, with retain_graph, needs `before` again
+
+    def __exit__(self, *error: object) -> None:
+        for (buffers, key, _), own in zip(self.before, self.own, strict=True):
+            buffers[key] = own
 
 
 class Classifier(nn.Module):
@@ -197,12 +213,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> FoldedLinear:
-        norm, linear = self.norm, self.linear
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        bias = linear.bias + linear.weight @ (norm.bias - norm.running_mean * scale)
-        return FoldedLinear(linear.weight * scale, bias)
+        scale, shift = scale_and_shift(self.norm)
+        return FoldedLinear(self.linear.weight * scale, self.linear.bias + self.linear.weight @ shift)
 
 
 class DistilledClassifier(nn.Module):
@@ -231,6 +243,42 @@ class DistilledClassifier(nn.Module):
         labels.conv.weight.add_(teacher.conv.weight).div_(2)
         labels.conv.bias.add_(teacher.conv.bias).div_(2)
         return labels
+
+
+#: The classes of all modules in a fused model.
+FOLDED_LAYERS = frozenset(
+    {
+        DenseConv2d,
+        DepthwiseConv2d,
+        FoldedBlock,
+        FoldedFFN,
+        FoldedLinear,
+        FoldedMRFFI,
+        FoldedPatchEmbedding,
+        FoldedPatchMerging,
+        FoldedSqueezeExcite,
+        FoldedStage,
+        FoldedTransition,
+        nn.Identity,
+        nn.ModuleList,
+    }
+)
+
+
+@torch.fx.wrap  # a call in the graph of a tracer, which cannot follow conditions on the shape
+def checked_images(x: Tensor, in_chans: int) -> Tensor:
+    """``x``, which are images ``(B, in_chans, H, W)``.
+
+    Raises:
+        ValueError: the shape or the type of the images does not fit.
+    """
+    if x.dim() != 4 or x.size(1) != in_chans:
+        raise ValueError(f"input: expected images of shape (batch, {in_chans}, height, width), got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"input: expected images of a floating-point type, scaled and normalised, got {x.dtype}")
+    if x.size(2) < 1 or x.size(3) < 1:
+        raise ValueError(f"input: expected height and width of at least 1, got {list(x.shape)}")
+    return x
 
 
 class MobileMamba(nn.Module):
@@ -283,9 +331,16 @@ class MobileMamba(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_classes, self.in_chans, self.distillation = num_classes, in_chans, distillation
-        self.num_features = widths[-1]
-        self.fused = self.fused_head = False
+        in_chans = checks.integer("in_chans", in_chans)
+        widths, depths = checks.integers("widths", widths, 3), checks.integers("depths", depths, 3, least=0)
+        global_ratios = checks.sequence("global_ratios", global_ratios, 3)
+        local_ratios = checks.sequence("local_ratios", local_ratios, 3)
+        wavelet_kernels = checks.sequence("wavelet_kernels", wavelet_kernels, 3)
+        local_kernels = checks.sequence("local_kernels", local_kernels, 3)
+        patch_strides = checks.integers("patch_strides", patch_strides)
+        drop_path_rate = checks.real("drop_path_rate", drop_path_rate, below=1)
+        self.in_chans, self.num_features = in_chans, widths[-1]
+        self.fused = False
         self.patch_strides, self.depths = list(patch_strides), list(depths)
         reduction = 1
         stem: list[nn.Module] = []
@@ -319,16 +374,16 @@ class MobileMamba(nn.Module):
         feature_info: list[FeatureInfo] = [
             {"num_chs": widths[i], "reduction": reduction * 2**i, "module": f"stages.{i}"} for i in range(3)
         ]
-        self.feature_info = feature_info  # in two steps: torch.jit.script warns of an annotated list of self
-        self.head = self._make_head(num_classes, distillation)
+        self.feature_info = feature_info  # in two steps, as the head
+        self._set_head(num_classes, distillation)
 
-    def _make_head(self, num_classes: int, distillation: bool) -> nn.Module:
-        if num_classes < 0:
-            raise ValueError(f"num_classes must not be negative, got {num_classes}")
-        if num_classes == 0:
-            return nn.Identity()
-        kind = DistilledClassifier if distillation else Classifier
-        return kind(self.num_features, num_classes)
+    def _set_head(self, num_classes: int, distillation: bool) -> None:
+        num_classes = checks.integer("num_classes", num_classes, least=0)
+        kind = DistilledClassifier if checks.flag("distillation", distillation) else Classifier
+        head: nn.Module = kind(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = head  # in two steps: torch.jit.script warns of an annotated attribute of self
+        self.fused_head = False
+        self.num_classes, self.distillation = num_classes, distillation
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """The feature maps after stages 1, 2 and 3 of images ``(B, in_chans, H, W)``.
@@ -340,26 +395,23 @@ class MobileMamba(nn.Module):
         Raises:
             ValueError: the shape or the type of the images does not fit.
         """
-        self._check_images(x)
+        x = checked_images(x, self.in_chans)
         if self.fused:
-            return self._run_fused(x, None, None)
-        channels_last = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.vmap has no memory formats
-        x = self.patch_embed(channels_last)
+            if torch.jit.is_scripting() or self._runs_as_one(x):
+                return self._run_fused(x, None, None)
+        x = self.patch_embed(x)
         maps: list[Tensor] = []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
         return maps
 
-    def _check_images(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.size(1) != self.in_chans:
-            raise ValueError(
-                f"input: expected images of shape (batch, {self.in_chans}, height, width), got {list(x.shape)}"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"input: expected images of a floating-point type, scaled and normalised, got {x.dtype}")
-        if x.size(2) < 1 or x.size(3) < 1:
-            raise ValueError(f"input: expected height and width of at least 1, got {list(x.shape)}")
+    @torch.jit.unused
+    def _runs_as_one(self, x: Tensor) -> bool:
+        """Whether one operator may stand for the fused layers: none has hooks or was replaced, and no tracer asks."""
+        if isinstance(x, torch.fx.Proxy):
+            return False
+        return all(type(m) in FOLDED_LAYERS and are_plain(type(m), m) for m in self.modules() if m is not self)
 
     def _run_fused(self, x: Tensor, head_weight: Tensor | None, head_bias: Tensor | None) -> list[Tensor]:
         weights = self.patch_embed.weights()  # type: ignore[operator]
@@ -424,27 +476,28 @@ class MobileMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Logits:
         if self.fused_head:
-            self._check_images(x)
-            head = self.head.weights()  # type: ignore[operator]
-            return self._run_fused(x, head[0], head[1])[-1]
+            if torch.jit.is_scripting() or self._runs_as_one(x):
+                head = self.head.weights()  # type: ignore[operator]
+                return self._run_fused(checked_images(x, self.in_chans), head[0], head[1])[-1]
         return self.forward_head(self.forward_stages(x)[-1])
 
     @torch.jit.unused
     def reset_classifier(self, num_classes: int, distillation: bool | None = None) -> None:
-        """Replace the head by a fresh one, on the model's device and in its dtype.
+        """Replace the head by a fresh one on the model's device, in its dtype and its mode (training or evaluation).
+
+        The parameters of the new head require gradients, also if the others are frozen.
 
         Args:
             num_classes: classes of the new head; 0 for no head.
             distillation: whether the new head is two heads; None keeps the model's choice.
 
         Raises:
-            ValueError: ``num_classes`` is negative.
+            ValueError: an argument is out of its range or of another type. The head stays then.
         """
-        if distillation is None:
-            distillation = self.distillation
-        head = self._make_head(num_classes, distillation).to(next(self.parameters()))
-        self.fused_head = False
-        self.num_classes, self.distillation, self.head = num_classes, distillation, head
+        *_, last = self.stages.parameters()
+        with last.device:
+            self._set_head(num_classes, self.distillation if distillation is None else distillation)
+        self.head.to(next(self.parameters()).dtype).train(self.training)
 
     @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -473,7 +526,11 @@ class MobileMamba(nn.Module):
 
         The copy can be moved, cast, copied, pickled, scripted, compiled and exported. Its parameters have the memory
         order of the kernels, which safetensors does not store: keep the model that it is made from.
+
+        Raises:
+            ValueError: a layer has hooks or was replaced (pruning, LoRA), or a BatchNorm has no running statistics.
         """
+        check_foldable(self)
         first = next(self.parameters())
         fused = copy.deepcopy(self).eval()
         if is_short(first):
@@ -485,4 +542,4 @@ class MobileMamba(nn.Module):
         for module in fused.modules():
             if isinstance(module, Folded) and next(module.parameters()).device.type in ("cpu", "cuda"):
                 module.pack()
-        return fused.requires_grad_(False)
+        return fused.eval().requires_grad_(False)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import depthwise_conv2d, ffn, pack_conv2d_weight, packed_conv2d, patch_embedding, patch_merging
+from . import checks
 
 __all__ = [
     "FFN",
@@ -23,9 +24,12 @@ __all__ = [
     "PatchMerging",
     "ResidualDepthwise",
     "SqueezeExcite",
+    "are_plain",
+    "check_foldable",
     "fold_batchnorm",
     "in_order",
     "is_short",
+    "scale_and_shift",
 ]
 
 
@@ -40,10 +44,54 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     return fold() if fold is not None else module
 
 
+def check_foldable(model: nn.Module) -> None:
+    """Refuse layers that do more than :func:`fold_batchnorm` knows of: their hooks or changes would be lost.
+
+    Raises:
+        ValueError: a part of a layer has hooks, or is of a class that is neither torch's nor this package's.
+    """
+    for name, layer in model.named_modules():
+        for inner, part in layer.named_modules(prefix=name) if hasattr(layer, "fold") else ():
+            if part._forward_hooks or part._forward_pre_hooks:
+                raise ValueError(
+                    f"fuse: {inner} has hooks, which the fused layer would not run; remove them before "
+                    "(for pruning: torch.nn.utils.prune.remove)"
+                )
+            known = type(part).forward.__module__.startswith(("torch.nn.", f"{__package__}."))
+            if not known or "forward" in part.__dict__:
+                raise ValueError(
+                    f"fuse: {inner} is a {type(part).__name__} with a forward of its own, which the fused layer would "
+                    "not run; put the original layer back before (for LoRA: merge the adapters)"
+                )
+
+
+def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """``(C,)`` and ``(C,)``: a BatchNorm in evaluation multiplies by the first and adds the second."""
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None or norm.weight is None:
+        raise ValueError(f"fuse: expected a BatchNorm with running statistics, weight and bias, got {norm}")
+    assert norm.running_mean is not None  # as running_var
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
 def in_order(weight: Tensor, *dims: int) -> nn.Parameter:
     """The same weight with the memory order ``dims``; a kernel reads its own order without a copy."""
     inverse = sorted(range(len(dims)), key=lambda i: dims[i])
     return nn.Parameter(weight.detach().permute(dims).contiguous().permute(inverse))
+
+
+def are_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
+    """Whether a call of each module does only what ``kind.forward`` does, so that an operator may read its parameters.
+
+    It does more where a module was replaced (LoRA, quantization) or has hooks (pruning, sharding). Then it is called.
+    """
+    forward = kind.forward
+    for m in modules:
+        if type(m).forward is not forward or "forward" in m.__dict__:
+            return False
+        if m._forward_pre_hooks or m._forward_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return False
+    return True
 
 
 def is_short(tensor: Tensor) -> bool:
@@ -183,10 +231,8 @@ class ConvNorm(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of one convolution that does the same with the running statistics."""
-        assert self.norm.running_mean is not None
-        assert self.norm.running_var is not None
-        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
-        return self.conv.weight * scale[:, None, None, None], self.norm.bias - self.norm.running_mean * scale
+        scale, shift = scale_and_shift(self.norm)
+        return self.conv.weight * scale[:, None, None, None], shift
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
@@ -202,7 +248,13 @@ class ConvNorm(nn.Module):
 
 
 class PatchEmbedding(nn.Sequential):
-    """Strided 3x3 convolutions with BatchNorm, and ReLU between them."""
+    """Strided 3x3 convolutions with BatchNorm, and ReLU between them. The output is channels-last in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.vmap has no memory formats
+        for layer in self:
+            x = layer(x)
+        return x
 
     def fold(self) -> nn.Module:
         convs: dict[str, DenseConv2d] = {}
@@ -224,6 +276,10 @@ class FoldedPatchEmbedding(nn.Sequential):
         self.strides = [conv.stride for conv in convs.values()]
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.vmap has no memory formats
+        if not torch.jit.is_scripting():
+            if not are_plain(DenseConv2d, *self):
+                return super().forward(x)  # type: ignore[no-untyped-call]
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         for conv in self:
@@ -296,9 +352,12 @@ class SqueezeExcite(nn.Module):
         self.expand = nn.Conv2d(dim // 4, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean((2, 3))
-        hidden = F.linear(pooled, self.reduce.weight.flatten(1), self.reduce.bias).relu()
-        gate = F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias).sigmoid()
+        reduce, expand = self.reduce, self.expand
+        if not torch.jit.is_scripting():
+            if not are_plain(nn.Conv2d, reduce, expand):
+                return x * expand(reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        hidden = F.linear(x.mean((2, 3)), reduce.weight.flatten(1), reduce.bias).relu()
+        gate = F.linear(hidden, expand.weight.flatten(1), expand.bias).sigmoid()
         return x * gate[:, :, None, None]
 
     @torch.no_grad()
@@ -356,6 +415,13 @@ class FoldedPatchMerging(nn.Module):
         self.expand, self.depthwise, self.squeeze_excite, self.project = expand, depthwise, squeeze_excite, project
 
     def forward(self, x: Tensor) -> Tensor:
+        expand, depthwise, gate, project = self.expand, self.depthwise, self.squeeze_excite, self.project
+        if not torch.jit.is_scripting():
+            if not are_plain(FoldedSqueezeExcite, gate):
+                return project(gate(depthwise(expand(x))))
+            convolutions = (expand, gate.reduce, gate.expand, project)
+            if not (are_plain(DenseConv2d, *convolutions) and are_plain(DepthwiseConv2d, depthwise)):
+                return project(gate(depthwise(expand(x))))
         w = self.weights()
         return patch_merging(x, w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9])
 
@@ -375,21 +441,25 @@ class FoldedPatchMerging(nn.Module):
         ]
 
 
+@torch.fx.wrap  # a call in the graph of a tracer, which does not know the number of dimensions
+def drop_samples(x: Tensor, rate: float) -> Tensor:
+    """``x`` with whole samples set to zero with probability ``rate``, and the others scaled up."""
+    keep = 1.0 - rate
+    mask = torch.empty([x.size(0)] + [1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
+    return x * mask.div_(keep)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training, zeroes whole samples with probability ``rate`` and scales the rest up."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f"drop path rate must be in [0, 1), got {rate}")
-        self.rate = rate
+        self.rate = checks.real("drop path rate", rate, below=1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rate == 0.0 or not self.training:
             return x
-        keep = 1.0 - self.rate
-        mask = torch.empty([x.size(0)] + [1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
-        return x * mask.div_(keep)
+        return drop_samples(x, self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import bidirectional_scan, depthwise_conv2d, haar_conv2d, mrffi
-from .layers import ConvNorm, Folded, in_order
+from . import checks
+from .layers import ConvNorm, Folded, are_plain, in_order
 
 __all__ = ["MRFFI", "SS2D", "HaarConv2d", "MultiKernelDepthwise", "WaveletMamba", "split_channels"]
 
@@ -19,6 +20,8 @@ def split_channels(dim: int, global_ratio: float, local_ratio: float) -> tuple[i
     The global part is ``global_ratio * dim`` to the nearest multiple of 16, a tie going up. The local part is
     ``local_ratio * dim``, or what the global part leaves where that is less; the identity part is the rest.
     """
+    dim = checks.integer("dim", dim)
+    global_ratio, local_ratio = checks.real("global_ratio", global_ratio), checks.real("local_ratio", local_ratio)
     global_dim = (int(global_ratio * dim) + 8) // 16 * 16
     if not 0 < global_dim <= dim:
         raise ValueError(
@@ -26,8 +29,6 @@ def split_channels(dim: int, global_ratio: float, local_ratio: float) -> tuple[i
             f"expected at least 16 and at most {dim}, in multiples of 16"
         )
     local_dim = min(int(local_ratio * dim), dim - global_dim)
-    if local_dim < 0:
-        raise ValueError(f"local_ratio must not be negative, got {local_ratio}")
     return global_dim, local_dim, dim - global_dim - local_dim
 
 
@@ -40,7 +41,11 @@ class SS2D(nn.Module):
 
     def __init__(self, dim: int, ssm_ratio: float = 2.0, d_state: int = 1) -> None:
         super().__init__()
-        self.inner, self.rank, self.d_state = int(ssm_ratio * dim), math.ceil(dim / 16), d_state
+        self.inner = int(checks.real("ssm_ratio", ssm_ratio) * dim)
+        if self.inner < 1:
+            raise ValueError(f"ssm_ratio: expected at least one inner channel of {dim} channels, got {ssm_ratio}")
+        d_state = checks.integer("d_state", d_state)
+        self.rank, self.d_state = math.ceil(dim / 16), d_state
         self.in_proj = ConvNorm(dim, 2 * self.inner)
         self.conv = nn.Conv2d(self.inner, self.inner, 3, padding=1, groups=self.inner)
         self.x_proj = nn.Parameter(torch.empty(2, self.rank + 2 * d_state, self.inner))
@@ -55,7 +60,7 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         u, z = self.in_proj(x).split(self.inner, dim=1)
-        u = depthwise_conv2d(u, self.conv.weight, self.conv.bias, activation="silu")
+        u = self._convolved(u)
         projected = F.linear(u.permute(0, 2, 3, 1), self.x_proj.flatten(0, 1))
         projected = projected.reshape(batch, height * width, 2, self.rank + 2 * self.d_state).permute(0, 2, 3, 1)
         delta, B, C = projected.split([self.rank, self.d_state, self.d_state], dim=2)
@@ -63,14 +68,20 @@ class SS2D(nn.Module):
         y = self.norm(y.transpose(1, 2)) * F.silu(z.flatten(2).transpose(1, 2))
         return self.out_proj(y.transpose(1, 2).view(batch, self.inner, height, width))
 
+    def _convolved(self, u: Tensor) -> Tensor:
+        conv = self.conv
+        if not torch.jit.is_scripting():
+            if not are_plain(nn.Conv2d, conv):
+                return F.silu(conv(u))
+        return depthwise_conv2d(u, conv.weight, conv.bias, activation="silu")
+
 
 class HaarConv2d(nn.Module):
     """Depthwise convolution of the Haar sub-bands with a learned scale. ``(B, C, H, W) -> (B, C, H, W)``."""
 
     def __init__(self, dim: int, kernel: int) -> None:
         super().__init__()
-        if kernel < 1 or kernel % 2 == 0:
-            raise ValueError(f"wavelet kernel size must be odd, got {kernel}")
+        kernel = checks.odd("wavelet_kernel", kernel)
         self.weight = nn.Parameter(torch.empty(4 * dim, 1, kernel, kernel))
         self.scale: nn.Parameter | None = nn.Parameter(torch.full((4 * dim,), 0.1))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Conv2d's default
@@ -129,10 +140,7 @@ class MultiKernelDepthwise(nn.Module):
 
     def __init__(self, dim: int, kernels: tuple[int, ...]) -> None:
         super().__init__()
-        if not isinstance(kernels, (tuple, list)):
-            raise ValueError(f"local kernel sizes must be a tuple such as (7,) or (3, 5), got {kernels!r}")
-        if not kernels or any(k < 1 or k % 2 == 0 for k in kernels):
-            raise ValueError(f"local kernel sizes must be odd and at least one, got {kernels}")
+        kernels = tuple(checks.odd("local_kernels", kernel) for kernel in checks.sequence("local_kernels", kernels))
         if 0 < dim < len(kernels):
             raise ValueError(f"{len(kernels)} local kernel sizes {kernels} need as many channels, got {dim}")
         groups = range(len(kernels)) if dim else ()
@@ -145,9 +153,10 @@ class MultiKernelDepthwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if len(self.groups) == 0:
             return x
-        parts = list(x.split(self.widths, dim=1))
+        split = x.split(self.widths, dim=1)
+        parts: list[Tensor] = []
         for i, group in enumerate(self.groups):
-            parts[i] = group(parts[i])
+            parts.append(group(split[i]))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def folded(self, like: Tensor) -> list[nn.Parameter]:
@@ -192,6 +201,7 @@ class MRFFI(nn.Module):
         d_state: int = 1,
     ) -> None:
         super().__init__()
+        dim = checks.integer("dim", dim)
         self.split = split_channels(dim, global_ratio, local_ratio)
         self.global_part = WaveletMamba(self.split[0], wavelet_kernel, ssm_ratio, d_state)
         self.local_part = MultiKernelDepthwise(self.split[1], local_kernels)

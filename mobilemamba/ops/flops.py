@@ -120,26 +120,28 @@ def backbone(
 
     def residual_layers() -> int:
         x = [batch, channels, height, width]
-        convolution = depthwise_conv2d(x, next(rest), next(rest), out_val=x)  # type: ignore[call-arg]
-        return convolution + ffn(x, None, *(next(rest) for _ in range(4)))  # type: ignore[misc]
+        kernel, _bias, *feed_forward = take(2 + 4)
+        return 2 * prod(x) * prod(kernel[1:]) + ffn(x, None, *feed_forward)
+
+    def take(count: int) -> list[Shape]:
+        return [next(rest) for _ in range(count)]
 
     for stride in strides:
-        _weight, (outputs,) = next(rest), next(rest)
+        outputs = take(2)[1][0]
         height, width = -(-height // stride), -(-width // stride)
         total += 2 * batch * height * width * outputs * channels * 3**2
         channels = outputs
     for i, depth in enumerate(depths):
         if i > 0:
             total += residual_layers()
-            _expand, (hidden,), depthwise, _, _squeeze, (squeezed,), *_ = (next(rest) for _ in range(10))
-            outputs, *size = out_shape[i][1:]
-            total += 2 * batch * height * width * channels * hidden + 2 * 2 * batch * hidden * squeezed
-            height, width = size
-            total += 2 * batch * height * width * hidden * (depthwise[3] ** 2 + outputs)
-            channels = outputs
+            w = take(10)  # in the order of patch_merging
+            hidden, squeezed, depthwise = w[1][0], w[5][0], w[2]
+            total += 2 * batch * hidden * (height * width * channels + 2 * squeezed)
+            channels, height, width = out_shape[i][1:]
+            total += 2 * batch * height * width * hidden * (depthwise[3] ** 2 + channels)
             total += residual_layers()
         for _ in range(depth):
             total += residual_layers()
-            total += mrffi([batch, channels, height, width], None, [next(rest) for _ in MRFFI_WEIGHTS])
+            total += mrffi([batch, channels, height, width], None, take(len(MRFFI_WEIGHTS)))
             total += residual_layers()
     return total + (2 * batch * channels * head_bias[0] if head_bias else 0)

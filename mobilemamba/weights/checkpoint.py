@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..data import Preprocessing
 from .identify import fitting_presets, guess_model_args
+from .networks import find_network, without_wrappers
 
 __all__ = ["Checkpoint", "load_into", "shorten"]
 
@@ -56,17 +57,29 @@ def load_into(
 ) -> None:
     """Copy ``state_dict`` into ``model``, or raise and copy nothing.
 
+    Keys may have the prefixes of wrappers on both sides (``module.``, ``_orig_mod.``), and those of ``state_dict`` any
+    prefix (``backbone.``). A parameter on the device ``meta`` gets memory on the device of the weights.
+
     Args:
         allow_head_mismatch: if the heads differ (another number of classes, or one head against two), keep the model's
             head instead of raising. A model without a head (``num_classes=0``) always ignores the head of the weights.
         source: file name for the message.
 
     Raises:
-        ValueError: the weights do not fit. The message, one line, names both presets if they differ, and otherwise the
-            missing, unexpected and mis-shaped keys (at most ten of each).
+        ValueError: the weights do not fit, are on ``meta``, or would leave a part of the model there. The message, one
+            line, names both presets if they differ, and otherwise the missing, unexpected and mis-shaped keys (at most
+            ten of each).
     """
-    own = model.state_dict()
-    given = dict(state_dict)
+    prefix = f"{source}: " if source else ""
+    tensors = model.state_dict()
+    names = {without_wrappers(name): name for name in tensors}
+    everything = {key: tensors[name] for key, name in names.items()}
+    if state_dict.keys() != everything.keys():
+        try:
+            state_dict = find_network(state_dict)
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}") from error
+    own, given = everything, dict(state_dict)
     drop_head = not any(map(_in_head, own))
     if allow_head_mismatch:
         drop_head |= {k: v.shape for k, v in own.items() if _in_head(k)} != {
@@ -83,21 +96,33 @@ def load_into(
         if key in given and _describe(given[key]) != _describe(own[key])
     ]
     if missing or unexpected or differing:
-        prefix = f"{source}: " if source else ""
-        expected, got = (" or ".join(fitting_presets(weights)) for weights in (model.state_dict(), state_dict))
+        expected, got = (" or ".join(fitting_presets(weights)) for weights in (everything, state_dict))
         if expected and got and expected != got:
             raise ValueError(f"{prefix}expected weights of {expected}, got weights of {got}")
         problems = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", differing))
         counts = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems if keys)
-        heads, hint = [_describe_head(weights) for weights in (model.state_dict(), state_dict)], ""
+        heads, hint = [_describe_head(weights) for weights in (everything, state_dict)], ""
         if expected != got:
-            hint = f": expected weights of {expected or 'no known preset'}, got weights of {got or 'no known preset'}"
+            fused = any(key.endswith(".ffn0.expand_weight") for key in given)
+            got = got or ("a fused model; save those of the model before fuse()" if fused else "no known preset")
+            hint = f": expected weights of {expected or 'no known preset'}, got weights of {got}"
         elif heads[0] != heads[1] and all(map(_in_head, [*missing, *unexpected, *differing])):
             hint = f": expected {heads[0]}, got {heads[1]} (allow_head_mismatch=True keeps the model's)"
         raise ValueError(f"{prefix}the weights do not fit the model{hint}; {counts}")
+    if without_values := [key for key in own if given[key].is_meta]:
+        raise ValueError(f"{prefix}expected weights with values, got tensors on meta: {shorten(without_values)}")
+    if left := [key for key in everything if key not in own and everything[key].is_meta]:
+        raise ValueError(
+            f"{prefix}the weights do not fit the head, and the model's head is on meta, without values: "
+            f"{shorten(left)}; make the model on another device"
+        )
     with torch.no_grad():
+        made = {
+            key: torch.empty_like(tensor, device=given[key].device) for key, tensor in own.items() if tensor.is_meta
+        }
+        model.load_state_dict({names[key]: tensor for key, tensor in made.items()}, strict=False, assign=True)
         for key, tensor in own.items():
-            tensor.copy_(given[key])
+            made.get(key, tensor).copy_(given[key])
 
 
 def _in_head(key: str) -> bool:

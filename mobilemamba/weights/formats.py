@@ -1,5 +1,6 @@
 """Checkpoint files: reads every known format, and writes this package's format atomically."""
 
+import argparse
 import json
 import os
 import pickle
@@ -7,17 +8,18 @@ import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from ..data import Preprocessing
 from . import published
 from .checkpoint import Checkpoint
 from .files import atomic_write, is_page
 from .identify import check_model_args, fitting_presets, guess_model_args
+from .networks import find_network
 
 __all__ = ["TRAINING_FORMAT", "VERSION", "load_torch", "read", "save"]
 
@@ -29,14 +31,16 @@ VERSION = 1
 
 
 def read(path: PathLike) -> Checkpoint:
-    """Read a checkpoint: safetensors or a torch file, of this package or a published one.
+    """Read a checkpoint: safetensors or a torch file, of this package, a published one, or another trainer's.
 
-    A published training checkpoint gives its moving average of the weights, if it has one. Code in the file is never
-    run. The content tells the format, not the name.
+    The network may be inside other dicts (``state_dict``, ``model``, ...), and its keys may have a prefix (``module.``,
+    ``_orig_mod.``, ``backbone.``, ...). A training checkpoint gives its moving average of the weights, if it has one.
+    Code in the file is never run. The content tells the format, not the name.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not a checkpoint, needs code to load, or has a newer version; the message names it.
+        ValueError: the file is not a checkpoint, has several networks, needs code to load, or has a newer version; the
+            message names it.
     """
     path = Path(path)
     if not path.exists():
@@ -78,7 +82,8 @@ def load_torch(path: Path) -> Any:
     if _is_torchscript(path):
         raise ValueError("expected a checkpoint, got a TorchScript program; save the state_dict() of its model instead")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_plain_classes()):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if blocked:
@@ -89,6 +94,16 @@ def load_torch(path: Path) -> Any:
         raise ValueError("expected a checkpoint (torch or safetensors), got something else") from error
     except Exception as error:  # torch.load documents no errors: broken zip files, ends of file, missing records, ...
         raise ValueError(f"expected a complete torch file, got a damaged one: {_one_line(error)}") from error
+
+
+def _plain_classes() -> list[Any]:
+    """What trainers store beside weights and torch does not know as plain: options, paths, scalars of numpy."""
+    scalar = np.float64(0).__reduce__()[0]  # its module has another name in numpy 1
+    kinds = (np.bool_, np.int32, np.int64, np.float32, np.float64)
+    return [
+        *(argparse.Namespace, PosixPath, np.dtype, *(type(np.dtype(kind)) for kind in kinds)),
+        *((scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),
+    ]
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -113,19 +128,14 @@ def _read_torch(path: Path) -> tuple[Any, Any]:
         if kind == FORMAT:
             return content.get("state_dict"), meta
         return (content.get("model") if content.get("ema") is None else content.get("ema")), meta
-    if "net" in content or "net_E" in content:  # published training checkpoint; net_E is the average
-        content = content.get("net") if content.get("net_E") is None else content["net_E"]
     return content, None
 
 
 def _interpret(tensors: Any, meta: Any) -> Checkpoint:
     """A checkpoint from tensors by any known names, and the facts ``meta`` of this package's own files."""
-    if not isinstance(tensors, Mapping) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
-        keys = ", ".join(map(str, list(tensors)[:5])) if isinstance(tensors, Mapping) else type(tensors).__name__
-        raise ValueError(f"expected a state dict of tensors, or one under 'net' or 'net_E', got {keys or 'nothing'}")
-    state_dict = {str(key): tensor for key, tensor in tensors.items()}
-    if all(key.startswith("module.") for key in state_dict):  # saved inside DistributedDataParallel
-        state_dict = {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"expected a state dict of tensors, got {type(tensors).__name__}")
+    state_dict = find_network(tensors)
     if published.is_published(state_dict):
         state_dict = published.convert(state_dict)
     if meta is None:
@@ -156,9 +166,13 @@ def save(path: PathLike, checkpoint: Checkpoint) -> None:
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
-        ValueError: ``path`` has another ending, or the package safetensors is missing.
+        ValueError: ``path`` has another ending, the package safetensors is missing, or the preprocessing has another
+            number of channels than the weights.
     """
     path = Path(path)
+    channels = guess_model_args(checkpoint.state_dict).get("in_chans")
+    if checkpoint.preprocessing is not None and channels is not None:
+        checkpoint.preprocessing.check_channels(channels)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state_dict.items()}
     if path.suffix == ".safetensors":
         save_file, _ = _safetensors()

@@ -31,7 +31,10 @@ def locate(source: Source) -> Path:
 
 
 def load(source: Source, preset: str | None = None) -> Checkpoint:
-    """Read the checkpoint of ``source``. The result has a preset and preprocessing.
+    """Read the checkpoint of ``source``. The result has a preset.
+
+    If the file states no preprocessing, the result has the preset's. It has none if the preset's is for another number
+    of image channels than the weights.
 
     Args:
         source: an entry of the table of weights, or the path of a checkpoint.
@@ -53,7 +56,9 @@ def load(source: Source, preset: str | None = None) -> Checkpoint:
         raise ValueError(f"{stored.path}: the weights {fit}; expected the model to be named (--model)")
     known = entry(name)
     if stored.preprocessing is None or stored.preset not in (None, name):
-        stored = replace(stored, preprocessing=known.preprocessing)
+        channels = stored.model_args.get("in_chans", known.preprocessing.channels)
+        fits = channels == known.preprocessing.channels
+        stored = replace(stored, preprocessing=known.preprocessing if fits else None)
     return replace(stored, preset=name)
 
 
