@@ -26,7 +26,7 @@ void check(const at::Tensor& input, at::TensorList weights, at::TensorList biase
     const std::string weight = c10::str("weights[", i, "]"), bias = c10::str("biases[", i, "]");
     channels =
         check_dense_conv2d(check, weight.c_str(), weights[i], bias.c_str(), biases[i], channels, embedding_kernel_size);
-    check_stride("patch_embedding", c10::str("strides[", i, "]").c_str(), strides[i]);
+    TORCH_CHECK(strides[i] >= 1, "patch_embedding: strides[", i, "] is ", strides[i], ", expected at least 1");
   }
 }
 

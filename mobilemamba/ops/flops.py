@@ -135,12 +135,12 @@ def backbone(
         if i > 0:
             total += residual_layers()
             w = take(10)  # in the order of patch_merging
-            hidden, squeezed, depthwise = w[1][0], w[5][0], w[2]
+            hidden, squeezed, kernel = w[1][0], w[5][0], w[2][3]
             total += 2 * batch * hidden * (height * width * channels + 2 * squeezed)
             channels, height, width = out_shape[i][1:]
-            total += 2 * batch * height * width * hidden * (depthwise[3] ** 2 + channels)
+            total += 2 * batch * height * width * hidden * (kernel**2 + channels)
             total += residual_layers()
-        for _ in range(depth):
+        for _block in range(depth):
             total += residual_layers()
             total += mrffi([batch, channels, height, width], None, take(len(MRFFI_WEIGHTS)))
             total += residual_layers()
