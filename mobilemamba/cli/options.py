@@ -1,9 +1,10 @@
 """Options that several commands share, and functions that turn their values into models and devices."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,10 +16,21 @@ __all__ = ["Parser", "add_device_option", "add_model_options", "checked_device",
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
+    """A parser whose errors are one line, without the usage. Its paths may start with ``~``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, path)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def path(text: str) -> Path:
+    """The type of a path: a ``~`` at its start means the home folder."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"expected a path, got an address: download it first ({text})")
+    return Path(os.path.expanduser(text))
 
 
 def positive(text: str) -> int:

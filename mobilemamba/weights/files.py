@@ -3,10 +3,14 @@
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_write", "is_page", "sha256"]
+import torch
+
+__all__ = ["atomic_write", "is_page", "naming", "sha256", "torch_save"]
 
 PathLike = str | os.PathLike[str]
 
@@ -18,19 +22,37 @@ def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
     that is killed leaves ``.NAME.*.tmp`` behind.
 
     Raises:
-        FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: the folder of ``path`` does not exist, cannot be written, or is full. The message names ``path``.
     """
     path = Path(os.path.realpath(path))  # a symbolic link stays; its target is replaced
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} into")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: PathLike) -> Iterator[None]:
+    """Lets errors of the system name ``path``: those of a write name no file, others a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def torch_save(content: Any, path: PathLike) -> None:
+    """``torch.save`` whose error for a full disk is an OSError: torch's own writer raises RuntimeError."""
+    with open(path, "wb") as file:
+        torch.save(content, file)
 
 
 def sha256(path: PathLike) -> str:
