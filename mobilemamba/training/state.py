@@ -94,7 +94,7 @@ def changed_groups(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     counts = [{group: entry[0] for group, entry in data.items()} for data in (was, now)]
     total = [sum(count.values()) for count in counts]
     renamed = [
-        f"{group} has other names"
+        f"{group} has other names or labels"
         for group in was
         if counts[0][group] == counts[1].get(group) and was[group] != now[group]
     ]

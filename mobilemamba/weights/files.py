@@ -50,9 +50,17 @@ def naming(path: PathLike) -> Iterator[None]:
 
 
 def torch_save(content: Any, path: PathLike) -> None:
-    """``torch.save`` whose error for a full disk is an OSError: torch's own writer raises RuntimeError."""
+    """``torch.save`` whose error for a full disk is an OSError.
+
+    Torch's own writer raises RuntimeError. With a Python file it meets the OSError, and may raise RuntimeError then.
+    """
     with open(path, "wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def sha256(path: PathLike) -> str:
