@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from .. import __version__
 from . import classify, convert, export, info, train
 from .options import Parser
@@ -46,6 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError) as error:
         discard_output()
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(
+            f"{program}: error: out of memory: a smaller --batch-size needs less ({one_line(error):.200})",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted{RESUME if program.endswith('train') else ''}", file=sys.stderr)

@@ -82,9 +82,7 @@ def find(arguments: Iterable[Path], refuse: Callable[[str], None]) -> Iterator[s
     for argument in map(str, arguments):
         paths = [argument]
         if set("*?[") & set(argument) and not os.path.lexists(argument):
-            paths = sorted(glob.glob(argument, recursive=True))
-            if "**" in argument:  # it matches the files in the folders too
-                paths = [path for path in paths if not os.path.isdir(path)]
+            paths = sorted(glob.glob(argument))
             if not paths:
                 refuse(f"{argument}: no file matches this pattern")
         for path in paths:

@@ -21,6 +21,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register("type", Path, path)
+        self.register("type", int, whole)
+        self.register("type", float, number)
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        """Refuses the rest: a command's own parser is called with this method, and knows its name."""
+        namespace, rest = super().parse_known_args(*args, **kwargs)
+        if rest:
+            self.error(f"unknown arguments: {' '.join(rest)}; {self.prog} --help lists those that it takes")
+        return namespace, rest
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -33,9 +42,25 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def whole(text: str) -> int:
+    """The type of an integer."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got '{text}'") from error
+
+
+def number(text: str) -> float:
+    """The type of a floating-point number."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, got '{text}'") from error
+
+
 def positive(text: str) -> int:
-    """The type of an option: an integer of at least 1."""
-    value = int(text)
+    """The type of an integer of at least 1."""
+    value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value

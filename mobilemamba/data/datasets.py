@@ -43,6 +43,8 @@ def load(spec: str, image_size: int | None = None, on_bad_image: str = "fail") -
     """
     if on_bad_image not in ON_BAD_IMAGE:
         raise ValueError(f"on_bad_image: expected {' or '.join(ON_BAD_IMAGE)}, got '{on_bad_image}'")
+    if "://" in spec:
+        raise ValueError(f"data: expected a name or folder:DIR, got an address: download it first ({spec})")
     name, _, where = spec.partition(":")
     folder = Path(os.path.expanduser(where))
     if name == "folder" and where:

@@ -151,7 +151,9 @@ def class_folders(root: Path, part: str, skipped: Counter[str]) -> tuple[str, ..
         raise FileNotFoundError(f"{root}: expected a folder with train/CLASS and val/CLASS, got no folder")
     if not folder.is_dir():
         there = listing([path.name for path in visible(root) if path.is_dir()])
-        raise FileNotFoundError(f"{folder}: expected a folder of class folders, got none; {root} has {there or 'none'}")
+        raise FileNotFoundError(
+            f"{folder}: expected a folder of class folders, got none; {root} has {there or 'no folders'}"
+        )
     inside = visible(folder)
     names = tuple(path.name for path in inside if path.is_dir())
     if not names:

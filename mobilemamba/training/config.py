@@ -75,3 +75,5 @@ class TrainConfig:
         for name in ("label_smoothing", "ema_decay", "drop_path", "erase"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if not abs(self.seed) < 2**40:  # the seed of an epoch, about a million times as large, has 64 bits
+            raise ValueError(f"seed must be below 2**40, got {self.seed}")

@@ -33,8 +33,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"{self.path}: expected a folder for the run, got a file")
         if resume and not self.last.exists():
-            where = "no such file" if self.path.exists() else "no such folder"
-            raise FileNotFoundError(f"{self.last}: {where}; expected the state of a run to resume")
+            what = "a folder without last.pt" if self.path.exists() else "no folder"
+            raise FileNotFoundError(f"{self.path}: expected the folder of a run to resume, got {what}")
         if not resume and self.last.exists():
             raise FileExistsError(f"{self.last} exists: continue that run with --resume, or choose another folder")
         for file in self.files:

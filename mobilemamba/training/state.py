@@ -58,6 +58,9 @@ def stored_config(out: Path, **changes: Any) -> TrainConfig:
         raise ValueError(
             f"{folder.last}: made by another version of mobilemamba, with the options {', '.join(unknown)}"
         )
+    kinds = [str(data).partition(":")[0] for data in (options["data"], changes.get("data", options["data"]))]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{folder.last}: the run has other data: {options['data']} (now {changes['data']})")
     return TrainConfig(**{**options, **changes})
 
 

@@ -75,6 +75,9 @@ def load_torch(path: Path) -> Any:
     Raises:
         ValueError: the file holds other objects, or is not torch's; one line, without the name of the file.
     """
+    with path.open("rb") as file:
+        if file.read(2) not in (b"PK", b"\x80\x02"):  # a zip archive, and torch's format before 1.6
+            raise ValueError("expected a checkpoint (torch or safetensors), got something else")
     if _is_torchscript(path):
         raise ValueError("expected a checkpoint, got a TorchScript program; save the state_dict() of its model instead")
     try:
