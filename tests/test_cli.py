@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -350,6 +351,20 @@ def test_a_full_disk_is_one_line(folder, capsys, target):
     assert done == (2, "", f"mobilemamba convert: error: {folder / target}: File too large\n")
     assert sorted(folder.rglob("*")) == before
     assert (folder / "old.pt").read_text() == "precious"
+
+
+def test_a_full_disk_for_temporary_files_is_one_line(folder, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:  # given a path, TorchScript's writer would end the process
+        code, out, err = run(capsys, "export", "new.pt", "--format", "torchscript", *OWN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"mobilemamba export: error: {folder}/")
+    assert err.endswith(": File too large\n")
+    assert not (folder / "new.pt").exists()
 
 
 def test_a_full_disk_behind_stdout_is_one_line(folder, capsys, monkeypatch):

@@ -29,7 +29,7 @@ def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
         raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} into")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with naming(path):
+        with naming(path, instead_of=temporary):
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -39,12 +39,13 @@ def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def naming(path: PathLike) -> Iterator[None]:
-    """Lets errors of the system name ``path``: those of a write name no file, others a temporary one."""
+def naming(path: PathLike, instead_of: PathLike | None = None) -> Iterator[None]:
+    """Lets errors of the system name ``path`` where they name no file, as those of a write, or ``instead_of``."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:
+        unnamed = error.filename is None or (instead_of is not None and error.filename == os.fspath(instead_of))
+        if error.errno is None or not unnamed:
             raise
         raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
 
