@@ -96,6 +96,7 @@ class Run:
         self.batch_size = min(config.batch_size, len(dataset.train.labels))
         if self.batch_size < 2:
             raise ValueError(f"BatchNorm needs at least 2 images in a batch, got {self.batch_size}")
+        self.fingerprint = dataset.fingerprint()
         self.steps_per_epoch = len(dataset.train.labels) // self.batch_size
         self.augment = data.Augmentation(config.flip, config.crop, config.erase)
         self.model_args = ModelOptions(num_classes=len(dataset.labels), in_chans=dataset.preprocessing.channels)
@@ -201,7 +202,7 @@ class Run:
             "version": VERSION,
             "meta": self.meta(),
             "config": asdict(self.config),
-            "data": self.dataset.fingerprint(),
+            "data": self.fingerprint,
             "epoch": self.epoch,
             "entry": self.entry,
             "model": self.model.state_dict(),
@@ -218,7 +219,7 @@ class Run:
         """
         state = read_state(path)
         try:
-            check_same(state, self.config, self.meta(), self.dataset.fingerprint())
+            check_same(state, self.config, self.meta(), self.fingerprint)
             weights.load_into(self.model, state["model"])
             weights.load_into(self.ema.model, state["ema"])
         except ValueError as error:

@@ -28,14 +28,14 @@ def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} into")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with naming(path, instead_of=temporary):
+    with naming(path, instead_of=temporary):
+        try:
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
