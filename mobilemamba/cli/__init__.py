@@ -12,7 +12,7 @@ import torch
 
 from .. import __version__
 from . import classify, convert, export, info, train
-from .options import Parser
+from .options import Parser, one_line
 
 __all__ = ["main"]
 
@@ -60,12 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted{RESUME if program.endswith('train') else ''}", file=sys.stderr)
         return 130
-
-
-def one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
 
 
 def discard_output() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from ..data import find_images
 from ..data.image_files import describe_skipped, read_ahead
-from .options import Parser, add_device_option, add_model_options, checked_device, open_model, positive
+from .options import Parser, add_device_option, add_model_options, checked_device, one_line, open_model, positive
 
 HELP = "Print the most probable classes of images. The exit code is 1 if some of them cannot be read."
 
@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     def refuse(error: Exception | str) -> None:
         nonlocal failed
         failed = True
-        print(f"mobilemamba classify: error: {error}", file=sys.stderr)
+        message = one_line(error) if isinstance(error, Exception) else error
+        print(f"mobilemamba classify: error: {message}", file=sys.stderr)
 
     def read(path: str) -> tuple[str, torch.Tensor | Exception]:
         try:
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     return int(failed)
 
 
-def find(arguments: Iterable[Path], refuse: Callable[[str], None]) -> Iterator[str]:
+def find(arguments: Iterable[Path], refuse: Callable[[Exception | str], None]) -> Iterator[str]:
     """The paths of the images that the arguments name: files, folders, patterns."""
     for argument in map(str, arguments):
         paths = [argument]
@@ -89,14 +90,14 @@ def find(arguments: Iterable[Path], refuse: Callable[[str], None]) -> Iterator[s
             yield from images_in(path, refuse) if os.path.isdir(path) else (path,)
 
 
-def images_in(folder: str, refuse: Callable[[str], None]) -> Iterator[str]:
+def images_in(folder: str, refuse: Callable[[Exception | str], None]) -> Iterator[str]:
     skipped: Counter[str] = Counter()
     count = 0
     try:
         for count, path in enumerate(find_images(folder, skipped), 1):  # noqa: B007
             yield path
     except OSError as error:
-        refuse(f"{error.filename}: {error.strerror}")
+        refuse(error)
         return
     told = describe_skipped(skipped)
     if not count:

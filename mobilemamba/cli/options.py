@@ -12,7 +12,7 @@ from .. import weights, zoo
 from ..data import Preprocessing
 from ..models import MobileMamba
 
-__all__ = ["Parser", "add_device_option", "add_model_options", "checked_device", "open_model", "positive"]
+__all__ = ["Parser", "add_device_option", "add_model_options", "checked_device", "one_line", "open_model", "positive"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +64,13 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, without the number that the system's errors begin with."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
 
 
 def add_device_option(parser: Parser, what: str = "") -> None:
