@@ -253,7 +253,10 @@ REFUSALS = {
         "expected either --distilled or --checkpoint, got both",
     ),
     "missing checkpoint": (("classify", "dark.png", "--checkpoint", "none.pt"), "none.pt: no such checkpoint"),
-    "not a checkpoint": (("classify", "dark.png", "--checkpoint", "text.png"), "text.png: "),
+    "not a checkpoint": (
+        ("classify", "dark.png", "--checkpoint", "text.png"),
+        "text.png: expected a checkpoint (torch or s",
+    ),
     "another preset": (
         ("classify", "dark.png", "--model", "t2", *OWN),
         "error: nano.pt: expected weights of t2, got weights of nano\n",
