@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from mobilemamba import data
+from mobilemamba.data.image_files import has_its_end, image_suffixes
 
 
 def idx_bytes(values: torch.Tensor) -> bytes:
@@ -56,7 +57,7 @@ def test_fashion_mnist(tmp_path, monkeypatch):
     write_fashion_mnist(tmp_path)
     monkeypatch.setenv("MOBILEMAMBA_FASHION_MNIST", str(tmp_path))
     loaded = data.load("fashion-mnist")
-    assert loaded.train.images(torch.tensor([5, 0])).shape == (2, 1, 28, 28)
+    assert loaded.train.batch(torch.tensor([5, 0]))[0].shape == (2, 1, 28, 28)
     assert loaded.test.labels.tolist() == [0, 1, 2, 3]
     assert len(loaded.labels) == 10
 
@@ -94,23 +95,143 @@ def test_folder(tmp_path):
     loaded = data.load(f"folder:{tmp_path}", image_size=16)
     assert loaded.labels == ("ant", "bee")
     assert loaded.train.labels.tolist() == [0, 0, 1, 1]
-    images = loaded.train.images(torch.tensor([0, 3]))
+    images, labels = loaded.train.batch(torch.tensor([0, 3]))
+    assert labels.tolist() == [0, 1]
     assert images.dtype == torch.uint8
     assert images.shape == (2, 3, 16, 16)
     assert images[:, 0].float().mean((1, 2)).tolist() == [0, 100]
 
 
+def test_what_counts_as_an_image_of_a_folder(tmp_path):
+    make_folder(tmp_path)
+    train = tmp_path / "train"
+    image = Image.new("L", (4, 4))
+    for name in (".ipynb_checkpoints/0.png", "ant/._0.png", "ant/.trash/0.png", "ant/deep/er/0.PGM", "ant/2.jfif"):
+        (train / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(train / name, format="JPEG" if name.endswith("jfif") else None)
+    for name in ("ant/notes.txt", "ant/deep/more.TXT", "bee/archive.h5", "bee/README", "readme.md"):
+        (train / name).touch()
+    (train / "bee" / "linked").symlink_to(train / "ant" / "deep")
+    (train / "bee" / "up").symlink_to(train)  # a folder that contains the link
+    (train / "bee" / "self").symlink_to("self")  # a link that leads nowhere
+    loaded = data.load(f"folder:{tmp_path}", 16)
+    assert loaded.labels == ("ant", "bee")
+    assert loaded.train.names == [
+        *("ant/0.png", "ant/1.png", "ant/2.jfif", "ant/deep/er/0.PGM"),
+        *("bee/0.png", "bee/1.png", "bee/linked/er/0.PGM"),
+    ]
+    assert loaded.train.labels.tolist() == [0] * 4 + [1] * 3
+    assert loaded.describe() == (
+        "7 training images, 4 test images, 2 classes (smallest: bee, 3 training images); "
+        "skipped files: 1 .h5, 3 .txt, 1 outside the class folders, 2 without suffix"
+    )
+
+
+def test_suffixes_are_those_that_pillow_decodes():
+    assert {".jpg", ".pgm", ".jfif", ".webp", ".mpo"} <= image_suffixes()
+    assert not {".pdf", ".h5", ".mpg", ".txt", ""} & image_suffixes()
+
+
+def damage(path, cut: bool) -> None:
+    """Cut the file in the middle, or change bytes there and leave both ends."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] if cut else content[: middle - 20] + bytes(40) + content[middle + 20 :])
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])
+def test_cut_files_are_found_before_training(tmp_path, suffix):
+    make_folder(tmp_path)
+    noise = Image.effect_noise((60, 60), 80)
+    for name in ("train/ant/a", "train/bee/b", "val/ant/c"):
+        noise.save(tmp_path / f"{name}.{suffix}")
+    data.load(f"folder:{tmp_path}")
+    assert has_its_end(str(tmp_path / f"val/ant/c.{suffix}")) == (suffix != "bmp")
+    for name in ("train/ant/a", "train/bee/b", "val/ant/c"):
+        damage(tmp_path / f"{name}.{suffix}", cut=True)
+    with pytest.raises(
+        ValueError, match=rf"ant/a\.{suffix}: not a readable.*; 1 more: .*bee/b\.{suffix}: mend or remove"
+    ):
+        data.load(f"folder:{tmp_path}")
+    for part in ("ant/a", "bee/b"):
+        (tmp_path / f"train/{part}.{suffix}").unlink()
+    with pytest.raises(ValueError, match=rf"val/ant/c\.{suffix}: not a readable"):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_bad_images_stop_or_are_skipped(tmp_path, capsys):
+    make_folder(tmp_path)
+    for part in ("train", "val"):
+        Image.effect_noise((60, 60), 80).save(tmp_path / part / "ant" / "2.png")
+        damage(tmp_path / part / "ant" / "2.png", cut=False)
+    loaded = data.load(f"folder:{tmp_path}", 16)
+    for split in (loaded.train, loaded.test):
+        with pytest.raises(
+            ValueError, match=r"ant/2\.png: not a readable image: .*: mend the file, or skip it with --on-"
+        ):
+            split.batch(torch.arange(5), replace=True)
+
+    loaded = data.load(f"folder:{tmp_path}", 16, "skip")
+    assert loaded.bad_images() == 0
+    for _ in range(2):  # the second time the file is known
+        images, labels = loaded.train.batch(torch.tensor([1, 2, 2]), replace=True)  # the next image is bee/0.png
+        assert labels.tolist() == [0, 1, 1]
+        assert torch.equal(images[1], loaded.train.batch(torch.tensor([3]))[0][0])
+        images, labels = loaded.test.batch(torch.arange(5))
+        assert (len(images), labels.tolist()) == (4, [0, 0, 1, 1])
+    assert loaded.test.batch(torch.tensor([2]))[0].shape == (0, 3, 16, 16)
+    assert loaded.bad_images() == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [
+        line.startswith(f"skipped: {tmp_path}/{part}/ant/2.png: not")
+        for line, part in zip(lines, ("train", "val"), strict=True)
+    ]
+
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="expected images, got none that can be read"):
+        data.load(f"folder:{tmp_path}", 16, "skip").train.batch(torch.tensor([0]), replace=True)
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    make_folder(tmp_path / "D")
+    write_fashion_mnist(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(data.load("folder:~/D").train.labels) == 4
+    assert len(data.load("fashion-mnist:~").train.labels) == 6
+    monkeypatch.setenv("MOBILEMAMBA_FASHION_MNIST", "~")
+    assert data.fashion_mnist_dir() == tmp_path
+
+
+def test_fingerprint_follows_the_names_and_not_the_place(tmp_path):
+    for place in ("here", "there"):
+        make_folder(tmp_path / place)
+    here, there = (data.load(f"folder:{tmp_path / place}") for place in ("here", "there"))
+    assert here.fingerprint() == there.fingerprint()
+    (tmp_path / "there/val/bee/1.png").rename(tmp_path / "there/val/bee/2.png")
+    changed = data.load(f"folder:{tmp_path}/there").fingerprint()
+    assert [group for group in changed if changed[group] != here.fingerprint()[group]] == ["test/bee"]
+
+
 def test_folder_and_classify_prepare_alike(tmp_path):
     make_folder(tmp_path)
     loaded = data.load(f"folder:{tmp_path}", image_size=16)
-    trained = loaded.preprocessing.normalize(loaded.test.images(torch.tensor([2])))
+    trained = loaded.preprocessing.normalize(loaded.test.batch(torch.tensor([2]))[0])
     classified = loaded.preprocessing.transforms()(tmp_path / "val" / "bee" / "0.png")
     assert torch.equal(trained[0], classified)
 
 
 def test_folder_refusals(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected a folder"):
+    with pytest.raises(FileNotFoundError, match=r"expected a folder with train/CLASS and val/CLASS, got no folder$"):
+        data.load(f"folder:{tmp_path}/none")
+    for name in ("ant", "bee", ".git"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"train: expected a folder of class folders, got none; .* has ant, bee$"
+    ):
         data.load(f"folder:{tmp_path}")
+    with pytest.raises(ValueError, match=rf"unknown data '{tmp_path}'; did you mean folder:{tmp_path}\?"):
+        data.load(str(tmp_path))
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match="got no folder"):
         data.load(f"folder:{tmp_path}")
@@ -119,16 +240,18 @@ def test_folder_refusals(tmp_path):
     with pytest.raises(ValueError, match="got cat"):
         data.load(f"folder:{tmp_path}")
     (tmp_path / "val" / "cat").rmdir()
-    (tmp_path / "val" / "ant" / "0.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"0\.png"):
-        data.load(f"folder:{tmp_path}").test.images(torch.tensor([0]))
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name / ".cache").mkdir(parents=True)
+        (tmp_path / "train" / name / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"train: expected images in each class folder, got none in cat, dog$"):
+        data.load(f"folder:{tmp_path}")
 
 
 def test_digits():
     pytest.importorskip("sklearn")
     loaded = data.load("digits")
     assert (len(loaded.train.labels), len(loaded.test.labels)) == (1437, 360)
-    assert loaded.train.images(torch.arange(3)).shape == (3, 1, 8, 8)
+    assert loaded.train.batch(torch.arange(3))[0].shape == (3, 1, 8, 8)
     assert set(loaded.test.labels.tolist()) == set(range(10))
 
 

@@ -1,21 +1,31 @@
 """The training loop: its parts, that it learns, and that a run that was killed goes on as if nothing had happened."""
 
+import errno
+import fcntl
 import json
 import math
+import os
+import resource
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import mobilemamba
 from mobilemamba import data
-from mobilemamba.training import Ema, TrainConfig, learning_rate, parameter_groups, train
+from mobilemamba.training import Ema, TrainConfig, learning_rate, parameter_groups, stored_config, train
+from mobilemamba.training.folder import RunFolder
 from mobilemamba.training.loop import Run
 
 pytest.importorskip("sklearn")
+RUN = [".lock", "last.pt", "log.jsonl", "model.pt"]
 CONFIG = TrainConfig(data="digits", epochs=4, batch_size=48, flip=False, crop=1, drop_path=0.1)
-KILLED_IN_SECOND_SAVE = """
+ONE_EPOCH = TrainConfig(data="digits", epochs=1, batch_size=50)
+KILLED_IN_THIRD_SAVE = """
 import os, pathlib, signal, sys, torch
 import mobilemamba.data
 from mobilemamba.training import TrainConfig, train
@@ -27,26 +37,43 @@ save, calls = torch.save, []
 def dying_save(state, file):
     calls.append(file)
     save(state, file)
-    if len(calls) == 2:
-        os.truncate(file, os.path.getsize(file) // 2)
+    if len(calls) == 3:
+        file.flush()
+        os.truncate(file.name, os.path.getsize(file.name) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 torch.save = dying_save
 train(TrainConfig(data="digits", epochs=4, batch_size=48, flip=False, crop=1, drop_path=0.1), pathlib.Path(sys.argv[1]))
 """
 
 
-def use_small_digits(monkeypatch, scale: int = 1) -> None:
-    """A hundred digits, enlarged by ``scale``: two steps in an epoch."""
+def use_small_digits(monkeypatch, scale: int = 1, count: int = 100) -> data.DataSet:
+    """Some digits, enlarged by ``scale``: a hundred of them are two steps in an epoch."""
     whole = data.load("digits")
-    pixels = whole.train.pixels[:100].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    part = data.datasets.InMemory(pixels, whole.train.labels[:100])
+    pixels = whole.train.pixels[:count].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    part = data.datasets.InMemory(pixels, whole.train.labels[:count])
     small = data.DataSet(part, part, whole.labels, whole.preprocessing)
     monkeypatch.setattr(data, "load", lambda *_: small)
+    return small
 
 
 @pytest.fixture
 def small_digits(monkeypatch):
-    use_small_digits(monkeypatch)
+    return use_small_digits(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory):
+    """The folder of a run of :data:`ONE_EPOCH` on the small digits."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_small_digits(monkeypatch)
+        train(ONE_EPOCH, tmp_path_factory.mktemp("run") / "out")
+    return tmp_path_factory.getbasetemp() / "run0" / "out"
+
+
+@pytest.fixture
+def finished(tmp_path, one_epoch, small_digits):
+    """A copy of that folder."""
+    return shutil.copytree(one_epoch, tmp_path / "finished")
 
 
 def entries(out) -> list[dict]:
@@ -74,8 +101,11 @@ def assert_same_state(one, other):
 def assert_same_runs(one, other):
     states = [torch.load(out / "last.pt", weights_only=True) for out in (one, other)]
     assert states[0]["epoch"] == 4
-    assert_same_state(*states)
     timing = ("images_per_s", "seconds")
+    for state in states:
+        for key in timing:
+            del state["entry"][key]
+    assert_same_state(*states)
     epochs = [
         [{key: value for key, value in entry.items() if key not in timing} for entry in entries(out) if "loss" in entry]
         for out in (one, other)
@@ -83,7 +113,7 @@ def assert_same_runs(one, other):
     assert epochs[0] == epochs[1]
     assert [entry["epoch"] for entry in epochs[0]] == [1, 2, 3, 4]
     assert entries(one)[-1] == entries(other)[-1]
-    assert sorted(path.name for path in other.iterdir()) == ["last.pt", "log.jsonl", "model.pt"]
+    assert sorted(path.name for path in other.iterdir()) == RUN
 
 
 def test_a_few_steps_lower_the_loss(tmp_path, small_digits):
@@ -99,28 +129,35 @@ def test_resume_is_bit_for_bit(tmp_path, monkeypatch, amp, scale):
     use_small_digits(monkeypatch, scale)
     config = TrainConfig(**{**vars(CONFIG), "amp": amp})
     train(config, tmp_path / "straight")
+    resumed = False
+    for part in ("train_epoch", "evaluate_epoch"):  # the state is saved between the two
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, part, interrupted_in_third_epoch(getattr(Run, part)))
+            with pytest.raises(KeyboardInterrupt):
+                train(config, tmp_path / "resumed", resume=resumed)
+        resumed = True
+        torch.rand(7)  # whatever else the process does with its generator does not matter
+    assert [entry["epoch"] for entry in entries(tmp_path / "resumed") if "loss" in entry] == [1, 2]
+    trained = []
     train_epoch = Run.train_epoch
-    monkeypatch.setattr(Run, "train_epoch", interrupted_in_third_epoch(train_epoch))
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "resumed")
-    monkeypatch.setattr(Run, "train_epoch", train_epoch)
-    torch.rand(7)  # whatever else the process does with its generator does not matter
+    monkeypatch.setattr(Run, "train_epoch", lambda run: (train_epoch(run), trained.append(run.epoch)))
     train(config, tmp_path / "resumed", resume=True)
+    assert trained == [4]
     assert_same_runs(tmp_path / "straight", tmp_path / "resumed")
 
 
-def interrupted_in_third_epoch(train_epoch):
+def interrupted_in_third_epoch(part):
     def patched(run):
-        entry = train_epoch(run)
+        result = part(run)
         if run.epoch == 3:
             raise KeyboardInterrupt
-        return entry
+        return result
 
     return patched
 
 
 def test_killed_while_saving_loses_nothing(tmp_path, small_digits):
-    command = [sys.executable, "-c", KILLED_IN_SECOND_SAVE, str(tmp_path / "killed")]
+    command = [sys.executable, "-c", KILLED_IN_THIRD_SAVE, str(tmp_path / "killed")]
     killed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr
     assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["epoch"] == 1
@@ -129,21 +166,146 @@ def test_killed_while_saving_loses_nothing(tmp_path, small_digits):
     assert_same_runs(tmp_path / "straight", tmp_path / "killed")
 
 
-def test_a_run_is_not_overwritten(tmp_path, small_digits):
-    config = TrainConfig(data="digits", epochs=1, batch_size=50)
-    train(config, tmp_path)
-    before = (tmp_path / "last.pt").read_bytes()
+def test_a_run_is_not_overwritten(finished):
+    before = (finished / "last.pt").read_bytes()
     with pytest.raises(FileExistsError, match="--resume"):
-        train(config, tmp_path)
-    with pytest.raises(ValueError, match=r"other options.*lr 0\.002 \(now 0\.5\)"):
-        train(TrainConfig(data="digits", epochs=1, batch_size=50, lr=0.5), tmp_path, resume=True)
-    assert (tmp_path / "last.pt").read_bytes() == before
+        train(ONE_EPOCH, finished)
+    with pytest.raises(ValueError, match=r"the run has other options: lr 0\.002 \(now 0\.5\); leave them out"):
+        train(replace(ONE_EPOCH, lr=0.5), finished, resume=True)
+    assert (finished / "last.pt").read_bytes() == before
+
+
+def test_epochs_may_grow(finished):
+    train(replace(ONE_EPOCH, epochs=2, data="elsewhere"), finished, resume=True)
+    log = entries(finished)
+    assert [entry["config"]["epochs"] for entry in log if "config" in entry] == [1, 2]
+    assert [entry["epoch"] for entry in log if "loss" in entry] == [1, 2]
+    assert stored_config(finished) == replace(ONE_EPOCH, epochs=2, data="elsewhere")
+    with pytest.raises(ValueError, match=r"the run has 2 epochs, got 1; expected no fewer$"):
+        train(ONE_EPOCH, finished, resume=True)
+
+
+def test_other_data_are_refused(finished, monkeypatch):
+    use_small_digits(monkeypatch, count=99)
+    with pytest.raises(
+        ValueError, match=r"other data: 200 images \(now 198\), train/all 100 \(now 99\), test/all 100 "
+    ):
+        train(ONE_EPOCH, finished, resume=True)
+
+
+def test_relabelled_data_are_refused(finished, small_digits):
+    small_digits.test.labels[0] += 1
+    try:  # the labels are those of every test
+        with pytest.raises(
+            ValueError, match=r"other data: 200 images \(now 200\), train/all has other names or labels, test/all "
+        ):
+            train(ONE_EPOCH, finished, resume=True)
+    finally:
+        small_digits.test.labels[0] -= 1
+
+
+def test_options_come_from_the_run(finished):
+    assert stored_config(finished) == ONE_EPOCH
+    assert stored_config(finished, epochs=9, on_bad_image="skip") == replace(ONE_EPOCH, epochs=9, on_bad_image="skip")
+    with pytest.raises(FileNotFoundError, match=r"nowhere: expected the folder of a run to resume, got no folder$"):
+        stored_config(finished / "nowhere")
+    state = torch.load(finished / "last.pt", weights_only=True)
+    state["config"]["momentum"] = 0.9
+    torch.save(state, finished / "last.pt")
+    with pytest.raises(ValueError, match=r"made by another version of mobilemamba, with the options momentum$"):
+        stored_config(finished)
+
+
+def test_moved_data_are_asked_for(finished, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *_: (_ for _ in ()).throw(FileNotFoundError("D: no such folder")))
+    with pytest.raises(FileNotFoundError, match=r"^D: no such folder; if the data have moved, say where with --data$"):
+        train(ONE_EPOCH, finished, resume=True)
+
+
+def test_what_is_not_given_is_the_presets():
+    config = TrainConfig(model="b1", data="folder:D")
+    assert (config.drop_path, config.image_size) == (0.03, 256)
+    config = TrainConfig(model="t2", data="folder:D", drop_path=0.2, image_size=64)
+    assert (config.drop_path, config.image_size) == (0.2, 64)
+    assert (TrainConfig(model="t2").drop_path, TrainConfig(model="t2").image_size) == (0.0, None)
+
+
+def test_one_process_trains_in_a_folder(finished):
+    unfinished = finished / ".last.pt.0.tmp"
+    unfinished.touch()
+    with RunFolder(finished).locked():
+        assert not unfinished.exists()
+        unfinished.touch()
+        with pytest.raises(
+            BlockingIOError, match=rf"finished: process {os.getpid()} on \S+ trains in this folder; wait"
+        ):
+            train(ONE_EPOCH, finished, resume=True)
+        assert unfinished.exists()
+    with RunFolder(finished).locked():  # the lock ended
+        pass
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with RunFolder(tmp_path / "new").locked():
+        pass
+    assert (
+        capsys.readouterr().err
+        == f"{tmp_path}/new: this file system has no locks (No locks available); start no second run in it\n"
+    )
+
+
+def test_a_full_disk_leaves_the_last_state(tmp_path, finished):
+    before = (finished / "last.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # last.pt has 14 MB
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/new/last\.pt'"):
+            train(ONE_EPOCH, tmp_path / "new")  # before it trains
+        with pytest.raises(OSError, match=rf"File too large: '{finished}/last\.pt'"):
+            train(replace(ONE_EPOCH, epochs=2), finished, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+    assert sorted(path.name for path in finished.iterdir()) == RUN
+    assert (finished / "last.pt").read_bytes() == before
+
+
+def test_a_bad_test_image_costs_no_epoch(tmp_path, monkeypatch):
+    for i, name in enumerate(("train/ant/0", "train/bee/0", "val/ant/0", "val/bee/0", "val/bee/1")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((60, 60), 40 + 10 * i).save(tmp_path / f"{name}.png")
+    bad = tmp_path / "val/bee/1.png"
+    bad.write_bytes(bad.read_bytes()[:1000] + bytes(40) + bad.read_bytes()[1040:])  # both ends stay
+    config = TrainConfig(data=f"folder:{tmp_path}", image_size=16, epochs=1)
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"val/bee/1\.png: not a readable image: .*--on-bad-image skip$"):
+        train(config, out)
+    assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
+    monkeypatch.delattr(Run, "train_epoch")
+    accuracy = train(stored_config(out, on_bad_image="skip"), out, resume=True)
+    assert accuracy in (0, 0.5, 1)
+    assert [entry["epoch"] for entry in entries(out) if "loss" in entry] == [1]
+    assert entries(out)[-1] == {"test_accuracy": accuracy, "file": "model.pt", "bad_images": 1}
+
+
+def test_evaluation_uses_the_batch_size(small_digits, monkeypatch):
+    sizes = []
+    batch = data.splits.InMemory.batch
+    monkeypatch.setattr(
+        data.splits.InMemory, "batch", lambda split, index: (sizes.append(len(index)), batch(split, index))[1]
+    )
+    Run(replace(ONE_EPOCH, batch_size=40), small_digits, torch.device("cpu")).accuracy()
+    assert sizes == [40, 40, 20]
 
 
 @pytest.mark.parametrize("name", ["model.pt", "log.jsonl"])
 def test_files_without_a_state_are_not_overwritten(tmp_path, small_digits, name):
     (tmp_path / name).write_text("precious")
-    with pytest.raises(FileExistsError, match=rf"{name} exists: continue that run with --resume"):
+    with pytest.raises(FileExistsError, match=rf"{name} exists, without the state of its run"):
         train(CONFIG, tmp_path)
     assert (tmp_path / name).read_text() == "precious"
     assert len(list(tmp_path.iterdir())) == 1
@@ -152,17 +314,16 @@ def test_files_without_a_state_are_not_overwritten(tmp_path, small_digits, name)
 def test_only_own_unfinished_files_are_removed(tmp_path, small_digits):
     for name in (".mine.tmp", ".notes.pt.0.tmp", ".last.pt.0.tmp", ".model.pt.0.tmp", ".log.jsonl.0.tmp"):
         (tmp_path / name).touch()
-    train(TrainConfig(data="digits", epochs=1, batch_size=50), tmp_path)
+    train(ONE_EPOCH, tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {".mine.tmp", ".notes.pt.0.tmp", "last.pt", "log.jsonl", "model.pt"}
+    assert left == {".mine.tmp", ".notes.pt.0.tmp", *RUN}
 
 
-def test_an_unfinished_line_of_the_log_is_dropped(tmp_path, small_digits):
-    train(CONFIG, tmp_path)
-    whole = (tmp_path / "log.jsonl").read_bytes()
-    (tmp_path / "log.jsonl").write_bytes(whole + b'{"test_accu')
-    train(CONFIG, tmp_path, resume=True)
-    assert [entry["epoch"] for entry in entries(tmp_path) if "loss" in entry] == [1, 2, 3, 4]
+def test_an_unfinished_line_of_the_log_is_dropped(finished):
+    whole = (finished / "log.jsonl").read_bytes()
+    (finished / "log.jsonl").write_bytes(whole + b'{"test_accu\xff\0')
+    train(ONE_EPOCH, finished, resume=True)
+    assert [entry["epoch"] for entry in entries(finished) if "loss" in entry] == [1]
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
@@ -173,7 +334,7 @@ def test_a_broken_checkpoint_is_refused(tmp_path, small_digits, content):
         (tmp_path / "last.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"last\.pt: expected a ((training )?checkpoint|complete torch file)"):
         train(CONFIG, tmp_path, resume=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "last.pt"]
 
 
 def swapped(labels: list[str]) -> list[str]:
@@ -190,11 +351,11 @@ def swapped(labels: list[str]) -> list[str]:
         (lambda state: state["config"].pop("erase"), r"erase None \(now 0.25\)"),
         (
             lambda state: state["meta"].update(labels=swapped(state["meta"]["labels"])),
-            r"label 0 1 \(now 0\), label 1 0 \(now 1\)$",
+            r"label 0 1 \(now 0\), label 1 0 \(now 1\); ",
         ),
         (
             lambda state: (state["meta"].update(model_args={"num_classes": 9}), state["meta"]["labels"].pop()),
-            r"model_args .*'num_classes': 9.*label 9 None \(now 9\)$",
+            r"model_args .*'num_classes': 9.*label 9 None \(now 9\); ",
         ),
         (
             lambda state: state["model"].pop("head.linear.bias"),
@@ -202,14 +363,12 @@ def swapped(labels: list[str]) -> list[str]:
         ),
     ],
 )
-def test_a_state_of_another_run_is_refused(tmp_path, small_digits, change, message):
-    config = TrainConfig(data="digits", epochs=1, batch_size=50)
-    train(config, tmp_path)
-    state = torch.load(tmp_path / "last.pt", weights_only=True)
+def test_a_state_of_another_run_is_refused(finished, change, message):
+    state = torch.load(finished / "last.pt", weights_only=True)
     change(state)
-    torch.save(state, tmp_path / "last.pt")
+    torch.save(state, finished / "last.pt")
     with pytest.raises(ValueError, match=rf"last\.pt: .*{message}") as caught:
-        train(config, tmp_path, resume=True)
+        train(ONE_EPOCH, finished, resume=True)
     assert "\n" not in str(caught.value)
 
 
@@ -226,6 +385,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_digits):
         ({"lr": math.nan}, "lr must be positive, got nan"),
         ({"crop": -1}, "crop must not be negative, got -1"),
         ({"erase": 1.5}, "erase must be from 0 to 1, got 1.5"),
+        ({"on_bad_image": "ignore"}, "on_bad_image must be fail or skip, got ignore"),
+        ({"model": "s7"}, "unknown model 's7'"),
+        ({"seed": -(2**40)}, r"seed must be below 2\*\*40, got -1099511627776"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -234,7 +396,7 @@ def test_options_are_checked(options, message):
 
 
 def test_stored_weights_can_be_half(tmp_path, small_digits):
-    accuracy = train(TrainConfig(data="digits", epochs=1, batch_size=50, half=True), tmp_path)
+    accuracy = train(replace(ONE_EPOCH, half=True), tmp_path)
     assert entries(tmp_path)[-1]["test_accuracy"] == accuracy
     parameters = entries(tmp_path)[0]["parameters"]
     assert (tmp_path / "model.pt").stat().st_size < 2.5 * parameters

@@ -1,5 +1,5 @@
-// mobilemamba-classify MODEL IMAGE...: names what is in images, with a file of `mobilemamba export`. What a user can
-// get wrong is one line on stderr and exit code 2.
+// mobilemamba-classify MODEL IMAGE...: names what is in images, with a file of `mobilemamba export`. An image that
+// cannot be read is one line on stderr, and exit code 1 at the end; other wrong input is one line and exit code 2.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/api/include/torch/cuda.h>
@@ -16,12 +16,13 @@
 namespace {
 
 constexpr const char* usage =
-    "usage: mobilemamba-classify MODEL IMAGE... [--device cpu|cuda] [--threads N] [--benchmark RUNS]";
+    "usage: mobilemamba-classify MODEL IMAGE... [--device cpu|cuda] [--threads N] [--benchmark RUNS] [--help]";
 
 struct Options {
   std::vector<std::string> files;  // the model, then images
   at::Device device = at::kCPU;
   int threads = 0, benchmark = 0;
+  bool help = false;
 };
 
 int positive(const std::string& option, const std::string& text) {
@@ -36,22 +37,30 @@ Options parse(const std::vector<std::string>& arguments) {
   Options options;
   for (size_t i = 0; i < arguments.size(); ++i) {
     const std::string& argument = arguments[i];
-    if (!argument.starts_with("--")) {
+    if (argument == "--help" || argument == "-h") {
+      options.help = true;
+      return options;
+    }
+    if (!argument.starts_with("-")) {
       options.files.push_back(argument);
       continue;
     }
+    if (argument != "--threads" && argument != "--benchmark" && argument != "--device")
+      throw std::runtime_error("unknown option " + argument + "; " + usage);
     if (++i == arguments.size()) throw std::runtime_error(argument + ": expected a value; " + usage);
+    const std::string& value = arguments[i];
     if (argument == "--threads") {
-      options.threads = positive(argument, arguments[i]);
+      options.threads = positive(argument, value);
     } else if (argument == "--benchmark") {
-      options.benchmark = positive(argument, arguments[i]);
-    } else if (argument == "--device" && (arguments[i] == "cpu" || arguments[i] == "cuda")) {
-      options.device = at::Device(arguments[i]);
+      options.benchmark = positive(argument, value);
+    } else if (value == "cpu" || value == "cuda") {
+      options.device = at::Device(value);
     } else {
-      throw std::runtime_error("unknown option " + argument + " " + arguments[i] + "; " + usage);
+      throw std::runtime_error("--device: expected cpu or cuda, got '" + value + "'");
     }
   }
-  if (options.files.size() < 2) throw std::runtime_error(usage);
+  if (options.files.size() < 2)
+    throw std::runtime_error("expected a model and at least one image; " + std::string(usage));
   if (options.device.is_cuda() && !torch::cuda::is_available())
     throw std::runtime_error("--device cuda: this torch or this machine has no CUDA");
   return options;
@@ -86,14 +95,29 @@ void benchmark(const Model& model, const at::Tensor& images, int runs) {
 int main(int count, char** arguments) {
   try {
     const Options options = parse({arguments + 1, arguments + count});
+    if (options.help) {
+      std::puts(usage);
+      return 0;
+    }
     if (options.threads) at::set_num_threads(options.threads);
     const Model model(options.files[0], options.device);
-    at::Tensor image;
+    at::Tensor latest;
+    bool failed = false;
     for (size_t i = 1; i < options.files.size(); ++i) {
-      image = model.preprocessing(read_image(options.files[i]));
-      classify(model, options.files[i], image);
+      Image image;
+      try {
+        image = read_image(options.files[i]);
+      } catch (const std::runtime_error& error) {
+        std::fprintf(stderr, "mobilemamba-classify: error: %s\n", error.what());
+        failed = true;
+        continue;
+      }
+      latest = model.preprocessing(image);
+      classify(model, options.files[i], latest);
+      if (std::fflush(stdout)) throw std::runtime_error("the output cannot be written");
     }
-    if (options.benchmark) benchmark(model, image.unsqueeze(0), options.benchmark);
+    if (options.benchmark && latest.defined()) benchmark(model, latest.unsqueeze(0), options.benchmark);
+    return failed;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "mobilemamba-classify: error: %s\n", error.what());
     return 2;

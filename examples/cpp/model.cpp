@@ -75,8 +75,7 @@ std::function<at::Tensor(const at::Tensor&)> aot_inductor(const std::string& pat
 }
 
 /// The first sentence of an error of torch: what follows is advice and a stack.
-std::string first_sentence(const c10::Error& error) {
-  const std::string text = error.what_without_backtrace();
+std::string first_sentence(const std::string& text) {
   const size_t begin = std::min(text.find_first_not_of(" \n"), text.size());
   return text.substr(begin, std::min(text.find('\n', begin), text.find(". ", begin)) - begin);
 }
@@ -103,9 +102,9 @@ Model::Model(const std::string& path, at::Device device) : device_(device) {
       throw std::runtime_error("compiled for " + compiled + ", asked to run on " + device.str());
     run_ = aot_inductor(path, device);
   } catch (const c10::Error& error) {
-    throw std::runtime_error(path + ": not a readable model file: " + first_sentence(error));
+    throw std::runtime_error(path + ": not a readable model file: " + first_sentence(error.what_without_backtrace()));
   } catch (const std::exception& error) {
-    throw std::runtime_error(path + ": " + error.what());
+    throw std::runtime_error(path + ": " + first_sentence(error.what()));
   }
 }
 

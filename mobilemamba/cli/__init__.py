@@ -3,36 +3,72 @@
 An error in the user's input is one line on stderr and exit code 2. Any other error shows its traceback.
 """
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from .. import __version__
 from . import classify, convert, export, info, train
-from .options import Parser
+from .options import Parser, one_line
 
 __all__ = ["main"]
 
 #: A command is a module with HELP, add_options(parser) and run(args).
 COMMANDS = {"classify": classify, "train": train, "export": export, "convert": convert, "info": info}
 
+RESUME = ": --resume continues from the latest epoch"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0, 2 if the user's input is refused, 130 after Ctrl-C.
+        The exit code: 0; 1 if some images could not be classified; 2 if the user's input is refused, or a file or the
+        output cannot be written; 130 after Ctrl-C; 141 if the reader of the output has gone, as for ``| head``.
     """
-    args = make_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have any bytes
+    program = "mobilemamba"
     try:
-        COMMANDS[args.command].run(args)
+        try:
+            args = make_parser().parse_args(argv)
+            program = f"mobilemamba {args.command}"
+            return COMMANDS[args.command].run(args) or 0
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # here, where an error still is one line
+    except BrokenPipeError:
+        discard_output()
+        if program.endswith("train"):
+            print(f"{program}: stopped: the reader of its output has gone{RESUME}", file=sys.stderr)
+        return 141
     except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError) as error:
-        print(f"mobilemamba {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        discard_output()
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(
+            f"{program}: error: out of memory: a smaller --batch-size needs less ({one_line(error):.200})",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
-        hint = ": --resume continues from the latest epoch" if args.command == "train" else ""
-        print(f"\nmobilemamba {args.command}: interrupted{hint}", file=sys.stderr)
+        print(f"\n{program}: interrupted{RESUME if program.endswith('train') else ''}", file=sys.stderr)
         return 130
-    return 0
+
+
+def discard_output() -> None:
+    """If stdout cannot be written, drop what is left for it: Python would try again at its end, with a traceback."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_parser() -> Parser:

@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,19 +14,55 @@ from ..data import Preprocessing
 from ..data.preprocessing import INTERPOLATIONS
 from ..models import MobileMamba
 
-__all__ = ["Parser", "add_device_option", "add_model_options", "checked_device", "open_model", "positive"]
+__all__ = ["Parser", "add_device_option", "add_model_options", "checked_device", "one_line", "open_model", "positive"]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
+    """A parser whose errors are one line, without the usage. Its paths may start with ``~``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, path)
+        self.register("type", int, whole)
+        self.register("type", float, number)
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        """Refuses the rest: a command's own parser is called with this method, and knows its name."""
+        namespace, rest = super().parse_known_args(*args, **kwargs)
+        if rest:
+            self.error(f"unknown arguments: {' '.join(rest)}; {self.prog} --help lists those that it takes")
+        return namespace, rest
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def path(text: str) -> Path:
+    """The type of a path: a ``~`` at its start means the home folder."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"expected a path, got an address: download it first ({text})")
+    return Path(os.path.expanduser(text))
+
+
+def whole(text: str) -> int:
+    """The type of an integer."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got '{text}'") from error
+
+
+def number(text: str) -> float:
+    """The type of a floating-point number."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, got '{text}'") from error
+
+
 def positive(text: str) -> int:
-    """The type of an option: an integer of at least 1."""
-    value = int(text)
+    """The type of an integer of at least 1."""
+    value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value
@@ -37,6 +74,13 @@ def per_channel(text: str) -> tuple[float, ...]:
         return tuple(map(float, text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers such as 0.5,0.5,0.5, got '{text}'") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, without the number that the system's errors begin with."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
 
 
 def add_device_option(parser: Parser, what: str = "") -> None:

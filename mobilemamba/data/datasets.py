@@ -1,24 +1,19 @@
-"""Data sets for training, read without torchvision.
-
-Images are uint8 tensors ``(N, C, H, W)``, which :meth:`Preprocessing.normalize` turns into floating point. Labels are
-int64 tensors ``(N,)``.
-"""
+"""Opens data sets by name, without torchvision: Fashion-MNIST, folders of images, scikit-learn's digits."""
 
 import gzip
 import math
 import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .folder import load_folder
 from .preprocessing import Preprocessing
+from .splits import DataSet, InMemory
 
-__all__ = ["DataSet", "Split", "fashion_mnist_dir", "load", "read_idx"]
+__all__ = ["fashion_mnist_dir", "load", "read_idx"]
 
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts the files
 FASHION_MNIST_LABELS = (
@@ -26,90 +21,45 @@ FASHION_MNIST_LABELS = (
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
 FASHION_MNIST_PREPROCESSING = Preprocessing(resize=28, crop=28, mean=(0.286,), std=(0.353,))
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+ON_BAD_IMAGE = ("fail", "skip")
 
 
-class Split(Protocol):
-    """One part of a data set, for training or for testing."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Class of each image, int64 ``(N,)``."""
-        ...
-
-    def images(self, index: Tensor) -> Tensor:
-        """The images at ``index`` ``(B,)`` as uint8 ``(B, C, H, W)``."""
-        ...
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A data set for training.
-
-    Args:
-        train, test: the two parts.
-        labels: names of the classes.
-        preprocessing: how a trained model prepares an image; its mean and std normalise the training images too.
-    """
-
-    train: Split
-    test: Split
-    labels: tuple[str, ...]
-    preprocessing: Preprocessing
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """Images in memory: ``pixels`` uint8 ``(N, C, H, W)``, ``labels`` int64 ``(N,)``."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def images(self, index: Tensor) -> Tensor:
-        return self.pixels[index]
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Image files, decoded on demand, then resized and cropped as ``preprocessing`` says."""
-
-    paths: list[Path]
-    labels: Tensor
-    preprocessing: Preprocessing
-
-    def images(self, index: Tensor) -> Tensor:
-        pixels = self.preprocessing.pixels()
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes without the GIL
-            return torch.stack(list(pool.map(lambda i: pixels(self.paths[i]), index.tolist())))
-
-
-def load(spec: str, image_size: int | None = None) -> DataSet:
+def load(spec: str, image_size: int | None = None, on_bad_image: str = "fail") -> DataSet:
     """Open a data set by its name on the command line.
 
     Args:
-        spec: ``fashion-mnist`` or ``fashion-mnist:DIR`` (the four idx files), ``folder:DIR`` (class folders of images
-            under ``train`` and ``val``), or ``digits`` (scikit-learn's 8x8 digits).
+        spec: ``fashion-mnist`` or ``fashion-mnist:DIR`` (the four idx files), ``folder:DIR`` (images in
+            ``train/CLASS`` and ``val/CLASS``, at any depth), or ``digits`` (scikit-learn's 8x8 digits). A ``~`` at the
+            start of DIR means the home folder.
         image_size: height and width in pixels for ``folder`` (default: 224); the other data sets have a fixed size.
+        on_bad_image: what to do with a file in ``folder`` that is not a complete image. ``"fail"``: raise; the ends of
+            all files are checked here, damage inside is found when the image is used. ``"skip"``: name the file once on
+            stderr and go on without it.
 
     Raises:
-        ValueError: an unknown name, a damaged file, or an image size for a data set that has its own.
+        ValueError: an unknown name, a damaged file, a class without images, or an image size for a data set that has
+            its own.
         FileNotFoundError: a file or folder is missing.
     """
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"on_bad_image: expected {' or '.join(ON_BAD_IMAGE)}, got '{on_bad_image}'")
+    if "://" in spec:
+        raise ValueError(f"data: expected a name or folder:DIR, got an address: download it first ({spec})")
     name, _, where = spec.partition(":")
+    folder = Path(os.path.expanduser(where))
     if name == "folder" and where:
-        return load_folder(Path(where), image_size or 224)
+        return load_folder(folder, image_size or 224, skip=on_bad_image == "skip")
+    if name != "fashion-mnist" and spec != "digits":
+        hint = f"did you mean folder:{spec}? " if spec and Path(os.path.expanduser(spec)).is_dir() else ""
+        raise ValueError(f"unknown data '{spec}'; {hint}expected fashion-mnist[:DIR], folder:DIR or digits")
     if image_size is not None:
         raise ValueError(f"an image size is for folder:DIR only, got {image_size} with data '{spec}'")
-    if name == "fashion-mnist":
-        return load_fashion_mnist(Path(where) if where else fashion_mnist_dir())
-    if spec == "digits":
-        return load_digits()
-    raise ValueError(f"unknown data '{spec}'; expected fashion-mnist[:DIR], folder:DIR or digits")
+    return load_digits() if spec == "digits" else load_fashion_mnist(folder if where else fashion_mnist_dir())
 
 
 def fashion_mnist_dir() -> Path:
     """The folder of Fashion-MNIST: ``$MOBILEMAMBA_FASHION_MNIST``, or the folder of Debian's package."""
-    return Path(os.environ.get("MOBILEMAMBA_FASHION_MNIST") or FASHION_MNIST_DIR)
+    return Path(os.path.expanduser(os.environ.get("MOBILEMAMBA_FASHION_MNIST") or FASHION_MNIST_DIR))
 
 
 def load_fashion_mnist(root: Path) -> DataSet:
@@ -163,37 +113,6 @@ def read_idx(path: Path) -> Tensor:
     if len(raw) - start != math.prod(shape):
         raise ValueError(f"{path}: expected {math.prod(shape)} bytes for the shape {shape}, got {len(raw) - start}")
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8)[start:].reshape(shape)
-
-
-def load_folder(root: Path, size: int) -> DataSet:
-    """RGB images of ``size`` pixels from ``root/train/CLASS/`` and ``root/val/CLASS/``; labels are the folder names."""
-    names = tuple(sorted(path.name for path in subfolders(root / "train")))
-    if not names:
-        raise ValueError(f"{root / 'train'}: expected one folder of images for each class, got no folder")
-    extra = sorted({path.name for path in subfolders(root / "val")} - set(names))
-    if extra:
-        raise ValueError(f"{root / 'val'}: expected only classes of {root / 'train'}, got {', '.join(extra)}")
-    preprocessing = Preprocessing(resize=int(size / 0.875), crop=size)
-
-    def find(part: str) -> ImageFiles:
-        files = [
-            (path, label)
-            for label, name in enumerate(names)
-            for path in sorted((root / part / name).glob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        if not files:
-            raise ValueError(f"{root / part}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none")
-        labels = torch.tensor([label for _, label in files])
-        return ImageFiles([path for path, _ in files], labels, preprocessing)
-
-    return DataSet(find("train"), find("val"), names, preprocessing)
-
-
-def subfolders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: expected a folder with one folder of images for each class, got nothing")
-    return [path for path in folder.iterdir() if path.is_dir()]
 
 
 def load_digits() -> DataSet:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import Preprocessing
 from ..models import MobileMamba
-from ..weights.files import atomic_write
+from ..weights.files import atomic_write, naming
 
 __all__ = ["DTYPES", "FORMATS", "export"]
 
@@ -87,9 +87,10 @@ def export(
     written = eager.fuse() if fuse and format != "onnx" else eager
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / ("mobilemamba.pt2" if format == "aoti" else "mobilemamba")  # the archive stores the name
-        run = {"torchscript": _torchscript, "aoti": _aoti, "onnx": _onnx}[format](
-            copy.deepcopy(written).to(getattr(torch, dtype)), file, records
-        )
+        with naming(folder):
+            run = {"torchscript": _torchscript, "aoti": _aoti, "onnx": _onnx}[format](
+                copy.deepcopy(written).to(getattr(torch, dtype)), file, records
+            )
         difference = _difference(eager, run, preprocessing.crop, getattr(torch, dtype))
         if not difference <= (1e-4 if dtype == "float32" else 0.1):
             raise ValueError(
@@ -133,7 +134,8 @@ class Exported(nn.Module):
 
 
 def _torchscript(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[Tensor], Tensor]:
-    torch.jit.script(Exported(model)).save(str(path), _extra_files=records)
+    with path.open("wb") as file:  # given a path, torch ends the process where the disk is full
+        torch.jit.save(torch.jit.script(Exported(model)), file, _extra_files=records)
     return torch.jit.load(str(path), map_location=next(model.parameters()).device)
 
 
@@ -146,7 +148,8 @@ def _aoti(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[
         options = {"aot_inductor.package": True}
         files = torch._inductor.aot_compile(program.module(), (images,), options=options)
     assert isinstance(files, list)
-    package_pt2(path, aoti_files=files, extra_files=records)
+    with path.open("wb") as file:  # as above
+        package_pt2(file, aoti_files=files, extra_files=records)
     return torch._inductor.aoti_load_package(str(path))
 
 

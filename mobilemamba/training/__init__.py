@@ -4,5 +4,6 @@ from .config import TrainConfig
 from .evaluation import evaluate
 from .loop import train
 from .optimization import Ema, learning_rate, parameter_groups
+from .state import stored_config
 
-__all__ = ["Ema", "TrainConfig", "evaluate", "learning_rate", "parameter_groups", "train"]
+__all__ = ["Ema", "TrainConfig", "evaluate", "learning_rate", "parameter_groups", "stored_config", "train"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..weights.files import atomic_write
+from ..weights.files import atomic_write, naming
 
 __all__ = ["Log", "clock", "progress"]
 
@@ -19,17 +19,18 @@ class Log:
     """A file of JSON lines, one for each epoch.
 
     Opening it drops the lines of epochs after ``epochs_done``, which will be repeated, and a line that a killed process
-    left unfinished.
+    left unfinished. ``epochs`` are the epochs that have a line with their loss.
     """
 
     def __init__(self, path: Path, epochs_done: int) -> None:
-        lines = path.read_text().splitlines() if path.exists() and epochs_done else []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() and epochs_done else []
         kept = [line for line in lines if epoch_of(line) <= epochs_done]
+        self.epochs = {epoch_of(line) for line in kept if "loss" in json.loads(line)}
         atomic_write(path, lambda temporary: Path(temporary).write_text("".join(f"{x}\n" for x in kept)))
         self.path = path
 
     def write(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
 

@@ -5,6 +5,7 @@ state: a run that was killed and resumed gives the same bits as one that was not
 """
 
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 from .. import data, weights
 from ..models import MobileMamba
 from ..models.options import ModelOptions
-from ..weights.checkpoint import shorten
-from ..weights.files import atomic_write
-from ..weights.formats import TRAINING_FORMAT, VERSION, load_torch
+from ..weights.files import atomic_write, torch_save
+from ..weights.formats import TRAINING_FORMAT, VERSION
 from ..zoo import create_model
 from .config import TrainConfig
 from .evaluation import evaluate
+from .folder import RunFolder
 from .log import Log, clock, progress
 from .optimization import Ema, learning_rate, parameter_groups
+from .state import check_same, read_state
 
 __all__ = ["Run", "train"]
 
@@ -32,14 +34,16 @@ __all__ = ["Run", "train"]
 def train(config: TrainConfig, out: Path, device: str = "cpu", resume: bool = False) -> float:
     """Train a model and store it in the folder ``out``.
 
-    The run writes ``log.jsonl`` (one line per epoch), ``last.pt`` (the complete state after the latest epoch) and, at
-    the end, ``model.pt`` (the moving average of the weights).
+    The run writes ``log.jsonl`` (one line per epoch), ``last.pt`` (the complete state at the start, and after the
+    training part of each epoch) and, at the end, ``model.pt`` (the moving average of the weights).
 
     Args:
         config: the options that determine the result.
         out: the folder; it is made if it is missing.
         device: ``"cpu"`` or ``"cuda"``, perhaps with an index.
-        resume: continue from ``last.pt`` if ``out`` has one.
+        resume: continue from ``last.pt``. The options must be those of the run (:func:`stored_config`), except that the
+            data may be elsewhere and the number of epochs may be larger: the learning rate then follows the schedule
+            of the new number.
 
     Returns:
         The test accuracy of the stored weights, from 0 to 1.
@@ -47,26 +51,40 @@ def train(config: TrainConfig, out: Path, device: str = "cpu", resume: bool = Fa
     Raises:
         ValueError: an option or the data cannot be used, or ``last.pt`` was made with other options or data.
         FileExistsError: ``out`` holds a run and ``resume`` is False.
+        FileNotFoundError: ``out`` holds no run and ``resume`` is True; or the data are missing.
+        BlockingIOError: another process trains in ``out``.
         FloatingPointError: the loss or its gradient is not finite. ``last.pt`` keeps the state of the latest epoch.
     """
-    last, log_file, model_file = files = [out / name for name in ("last.pt", "log.jsonl", "model.pt")]
-    for path in files:
-        if path.exists() and not resume:
-            raise FileExistsError(f"{path} exists: continue that run with --resume, or choose another folder")
-    run = Run(config, data.load(config.data, config.image_size), torch.device(device))
-    if last.exists():
-        run.load(last)
-    out.mkdir(parents=True, exist_ok=True)
-    for path in files:
-        for unfinished in out.glob(f".{path.name}.*.tmp"):  # left by a process that was killed while saving
-            unfinished.unlink()
-    log = Log(log_file, epochs_done=run.epoch)
-    log.write({"config": asdict(config), "parameters": run.parameters, "torch": torch.__version__, "epoch": run.epoch})
-    while run.epoch < config.epochs:
-        log.write(run.train_epoch())
-        run.save(last)
-    accuracy = run.export(model_file)
-    log.write({"test_accuracy": accuracy, "file": model_file.name})
+    folder = RunFolder(out)
+    folder.check(resume)
+    try:
+        dataset = data.load(config.data, config.image_size, config.on_bad_image)
+    except FileNotFoundError as error:
+        hint = "; if the data have moved, say where with --data" if resume else ""
+        raise FileNotFoundError(f"{error}{hint}") from error
+    print(f"{config.data}: {dataset.describe()}", flush=True)
+    run = Run(config, dataset, torch.device(device))
+    with folder.locked():
+        folder.check(resume)  # another process may have trained here since
+        if resume:
+            run.load(folder.last)
+        else:
+            run.save(folder.last)  # before the first epoch: a folder that cannot be written costs no epoch
+        log = Log(folder.log, epochs_done=run.epoch)
+        log.write(
+            {"config": asdict(config), "parameters": run.parameters, "torch": torch.__version__, "epoch": run.epoch}
+        )
+        if run.epoch and run.epoch not in log.epochs:  # stopped between training and the end of the evaluation
+            log.write(run.evaluate_epoch())
+        while run.epoch < config.epochs:
+            run.train_epoch()
+            run.save(folder.last)
+            log.write(run.evaluate_epoch())
+        accuracy = run.export(folder.model)
+        bad = dataset.bad_images()
+        log.write({"test_accuracy": accuracy, "file": folder.model.name, "bad_images": bad})
+    if bad:
+        print(f"{bad} bad images were skipped; each is named above", file=sys.stderr)
     return accuracy
 
 
@@ -78,11 +96,14 @@ class Run:
         self.batch_size = min(config.batch_size, len(dataset.train.labels))
         if self.batch_size < 2:
             raise ValueError(f"BatchNorm needs at least 2 images in a batch, got {self.batch_size}")
+        self.fingerprint = dataset.fingerprint()
         self.steps_per_epoch = len(dataset.train.labels) // self.batch_size
         self.augment = data.Augmentation(config.flip, config.crop, config.erase)
         self.model_args = ModelOptions(num_classes=len(dataset.labels), in_chans=dataset.preprocessing.channels)
         self.epoch = 0
+        self.entry: dict[str, Any] = {}  # the latest epoch's line of the log, without its accuracy
         torch.manual_seed(config.seed)
+        assert config.drop_path is not None  # TrainConfig fills in the preset's
         options: ModelOptions = {**self.model_args, "drop_path_rate": config.drop_path}
         model = create_model(config.model, **options)
         self.model: MobileMamba = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -91,8 +112,8 @@ class Run:
         groups = parameter_groups(self.model, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
-    def train_epoch(self) -> dict[str, Any]:
-        """Pass once over the training images, in the random order of this epoch; returns its line of the log."""
+    def train_epoch(self) -> None:
+        """Pass once over the training images, in the random order of this epoch."""
         config, start, total = self.config, time.perf_counter(), 0.0
         seed = config.seed * 1_000_003 + self.epoch + 1
         torch.manual_seed(seed)  # for stochastic depth
@@ -101,25 +122,33 @@ class Run:
         batches = order[: self.steps_per_epoch * self.batch_size].view(-1, self.batch_size)
         self.model.train()
         for i, index in enumerate(progress(batches, self.describe)):
-            images = self.augment(self.dataset.train.images(index), generator)
-            total += self.train_step(images, self.dataset.train.labels[index], self.epoch * len(batches) + i)
+            images, labels = self.dataset.train.batch(index, replace=True)
+            total += self.train_step(self.augment(images, generator), labels, self.epoch * len(batches) + i)
         self.epoch += 1
         seconds = time.perf_counter() - start
-        entry = {
+        self.entry = {
             "epoch": self.epoch,
             "loss": round(total / len(batches), 5),
-            "ema_accuracy": evaluate(self.ema.model, self.dataset.test, self.dataset.preprocessing),
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": round(batches.numel() / seconds, 1),
             "seconds": round(seconds, 1),
         }
-        left = clock((time.perf_counter() - start) * (config.epochs - self.epoch))
+
+    def evaluate_epoch(self) -> dict[str, Any]:
+        """Measure the accuracy after the latest epoch; returns the epoch's line of the log."""
+        start, epochs = time.perf_counter(), self.config.epochs
+        accuracy, entry = self.accuracy(), self.entry
+        left = clock((entry["seconds"] + time.perf_counter() - start) * (epochs - self.epoch))
         print(
-            f"epoch {self.epoch}/{config.epochs}  loss {entry['loss']:.4f}  test {entry['ema_accuracy']:.2%}  "
+            f"epoch {self.epoch}/{epochs}  loss {entry['loss']:.4f}  test {accuracy:.2%}  "
             f"{entry['images_per_s']:.0f} images/s  {left} left",
             flush=True,
         )
-        return entry
+        return {**entry, "ema_accuracy": accuracy}
+
+    def accuracy(self) -> float:
+        """The test accuracy of the moving average, from 0 to 1."""
+        return evaluate(self.ema.model, self.dataset.test, self.dataset.preprocessing, self.config.batch_size)
 
     def train_step(self, images: Tensor, labels: Tensor, step: int) -> float:
         """One step of the optimizer and of the moving average; returns the loss.
@@ -173,12 +202,14 @@ class Run:
             "version": VERSION,
             "meta": self.meta(),
             "config": asdict(self.config),
+            "data": self.fingerprint,
             "epoch": self.epoch,
+            "entry": self.entry,
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        atomic_write(path, lambda temporary: torch.save(state, temporary))
+        atomic_write(path, lambda temporary: torch_save(state, temporary))
 
     def load(self, path: Path) -> None:
         """Continue from the state that :meth:`save` wrote.
@@ -186,30 +217,17 @@ class Run:
         Raises:
             ValueError: the file is damaged, or its run had other options or data.
         """
+        state = read_state(path)
         try:
-            self.restore(load_torch(path))
+            check_same(state, self.config, self.meta(), self.fingerprint)
+            weights.load_into(self.model, state["model"])
+            weights.load_into(self.ema.model, state["ema"])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-    def restore(self, state: Any) -> None:
-        """Continue from ``state``; the errors of :meth:`load`, without the name of the file."""
-        ours = isinstance(state, dict) and state.get("format") == TRAINING_FORMAT
-        version = state.get("version") if ours else "something else"
-        if version != VERSION:
-            raise ValueError(f"expected a training checkpoint of version {VERSION}, got {version}")
-        parts = {"config": dict, "meta": dict, "epoch": int, "model": dict, "ema": dict, "optimizer": dict}
-        absent = [part for part, kind in parts.items() if not isinstance(state.get(part), kind)]
-        if absent:
-            raise ValueError(f"expected a complete training checkpoint, got one without {', '.join(absent)}")
-        was = {**state["config"], **facts(state["meta"])}
-        now = {**asdict(self.config), **facts(self.meta())}
-        keys = (key for key in {**was, **now} if was.get(key) != now.get(key))
-        if differing := [f"{key} {was.get(key)} (now {now.get(key)})" for key in keys]:
-            raise ValueError(f"made with other options or data, expected the same: {shorten(differing)}")
-        weights.load_into(self.model, state["model"])
-        weights.load_into(self.ema.model, state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch = state["epoch"]
+        self.epoch, self.entry = state["epoch"], state["entry"]
+        if (before := state["config"]["epochs"]) != self.config.epochs:
+            print(f"{self.config.epochs} epochs instead of {before}: the learning rate follows the longer schedule")
 
     def export(self, path: Path) -> float:
         """Store the moving average for inference; returns the test accuracy of the stored weights, read back."""
@@ -218,10 +236,4 @@ class Run:
             tensors = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
         weights.save(path, weights.Checkpoint(tensors, **{**self.meta(), "preprocessing": self.dataset.preprocessing}))
         weights.load_into(self.ema.model, weights.read(path).state_dict, source=path)
-        return evaluate(self.ema.model, self.dataset.test, self.dataset.preprocessing)
-
-
-def facts(meta: dict[str, Any]) -> dict[str, Any]:
-    """``meta`` with one entry for each label, so that a comparison names the labels that differ."""
-    labels = {f"label {i}": label for i, label in enumerate(meta.get("labels") or ())}
-    return {**{key: value for key, value in meta.items() if key != "labels"}, **labels}
+        return self.accuracy()

@@ -3,10 +3,14 @@
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_write", "is_page", "sha256"]
+import torch
+
+__all__ = ["atomic_write", "is_page", "naming", "sha256", "torch_save"]
 
 PathLike = str | os.PathLike[str]
 
@@ -18,19 +22,46 @@ def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
     that is killed leaves ``.NAME.*.tmp`` behind.
 
     Raises:
-        FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: the folder of ``path`` does not exist, cannot be written, or is full. The message names ``path``.
     """
     path = Path(os.path.realpath(path))  # a symbolic link stays; its target is replaced
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} into")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with naming(path, instead_of=temporary):
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: PathLike, instead_of: PathLike | None = None) -> Iterator[None]:
+    """Lets errors of the system name ``path`` where they name no file, as those of a write, or ``instead_of``."""
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        unnamed = error.filename is None or (instead_of is not None and error.filename == os.fspath(instead_of))
+        if error.errno is None or not unnamed:
+            raise
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def torch_save(content: Any, path: PathLike) -> None:
+    """``torch.save`` whose error for a full disk is an OSError.
+
+    Torch's own writer raises RuntimeError. With a Python file it meets the OSError, and may raise RuntimeError then.
+    """
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def sha256(path: PathLike) -> str:

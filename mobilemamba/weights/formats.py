@@ -17,7 +17,7 @@ import torch
 from ..data import Preprocessing
 from . import published
 from .checkpoint import Checkpoint
-from .files import atomic_write, is_page
+from .files import atomic_write, is_page, torch_save
 from .identify import check_model_args, fitting_presets, guess_model_args
 from .networks import find_network
 
@@ -79,6 +79,9 @@ def load_torch(path: Path) -> Any:
     Raises:
         ValueError: the file holds other objects, or is not torch's; one line, without the name of the file.
     """
+    with path.open("rb") as file:
+        if file.read(2) not in (b"PK", b"\x80\x02"):  # a zip archive, and torch's format before 1.6
+            raise ValueError("expected a checkpoint (torch or safetensors), got something else")
     if _is_torchscript(path):
         raise ValueError("expected a checkpoint, got a TorchScript program; save the state_dict() of its model instead")
     try:
@@ -175,13 +178,13 @@ def save(path: PathLike, checkpoint: Checkpoint) -> None:
         checkpoint.preprocessing.check_channels(channels)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state_dict.items()}
     if path.suffix == ".safetensors":
-        save_file, _ = _safetensors()
+        to_bytes, _ = _safetensors()
         # only one key: safetensors writes several keys in random order, and equal weights should give equal files
         metadata = {FORMAT: json.dumps({"version": VERSION, **checkpoint.meta()})}
-        atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+        atomic_write(path, lambda temporary: temporary.write_bytes(to_bytes(tensors, metadata)))
     elif path.suffix in (".pt", ".pth"):
         content = {"format": FORMAT, "version": VERSION, "meta": checkpoint.meta(), "state_dict": tensors}
-        atomic_write(path, lambda temporary: torch.save(content, temporary))
+        atomic_write(path, lambda temporary: torch_save(content, temporary))
     else:
         raise ValueError(f"{path}: expected a name that ends with .safetensors, .pt or .pth")
 
@@ -189,10 +192,10 @@ def save(path: PathLike, checkpoint: Checkpoint) -> None:
 def _safetensors() -> tuple[Any, Any]:
     try:
         from safetensors import safe_open
-        from safetensors.torch import save_file
+        from safetensors.torch import save as to_bytes
     except ImportError as error:
         raise ValueError("safetensors files need the package safetensors: pip install safetensors") from error
-    return save_file, safe_open
+    return to_bytes, safe_open
 
 
 def _one_line(error: Exception) -> str:

@@ -49,12 +49,10 @@ def check_refusals(program: Path) -> None:
         ([broken["newer"], DRESS], "format version 2 is newer than the 1 that this program reads"),
         ([broken["newer.pt2"], DRESS], "format version 2 is newer than the 1 that this program reads"),
         ([broken["other"], DRESS], "expected a file of `mobilemamba export`"),
-        ([model, DATA / "missing.png"], "no such image file"),
-        ([model, broken["text"]], "expected a JPEG or PNG image"),
-        ([model, broken["cut.png"]], "not a readable image"),
-        ([model, broken["cut.jpg"]], "not a readable image"),
         ([model, DRESS, "--device", "cuda"], "has no CUDA"),
-        ([model, DRESS, "--device", "tpu"], "unknown option --device tpu"),
+        ([model, DRESS, "--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        ([model, DRESS, "--topk"], "unknown option --topk; usage: "),
+        ([model, DRESS, "-x"], "unknown option -x; usage: "),
         ([model, DRESS, "--threads", "0"], "expected a number of at least 1, got '0'"),
         ([model, DRESS, "--threads"], "expected a value"),
         ([model], "usage: "),
@@ -65,6 +63,21 @@ def check_refusals(program: Path) -> None:
         assert done.stderr.startswith("mobilemamba-classify: error: "), (arguments, done)
         assert done.stderr.count("\n") == 1, (arguments, done)
         assert message in done.stderr, (arguments, done)
+    done = run(program, "--help")
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert done.stdout.startswith("usage: mobilemamba-classify MODEL IMAGE..."), done
+    check_bad_images(program, model, broken)
+
+
+def check_bad_images(program: Path, model: Path, broken: dict[str, Path]) -> None:
+    """The other images have their results; each bad one has a line, and the exit code is 1."""
+    bad = [DATA / "missing.png", broken["text"], broken["cut.png"], broken["cut.jpg"]]
+    done = run(program, model, bad[0], DRESS, *bad[1:], BAG)
+    assert done.returncode == 1, done
+    assert done.stdout.splitlines()[::6] == [str(DRESS), str(BAG)], done
+    messages = ("no such image file", "expected a JPEG or PNG image", "not a readable image", "not a readable image")
+    for line, path, message in zip(done.stderr.splitlines(), bad, messages, strict=True):
+        assert line.startswith(f"mobilemamba-classify: error: {path}: {message}"), done
 
 
 def write_broken(model: Path) -> dict[str, Path]:

@@ -1,0 +1,98 @@
+"""A data set and its two parts, as training and evaluation see them."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .image_files import describe_skipped
+from .preprocessing import Preprocessing
+
+__all__ = ["DataSet", "InMemory", "Split"]
+
+
+class Split(Protocol):
+    """One part of a data set, for training or for testing."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Class of each image, int64 ``(N,)``."""
+        ...
+
+    @property
+    def bad(self) -> Mapping[int, str]:
+        """What is wrong with each image that could not be read so far, by its index. These images were skipped."""
+        ...
+
+    def batch(self, index: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
+        """The images at ``index`` ``(B,)`` as uint8 ``(B, C, H, W)``, and their labels, int64 ``(B,)``.
+
+        Args:
+            replace: if bad images are skipped, the next good image takes the place of a bad one. Otherwise the batch
+                is smaller by the bad images.
+
+        Raises:
+            ValueError, OSError: an image cannot be read, and bad images are not skipped.
+        """
+        ...
+
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """For each group of images: their number, and a hash that changes with their names, order or labels."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set for training.
+
+    Args:
+        train, test: the two parts.
+        labels: names of the classes.
+        preprocessing: how a trained model prepares an image; its mean and std normalise the training images too.
+        skipped: how many files are not part of the data set, by suffix.
+    """
+
+    train: Split
+    test: Split
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """One line: the number of images and classes, the smallest class, the skipped files."""
+        counts = torch.bincount(self.train.labels, minlength=len(self.labels))
+        smallest = int(counts.argmin())
+        parts = (
+            f"{len(self.train.labels)} training images, {len(self.test.labels)} test images, {len(self.labels)} classes"
+            f" (smallest: {self.labels[smallest]}, {counts[smallest]} training images)",
+            describe_skipped(self.skipped),
+        )
+        return "; ".join(filter(None, parts))
+
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """The fingerprints of both parts."""
+        parts = {"train": self.train, "test": self.test}
+        return {f"{part}/{key}": value for part in parts for key, value in parts[part].fingerprint().items()}
+
+    def bad_images(self) -> int:
+        """How many images could not be read so far, and were skipped."""
+        return len(self.train.bad) + len(self.test.bad)
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Images in memory: ``pixels`` uint8 ``(N, C, H, W)``, ``labels`` int64 ``(N,)``."""
+
+    pixels: Tensor
+    labels: Tensor
+    bad: ClassVar[Mapping[int, str]] = {}
+
+    def batch(self, index: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
+        return self.pixels[index], self.labels[index]
+
+    def fingerprint(self) -> dict[str, list[Any]]:
+        digest = hashlib.sha256(repr((list(self.pixels.shape), self.labels.tolist())).encode()).hexdigest()
+        return {"all": [len(self.labels), digest]}
