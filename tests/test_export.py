@@ -92,7 +92,7 @@ def test_onnx(tmp_path, name, sizes):
         actual = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     stored = session.get_modelmeta().custom_metadata_map
-    assert stored["mobilemamba.labels"] == "\n".join(entry.labels or ())
+    assert stored["mobilemamba.labels"] == "\n".join(entry.labels)
     assert stored["mobilemamba.crop"] == str(entry.preprocessing.crop)
 
 

@@ -98,6 +98,12 @@ def test_table() -> None:
     assert [entry.preprocessing.resize for entry in published[::2]] == [219, 219, 256, 292, 438, 585]
     assert weights.entry("s6", distilled=True).top1 == 80.7
     assert len(weights.entry("nano").labels) == 10
+    imagenet = weights.entry("s6").labels
+    assert all(entry.labels is imagenet for entry in published)
+    assert len(set(imagenet)) == 1000
+    assert all(label and label == label.strip() for label in imagenet)
+    spots = {0: "tench", 134: "crane bird", 281: "tabby", 388: "giant panda", 517: "crane", 999: "toilet tissue"}
+    assert {index: imagenet[index] for index in spots} == spots
     with pytest.raises(ValueError, match="unknown model 'zz'; expected one of nano, t2, t4, s6, b1, b2, b4"):
         weights.entry("zz")
     with pytest.raises(ValueError, match="no distilled weights for model 'nano'; expected one of t2, t4, s6, b1"):
@@ -245,6 +251,7 @@ def test_create_model_downloads(server: Server, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(weights.table, "DRIVE_URL", server.url + "?id={id}")
     model = create_model("t2", pretrained="distilled")
     assert model.distillation
+    assert weights.load(weights.entry("t2", distilled=True)).labels[281] == "tabby"
     assert all(
         torch.equal(a, b) for a, b in zip(source.state_dict().values(), model.state_dict().values(), strict=True)
     )

@@ -6,11 +6,9 @@ from pathlib import Path
 import torch
 
 from . import files
-from .table import WeightsEntry
+from .table import ASSETS, WeightsEntry
 
 __all__ = ["cache_dir", "download"]
-
-ASSETS = Path(__file__).parent / "assets"
 
 
 def cache_dir() -> Path:
