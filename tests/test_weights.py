@@ -295,7 +295,7 @@ def test_a_disk_that_is_full(server: Server, cache: Path, torch_file: bytes, mon
     assert weights.download(T2, url=server.url, progress=False).read_bytes() == torch_file
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
 def test_a_file_system_without_locks(
     server: Server, cache: Path, torch_file: bytes, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
