@@ -63,6 +63,8 @@ def test_plain_state_dict(tmp_path: Path) -> None:
     back = weights.read(tmp_path / "plain.pt")
     assert (back.preset, back.labels, back.preprocessing) == ("nano", None, None)
     assert back.model_args == {"num_classes": 7, "in_chans": 3, "distillation": True}
+    torch.save(create_model("nano", num_classes=1000).state_dict(), tmp_path / "plain.pt")
+    assert weights.read(tmp_path / "plain.pt").labels is None
     torch.save(create_model("nano", num_classes=0).state_dict(), tmp_path / "plain.pt")
     assert weights.read(tmp_path / "plain.pt").model_args["num_classes"] == 0
 
@@ -97,6 +99,7 @@ def test_published(tmp_path: Path, t2: dict[str, Tensor], prefix: str, wrap: str
     head, transition = back.state_dict["head.norm.weight"], back.state_dict["stages.2.transition.4.project.conv.weight"]
     assert torch.equal(head, t2["head.bn.weight"])
     assert torch.equal(transition, t2["blocks3.2.1.m.pw2.c.weight"])
+    assert back.labels == list(weights.entry("t2").labels)
     if wrap == "plain":
         weights.load_into(create_model("t2"), back.state_dict)
 
@@ -540,6 +543,7 @@ def test_convert(tmp_path: Path, t2: dict[str, Tensor]) -> None:
     }
     back = weights.read(target)
     assert (back.preset, back.preprocessing) == ("t2", Preprocessing(resize=219, crop=192))
+    assert back.labels[999] == "toilet tissue"
     weights.load_into(create_model("t2"), back.state_dict)
     again = zoo.convert(target, tmp_path / "again.safetensors")
     assert again["sha256"] == summary["sha256"]

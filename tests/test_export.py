@@ -7,6 +7,7 @@ import zipfile
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import mobilemamba
 from mobilemamba import cli, weights
@@ -92,7 +93,7 @@ def test_onnx(tmp_path, name, sizes):
         actual = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     stored = session.get_modelmeta().custom_metadata_map
-    assert stored["mobilemamba.labels"] == "\n".join(entry.labels or ())
+    assert stored["mobilemamba.labels"] == "\n".join(entry.labels)
     assert stored["mobilemamba.crop"] == str(entry.preprocessing.crop)
 
 
@@ -133,6 +134,10 @@ def test_what_contradicts_the_model_is_refused(model, tmp_path):
     target = tmp_path / "nano.pt"
     with pytest.raises(ValueError, match="expected 10 labels, got 1"):
         export(model, target, "torchscript", preprocessing=NANO.preprocessing, labels=["a"])
+    pruned = mobilemamba.nano(num_classes=2)
+    prune.random_unstructured(pruned.stages[1].transition[2].squeeze_excite.reduce, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"squeeze_excite\.reduce has hooks, .*prune\.remove"):
+        export(pruned, target, "torchscript", preprocessing=NANO.preprocessing)
     with pytest.raises(ValueError, match="expected a model with values, got one on the device meta"):
         export(model.to("meta"), target, "torchscript", preprocessing=NANO.preprocessing)
     assert list(tmp_path.iterdir()) == []

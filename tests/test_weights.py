@@ -1,8 +1,11 @@
 """Weights by name: the table, downloads from a server on this machine with all that can go wrong, and loading."""
 
+import errno
+import fcntl
 import hashlib
 import http.server
 import io
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,7 +66,7 @@ def server() -> Iterator[Server]:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
         state.url = f"http://127.0.0.1:{http_server.server_port}/file"
-        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        threading.Thread(target=http_server.serve_forever, args=(0.01,), daemon=True).start()  # seconds to stop
         yield state
         http_server.shutdown()
 
@@ -98,6 +101,12 @@ def test_table() -> None:
     assert [entry.preprocessing.resize for entry in published[::2]] == [219, 219, 256, 292, 438, 585]
     assert weights.entry("s6", distilled=True).top1 == 80.7
     assert len(weights.entry("nano").labels) == 10
+    imagenet = weights.entry("s6").labels
+    assert all(entry.labels is imagenet for entry in published)
+    assert len(set(imagenet)) == 1000
+    assert all(label and label == label.strip() for label in imagenet)
+    spots = {0: "tench", 134: "crane bird", 281: "tabby", 388: "giant panda", 517: "crane", 999: "toilet tissue"}
+    assert {index: imagenet[index] for index in spots} == spots
     with pytest.raises(ValueError, match="unknown model 'zz'; expected one of nano, t2, t4, s6, b1, b2, b4"):
         weights.entry("zz")
     with pytest.raises(ValueError, match="no distilled weights for model 'nano'; expected one of t2, t4, s6, b1"):
@@ -237,6 +246,72 @@ def test_simultaneous_downloads(server: Server, cache: Path, torch_file: bytes) 
     assert names(cache) == ["mobilemamba-t2-plain.pth", "mobilemamba-t2-plain.pth.sha256"]
 
 
+def read_only(path: Path, write: object) -> None:
+    raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+
+def test_a_file_in_a_folder_that_cannot_be_written(
+    cache: Path, torch_file: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is used, without a record of its hash."""
+    cache.mkdir()
+    (cache / T2.file_name).write_bytes(torch_file)
+    monkeypatch.setattr(weights.files, "atomic_write", read_only)
+    assert weights.download(T2) == cache / T2.file_name
+    with pytest.raises(ValueError, match=f"expected sha256 {'0' * 64}"):
+        weights.download(T2, sha256="0" * 64)
+    assert names(cache) == [T2.file_name]
+
+
+@pytest.mark.parametrize("place", ["file/cache", "file", "/proc/cache"])
+def test_a_download_that_cannot_be_stored(
+    server: Server, tmp_path: Path, torch_file: bytes, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    server.body = torch_file
+    (tmp_path / "file").touch()
+    folder = tmp_path / place
+    monkeypatch.setenv("MOBILEMAMBA_WEIGHTS", str(folder))
+    message = (
+        f"{T2.file_name} cannot be stored in {folder}: .*; put the file from {server.url} at {folder}/{T2.file_name}"
+    )
+    with pytest.raises(OSError, match=f"^{message}, or let MOBILEMAMBA_WEIGHTS name a folder that can be wr") as caught:
+        weights.download(T2, url=server.url, progress=False)
+    assert "\n" not in str(caught.value)
+    assert server.ranges_asked == []
+
+
+def test_a_disk_that_is_full(server: Server, cache: Path, torch_file: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The received data is kept, as after a cut."""
+    server.body = torch_file
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"cannot be stored in .*: No space left on device; put the file from http"):
+            weights.download(T2, url=server.url, progress=False)
+    assert names(cache) == [f"{T2.file_name}.part"]
+    assert weights.download(T2, url=server.url, progress=False).read_bytes() == torch_file
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks(
+    server: Server, cache: Path, torch_file: bytes, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    server.body, server.cut = torch_file, 100_000
+    with pytest.raises(OSError, match=r"failed: the connection ended after 100000 of \d+ bytes; try again, or put"):
+        weights.download(T2, url=server.url, progress=False)
+    assert names(cache) == []  # nobody would continue it
+    server.cut = None
+    assert weights.download(T2, url=server.url, progress=False).read_bytes() == torch_file
+    assert names(cache) == [T2.file_name, f"{T2.file_name}.sha256"]
+
+
 def test_create_model_downloads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     source = create_model("t2", distillation=True)
     buffer = io.BytesIO()
@@ -245,6 +320,7 @@ def test_create_model_downloads(server: Server, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(weights.table, "DRIVE_URL", server.url + "?id={id}")
     model = create_model("t2", pretrained="distilled")
     assert model.distillation
+    assert weights.load(weights.entry("t2", distilled=True)).labels[281] == "tabby"
     assert all(
         torch.equal(a, b) for a, b in zip(source.state_dict().values(), model.state_dict().values(), strict=True)
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..data import Preprocessing
 from ..models import MobileMamba
+from ..models.layers import check_foldable
 from ..weights.files import atomic_write, naming
 
 __all__ = ["DTYPES", "FORMATS", "export"]
@@ -52,8 +53,9 @@ def export(
         The largest difference between the logits of the file and of the model, over the largest logit of the model.
 
     Raises:
-        ValueError: the options exclude each other, or the logits of the file differ too much from the model's: by more
-            than 1e-4 in float32, 0.1 in a 16-bit type. No file is written then.
+        ValueError: the options exclude each other or do not fit the model, ``fuse`` refuses the model, or the logits of
+            the file differ too much from the model's: by more than 1e-4 in float32, 0.1 in a 16-bit type. No file is
+            written then.
     """
     if format not in FORMATS or dtype not in DTYPES:
         raise ValueError(f"expected one of {', '.join(FORMATS)} in {', '.join(DTYPES)}, got {format} in {dtype}")
@@ -82,9 +84,12 @@ def export(
         raise ValueError("expected labels of one line each, got a label with a line break")
     records["mobilemamba.labels"] = "\n".join(labels or ())
 
-    eager = copy.deepcopy(model).eval()
     # ONNX takes the unfused layers: the operators of fused ones have no translation. Its exporter folds BatchNorm.
-    written = eager.fuse() if fuse and format != "onnx" else eager
+    fuse = fuse and format != "onnx"
+    if fuse:
+        check_foldable(model)  # before the copy, which fails with torch's words on a pruned model
+    eager = copy.deepcopy(model).eval()
+    written = eager.fuse() if fuse else eager
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / ("mobilemamba.pt2" if format == "aoti" else "mobilemamba")  # the archive stores the name
         with naming(folder):

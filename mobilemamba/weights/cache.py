@@ -1,16 +1,15 @@
 """The cache of downloaded weights: each file is downloaded once, and its hash is checked at every use."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from . import files
-from .table import WeightsEntry
+from .table import ASSETS, WeightsEntry
 
 __all__ = ["cache_dir", "download"]
-
-ASSETS = Path(__file__).parent / "assets"
 
 
 def cache_dir() -> Path:
@@ -23,7 +22,8 @@ def download(entry: WeightsEntry, sha256: str | None = None, progress: bool = Tr
     """The path of the weights file of ``entry``. If :func:`cache_dir` does not have the file, it is downloaded.
 
     The authors publish no hashes. So the first use records the SHA-256 beside the file (``.sha256``, in sha256sum's
-    format), and every later use checks it. A caller who knows the hash can pass it.
+    format), and every later use checks it. A folder that cannot be written gets no record; a file in it is used all the
+    same. A caller who knows the hash can pass it.
 
     Args:
         entry: an entry of the table of weights.
@@ -32,7 +32,8 @@ def download(entry: WeightsEntry, sha256: str | None = None, progress: bool = Tr
         url: download from here instead of ``entry.url``.
 
     Raises:
-        OSError: the download failed; the next call continues it.
+        OSError: the download failed, and the next call continues it; or the folder cannot be written or read. The
+            message says where to put the file, and that ``MOBILEMAMBA_WEIGHTS`` names another folder.
         ValueError: the downloaded data is not a torch file, or the hash differs.
     """
     if entry.drive_id is None:
@@ -43,14 +44,15 @@ def download(entry: WeightsEntry, sha256: str | None = None, progress: bool = Tr
     target = cache_dir() / entry.file_name
     source = url or entry.url
     assert source is not None
-    if not target.exists():
+    if not os.path.exists(target):
         from .fetch import fetch  # here: its HTTP modules would cost `import mobilemamba` 10 ms
 
         fetch(source, target, lambda part: _check_hash(part, target, sha256), progress)
     digest = _check_hash(target, target, sha256)
     record = _record(target)
     if not record.exists():
-        files.atomic_write(record, lambda path: path.write_text(f"{digest}  {target.name}\n"))
+        with suppress(OSError):  # a folder of the administrator, or on a disk that is full or read only
+            files.atomic_write(record, lambda path: path.write_text(f"{digest}  {target.name}\n"))
     return target
 
 

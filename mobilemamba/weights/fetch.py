@@ -1,5 +1,6 @@
 """Downloads one large file: resumable, atomic, safe beside other processes. The received data is checked."""
 
+import errno
 import fcntl
 import html
 import http.client
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,11 @@ __all__ = ["fetch"]
 
 TIMEOUT = 30  # seconds without data before a read fails
 BLOCK = 1 << 18  # bytes
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of flock
+NOT_STORED = (  # errors of a folder; those of the network have other numbers, or none
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+)
 CONFIRM_HOST = "drive.usercontent.google.com"  # Google Drive's form may send its answer here
 
 
@@ -30,7 +37,8 @@ def fetch(url: str, target: Path, check: Callable[[Path], object], progress: boo
     """Download ``url`` to ``target``, unless ``target`` exists. Returns ``target``.
 
     The data is in ``target`` + ``.part`` until it is complete and ``check(path)`` has passed. An interrupted download
-    is continued. If another process downloads the same file, this one waits for it. Google Drive asks for confirmation
+    is continued. If another process downloads the same file, this one waits for it. On a file system without locks each
+    process downloads to a part of its own, and an interrupted download starts again. Google Drive asks for confirmation
     before it sends a large file; the function confirms.
 
     Args:
@@ -38,35 +46,51 @@ def fetch(url: str, target: Path, check: Callable[[Path], object], progress: boo
         progress: show a progress line on stderr.
 
     Raises:
-        OSError: no connection, or the connection broke. The received data is kept, and the next call continues.
+        OSError: no connection, or the connection broke: the received data is kept, and the next call continues. Or the
+            folder of ``target`` cannot be written.
         ValueError: the received data is a web page or a damaged file. It is deleted. If a web page arrives instead of
             the rest of a file, the data of earlier calls is kept.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    with _locked(part, until=target) as file:
-        if file is None:
-            return target
-        try:
-            _receive(url, file, target.name, progress)
-            file.flush()
-            os.fsync(file.fileno())
-            _check_whole(part)
-            check(part)
-        except ValueError as error:
-            if not isinstance(error, _WebPageError) or part.stat().st_size == 0:
-                part.unlink()
-            raise ValueError(f"download of {target.name} refused: {error} ({url})") from error
-        except (OSError, http.client.HTTPException) as error:
-            if part.stat().st_size == 0:
-                part.unlink()
-            reason = getattr(error, "reason", error)
-            raise OSError(
-                f"download of {target.name} failed: {reason}; try again to continue it, "
-                f"or put the file from {url} at {target}"
-            ) from error
-        os.replace(part, target)
+    elsewhere = f"put the file from {url} at {target}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_name(target.name + ".part"), until=target) as file:
+            if file is not None:
+                _fetch_into(file, url, target, check, progress, elsewhere)
+    except OSError as error:
+        if error.errno not in NOT_STORED:
+            raise
+        raise OSError(
+            f"{target.name} cannot be stored in {target.parent}: {error.strerror}; {elsewhere}, or let "
+            "MOBILEMAMBA_WEIGHTS name a folder that can be written"
+        ) from error
     return target
+
+
+def _fetch_into(
+    file: BinaryIO, url: str, target: Path, check: Callable[[Path], object], progress: bool, elsewhere: str
+) -> None:
+    """Receive the rest of ``url`` in the part ``file``, check it, and rename it to ``target``."""
+    part = Path(file.name)
+    try:
+        _receive(url, file, target.name, progress)
+        file.flush()
+        os.fsync(file.fileno())
+        _check_whole(part)
+        check(part)
+    except ValueError as error:
+        if not isinstance(error, _WebPageError) or part.stat().st_size == 0:
+            part.unlink()
+        raise ValueError(f"download of {target.name} refused: {error} ({url})") from error
+    except (OSError, http.client.HTTPException) as error:
+        if part.stat().st_size == 0:
+            part.unlink()
+        if isinstance(error, OSError) and error.errno in NOT_STORED:
+            raise
+        reason = getattr(error, "reason", error)
+        again = "try again to continue it" if part.suffix == ".part" else "try again"
+        raise OSError(f"download of {target.name} failed: {reason}; {again}, or {elsewhere}") from error
+    os.replace(part, target)
 
 
 class _WebPageError(ValueError):
@@ -75,10 +99,26 @@ class _WebPageError(ValueError):
 
 @contextmanager
 def _locked(part: Path, until: Path) -> Iterator[BinaryIO | None]:
-    """The part file, open and locked by this process; None if ``until`` exists, perhaps after waiting for the lock."""
+    """The part file, open and locked by this process; None if ``until`` exists, perhaps after waiting for the lock.
+
+    On a file system without locks it is a new file of this process, removed at the end.
+    """
     while not until.exists():
         with part.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                if part.stat().st_size == 0:
+                    part.unlink()
+                own = part.with_name(f"{part.name}.{uuid.uuid4().hex}")
+                try:
+                    with own.open("ab") as file:
+                        yield file
+                finally:
+                    own.unlink(missing_ok=True)
+                return
             # another process may have renamed or removed the file while this one waited for the lock
             if part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat()):
                 if until.exists():

@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint
 from .files import atomic_write, is_page, torch_save
 from .identify import check_model_args, fitting_presets, guess_model_args
 from .networks import find_network
+from .table import IMAGENET_LABELS
 
 __all__ = ["TRAINING_FORMAT", "VERSION", "load_torch", "read", "save"]
 
@@ -35,7 +36,8 @@ def read(path: PathLike) -> Checkpoint:
 
     The network may be inside other dicts (``state_dict``, ``model``, ...), and its keys may have a prefix (``module.``,
     ``_orig_mod.``, ``backbone.``, ...). A training checkpoint gives its moving average of the weights, if it has one.
-    Code in the file is never run. The content tells the format, not the name.
+    A published checkpoint with 1000 classes gets the names of ImageNet's. Code in the file is never run. The content
+    tells the format, not the name.
 
     Raises:
         FileNotFoundError: no such file.
@@ -139,11 +141,13 @@ def _interpret(tensors: Any, meta: Any) -> Checkpoint:
     if not isinstance(tensors, Mapping):
         raise ValueError(f"expected a state dict of tensors, got {type(tensors).__name__}")
     state_dict = find_network(tensors)
-    if published.is_published(state_dict):
+    if is_published := published.is_published(state_dict):
         state_dict = published.convert(state_dict)
     if meta is None:
-        fitting = fitting_presets(state_dict)
-        return Checkpoint(state_dict, fitting[0] if len(fitting) == 1 else None, guess_model_args(state_dict))
+        fitting, args = fitting_presets(state_dict), guess_model_args(state_dict)
+        is_imagenet = is_published and args["num_classes"] == len(IMAGENET_LABELS)
+        labels = list(IMAGENET_LABELS) if is_imagenet else None
+        return Checkpoint(state_dict, fitting[0] if len(fitting) == 1 else None, args, labels)
     version = meta.get("version") if isinstance(meta, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"expected version {VERSION} of the format, got {version!r}")

@@ -47,8 +47,7 @@ def load(source: Source, preset: str | None = None) -> Checkpoint:
     """
     stored = read(locate(source))
     if isinstance(source, WeightsEntry):
-        labels = list(source.labels) if source.labels else None
-        return replace(stored, preset=source.preset, labels=labels, preprocessing=source.preprocessing)
+        return replace(stored, preset=source.preset, labels=list(source.labels), preprocessing=source.preprocessing)
     name = preset or stored.preset
     if name is None:
         fitting = fitting_presets(stored.state_dict)

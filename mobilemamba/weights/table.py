@@ -1,12 +1,19 @@
 """The table of weights that have a name: the contents of each file, and where it is published."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..data import Preprocessing
 from ..data.datasets import FASHION_MNIST_LABELS, FASHION_MNIST_PREPROCESSING
 from ..models.presets import check_preset
 
-__all__ = ["ENTRIES", "WeightsEntry", "entry"]
+__all__ = ["ASSETS", "ENTRIES", "IMAGENET_LABELS", "WeightsEntry", "entry"]
+
+ASSETS = Path(__file__).parent / "assets"
+
+#: Short names of the 1000 classes of ImageNet-1k in the usual order, all different. Source: torchvision 0.29.1,
+#: torchvision.models._meta._IMAGENET_CATEGORIES.
+IMAGENET_LABELS = tuple((ASSETS / "imagenet1k.txt").read_text(encoding="utf-8").splitlines())
 
 DRIVE_URL = "https://drive.usercontent.google.com/download?id={id}&export=download&confirm=t"
 
@@ -22,7 +29,7 @@ class WeightsEntry:
         drive_id: Google Drive's identifier of the published file.
         preprocessing: how the model expects its images.
         top1, top5: published accuracy in percent on the test images; None if none was published.
-        labels: names of the classes; None for the 1000 classes of ImageNet-1k, which are in the usual order.
+        labels: names of the classes.
     """
 
     preset: str
@@ -32,7 +39,7 @@ class WeightsEntry:
     preprocessing: Preprocessing
     top1: float | None = None
     top5: float | None = None
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str, ...] = field(default=IMAGENET_LABELS, repr=False)
 
     @property
     def url(self) -> str | None:
