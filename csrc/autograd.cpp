@@ -2,6 +2,7 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/threshold_backward.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "differentiable.h"
 #include "mobilemamba.h"
@@ -122,6 +123,14 @@ struct PackedConv {
   static variable_list gradients(AutogradContext* ctx, const Tensor& grad) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &packed = saved[1], &bias = saved[2];
+    if (TORCH_GUARD_OR_FALSE(input.sym_numel().sym_eq(0)))  // torch's convolution refuses a height or width of 0
+      return {at::zeros_like(input),
+              at::zeros_like(packed),
+              at::zeros_like(bias),
+              residual_gradient(ctx, grad),
+              Tensor(),
+              Tensor(),
+              Tensor()};
     const int64_t kernel_size = ctx->saved_data["kernel_size"].toInt(), stride = ctx->saved_data["stride"].toInt();
     const int64_t pad = kernel_size / 2;
     const Tensor weight = unpack_conv2d_weight(packed, bias.size(0), input.size(1), kernel_size);

@@ -1,5 +1,6 @@
 // The public C++ interface: the operators as functions. A program that links the library also registers them with
-// torch.
+// torch. A function throws c10::Error, with one line that names the argument, if an argument does not fit: its shape,
+// dtype or device; a kernel size beyond 32767, a stride beyond 2^31 - 1, a dimension beyond 2^32.
 #pragma once
 
 #include <ATen/core/Tensor.h>

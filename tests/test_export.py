@@ -1,5 +1,6 @@
 """Files for programs without Python: what is in them, that they compute the same, what is refused. C++: tests/cpp."""
 
+import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -73,7 +74,7 @@ def test_without_the_library_torchscript_says_what_to_link(model, tmp_path):
         pytest.param("s6", [(1, 224, 224), (3, 160, 97), (1, 30, 33)], marks=pytest.mark.full),
     ],
 )
-def test_onnx(tmp_path, name, sizes):
+def test_onnx(tmp_path, request, name, sizes):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     torch.manual_seed(0)
@@ -92,9 +93,41 @@ def test_onnx(tmp_path, name, sizes):
             expected = model(images)
         actual = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    check_other_readers(tmp_path / "model.onnx", images.numpy(), actual, run=request.config.option.full)
     stored = session.get_modelmeta().custom_metadata_map
     assert stored["mobilemamba.labels"] == "\n".join(entry.labels)
     assert stored["mobilemamba.crop"] == str(entry.preprocessing.crop)
+
+
+def check_other_readers(path, images, expected, run):
+    """OpenVINO, and what ONNX Runtime does before quantization, read fewer forms of loops and paddings.
+
+    With ``run`` they read the file, which takes seconds.
+    """
+    onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+    model = onnx.load(path)
+    loops = [node for node in model.graph.node if node.op_type == "Loop"]
+    bodies = [attribute.g for loop in loops for attribute in loop.attribute if attribute.name == "body"]
+    paddings = [node for graph in (model.graph, *bodies) for node in graph.node if node.op_type == "Pad"]
+    assert len(bodies) == len(loops) > 0
+    assert all(trips and condition for trips, condition, *_ in (loop.input for loop in loops))
+    assert len(paddings) == 5 * len(loops)  # four in a loop, one before a Haar transform
+    assert all(len(node.input) == 3 and all(node.input) for node in paddings)  # the data, pads of all axes, the value
+
+    if not run:
+        return
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+    inferred = SymbolicShapeInference.infer_shapes(model, auto_merge=True)
+    (logits,) = inferred.graph.output
+    assert [dim.dim_param or dim.dim_value for dim in logits.type.tensor_type.shape.dim] == ["batch", expected.shape[1]]
+
+    if importlib.util.find_spec("openvino"):
+        import openvino
+
+        compiled = openvino.Core().compile_model(str(path), "CPU")
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(torch.from_numpy(compiled([images])[0]), expected, rtol=1e-4, atol=1e-4 * scale)
 
 
 @pytest.fixture(scope="module")

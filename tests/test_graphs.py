@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_ffn import arguments_of as ffn_arguments
 from test_operators import depthwise_arguments, haar_arguments, scan_arguments
+from test_torch_func import OPERATORS
 
 import mobilemamba
 from mobilemamba import ops
@@ -71,7 +72,7 @@ def test_meta_of_depthwise_is_like_the_cpu():
 
 
 def outputs(result):
-    return result if isinstance(result, tuple) else (result,)
+    return result if isinstance(result, (tuple, list)) else (result,)
 
 
 def test_meta_has_the_shapes_strides_and_dtypes_of_the_cpu():
@@ -187,17 +188,42 @@ def test_model_scripted_and_loaded_again(model, fused):
         torch.testing.assert_close(loaded(x), model(x))
 
 
+class Stages(torch.nn.Module):
+    def __init__(self, model: mobilemamba.MobileMamba):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return self.model.forward_features(images, stages=True)
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of the input's shape
-def test_fused_model_traced_at_one_batch_runs_at_any(model):
+@pytest.mark.parametrize("fused", [False, True])
+def test_model_traced_at_one_size_runs_at_any(fused):
     """12 images are several parts of a batch for each layer that takes parts; a trace keeps none of them."""
-    fused = model.fuse()
-    traced = torch.jit.trace(fused, torch.randn(12, 1, 28, 28))
-    kinds = [node.kind() for node in traced.inlined_graph.nodes()]
-    assert kinds.count("mobilemamba::backbone") == 1
-    for batch in (1, 12, 32):
-        x = torch.randn(batch, 1, 28, 28)
-        assert torch.equal(traced(x), fused(x))
+    model = mobilemamba.nano(depths=(1, 1, 1)).eval()
+    model = model.fuse() if fused else model
+    for network, batch in ((model, 8), (Stages(model), 12)):
+        traced = torch.jit.trace(network, torch.randn(batch, 1, 28, 28), check_trace=False)
+        if fused:
+            kinds = [node.kind() for node in traced.inlined_graph.nodes()]
+            assert kinds.count("mobilemamba::backbone") == 1
+        for shape in ((1, 1, 28, 28), (32, 1, 17, 28), (3, 1, 1, 1)):
+            x = torch.randn(shape)
+            for actual, expected in zip(outputs(traced(x)), outputs(network(x)), strict=True):
+                torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_traced_at_one_size_runs_at_any(name):
+    """Also where the other size has another number of parts of a batch."""
+    function, arguments, images = OPERATORS[name]
+    traced = torch.jit.trace(function, arguments)
+    many = [torch.cat([x] * 9) if i in images else x for i, x in enumerate(arguments)]
+    one = [x[:1] if i in images else x for i, x in enumerate(arguments)]
+    for other in (one, many):
+        torch.testing.assert_close(traced(*other), function(*other))
 
 
 def test_distilled_model_scripted():

@@ -131,11 +131,14 @@ def test_where_the_kernel_divides_patches(kernel, stride, inputs, dtype):
         assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else LOW_PRECISION[dtype])
 
 
-def test_without_inputs():
-    weight = ops.pack_conv2d_weight(torch.zeros(5, 0, 1, 1))
-    bias = torch.randn(5)
-    y = ops.packed_conv2d(torch.zeros(2, 0, 3, 4), weight, bias)
-    assert torch.equal(y, bias[:, None, None].expand(2, 5, 3, 4))
+def test_refuses_no_channels():
+    for out, inputs, message in (
+        (5, 0, r"input has .*, expected in_channels of at"),
+        (0, 5, "bias has .*, expected out_"),
+    ):
+        weight = ops.pack_conv2d_weight(torch.zeros(out, inputs, 1, 1))
+        with pytest.raises(RuntimeError, match="^packed_conv2d: " + message):
+            ops.packed_conv2d(torch.zeros(2, inputs, 3, 4), weight, torch.zeros(out))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -31,6 +31,7 @@ MOBILEMAMBA_HOST_DEVICE int64_t accumulate_bytes(DType type) {
   return type == DType::float64 ? 8 : 4;
 }
 
+/// For sizes within the bounds of ops/common.h.
 MOBILEMAMBA_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

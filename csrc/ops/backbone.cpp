@@ -64,11 +64,11 @@ class Layers {
 
 void BackboneArguments::check() const {
   const Checks check("backbone", "input", input);
-  check.dimensions("input", input, 4, image_layout);
+  check_dense_image(check, "input", input);
   TORCH_CHECK(!strides.empty(), "backbone: strides has 0 values, expected at least 1");
   TORCH_CHECK(!depths.empty(), "backbone: depths has 0 values, expected at least 1");
   for (size_t i = 0; i < strides.size(); ++i)
-    TORCH_CHECK(strides[i] >= 1, "backbone: strides[", i, "] is ", strides[i], ", expected at least 1");
+    check_stride("backbone", c10::str("strides[", i, "]").c_str(), strides[i]);
   size_t expected = strides.size() * convolution_weights + (depths.size() - 1) * transition_weights;
   for (size_t i = 0; i < depths.size(); ++i) {
     const int64_t most = static_cast<int64_t>(weights.size() / block_weights);

@@ -5,6 +5,8 @@
 #include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+
 namespace mobilemamba {
 
 DType kernel_dtype(at::ScalarType type) {
@@ -38,6 +40,26 @@ at::Tensor empty_parameter(const at::Tensor& x) {
   return at::empty_symint(x.sym_sizes(), x.options());
 }
 
+void check_sizes(const char* op, const char* name, c10::SymIntArrayRef shape) {
+  int64_t elements = 1;
+  for (const c10::SymInt& size : shape) {
+    const int64_t known = std::max<int64_t>(size.maybe_as_int().value_or(1), 1);
+    TORCH_CHECK(known <= largest_size && elements <= largest_elements / known, op, ": ", name, " has shape ", shape,
+                ", expected sizes of at most 2^32 and at most 2^56 elements, where an empty dimension counts as 1");
+    elements *= known;
+  }
+}
+
+void check_kernel_size(const char* op, const char* name, int64_t kernel_size) {
+  TORCH_CHECK(kernel_size >= 1 && kernel_size <= largest_kernel_size && kernel_size % 2 == 1, op, ": ", name, " is ",
+              kernel_size, ", expected an odd number from 1 to ", largest_kernel_size);
+}
+
+void check_stride(const char* op, const char* name, int64_t stride) {
+  TORCH_CHECK(stride >= 1 && stride <= largest_stride, op, ": ", name, " is ", stride,
+              ", expected at least 1 and at most ", largest_stride);
+}
+
 Checks::Checks(const char* op, const char* main_name, const at::Tensor& main)
     : op_(op), main_name_(main_name), main_(main) {
   const at::ScalarType type = main.scalar_type();
@@ -48,6 +70,7 @@ Checks::Checks(const char* op, const char* main_name, const at::Tensor& main)
 void Checks::dimensions(const char* name, const at::Tensor& tensor, int64_t expected, const char* layout) const {
   TORCH_CHECK(tensor.dim() == expected, op_, ": ", name, " has shape ", tensor.sym_sizes(), ", expected ", expected,
               " dimensions ", layout);
+  check_sizes(op_, name, tensor.sym_sizes());
 }
 
 void Checks::shape(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected, const char* layout) const {
@@ -95,6 +118,8 @@ void Checks::kernel(const char* name, const at::Tensor& tensor, const c10::SymIn
   parameter(name, tensor, {out, planes, k, k}, layout);
   TORCH_SYM_CHECK((k % 2).sym_eq(1), op_, ": ", name, " has shape ", tensor.sym_sizes(),
                   ", expected an odd kernel size k");
+  TORCH_CHECK(k.maybe_as_int().value_or(1) <= largest_kernel_size, op_, ": ", name, " has shape ", tensor.sym_sizes(),
+              ", expected a kernel size k of at most ", largest_kernel_size);
 }
 
 }  // namespace mobilemamba

@@ -18,6 +18,16 @@ inline at::ScalarType accumulate_type(at::ScalarType type) {
 
 DType kernel_dtype(at::ScalarType type);
 
+/// Bounds of sizes, far beyond any memory. With them no sum or product that is computed from sizes overflows an
+/// int64_t: of a few sizes of one tensor, or of the square of a kernel size and a number of channels.
+constexpr int64_t largest_size = int64_t{1} << 32, largest_elements = int64_t{1} << 56;
+constexpr int64_t largest_kernel_size = (1 << 15) - 1, largest_stride = (int64_t{1} << 31) - 1;
+
+/// Checks the sizes `shape` of the argument `name` of the operator `op`. Symbolic sizes are checked with their values.
+void check_sizes(const char* op, const char* name, c10::SymIntArrayRef shape);
+void check_kernel_size(const char* op, const char* name, int64_t kernel_size);
+void check_stride(const char* op, const char* name, int64_t stride);
+
 /// ceil_div for sizes that may be symbolic.
 inline c10::SymInt ceil_div(const c10::SymInt& a, int64_t b) {
   return (a + (b - 1)) / b;
@@ -49,7 +59,8 @@ class Checks {
   /// The other arguments must match the device and dtype of `main`.
   Checks(const char* op, const char* main_name, const at::Tensor& main);
 
-  /// `layout` names the dimensions, such as "(batch, channels, length)".
+  /// The number of dimensions, and sizes within the bounds. `layout` names the dimensions, such as
+  /// "(batch, channels, length)".
   void dimensions(const char* name, const at::Tensor& tensor, int64_t expected, const char* layout) const;
   void shape(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected, const char* layout) const;
   void at_least_one(const char* what, const c10::SymInt& size, const char* name, const at::Tensor& tensor) const;

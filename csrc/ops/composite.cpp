@@ -38,11 +38,19 @@ at::Tensor dense_conv2d(const at::Tensor& input, const at::Tensor& weight, const
   return std::string_view(activation) == "relu" ? y.relu_() : y;
 }
 
+void check_dense_image(const Checks& check, const char* name, const at::Tensor& image) {
+  check.dimensions(name, image, 4, image_layout);
+  check.at_least_one("channels", image.sym_size(1), name, image);
+  check.at_least_one("a height", image.sym_size(2), name, image);
+  check.at_least_one("a width", image.sym_size(3), name, image);
+}
+
 c10::SymInt check_dense_conv2d(const Checks& check, const char* weight_name, const at::Tensor& weight,
                                const char* bias_name, const at::Tensor& bias, const c10::SymInt& in,
                                int64_t kernel_size) {
   check.dimensions(bias_name, bias, 1, "(out_channels)");
   const c10::SymInt out = bias.sym_size(0);
+  check.at_least_one("out_channels", out, bias_name, bias);
   check.parameter(bias_name, bias, {out}, "(out_channels)");
   check.dimensions(weight_name, weight, 4, "(out_channels, in_channels, k, k)");
   if (is_packed(weight))

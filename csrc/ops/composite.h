@@ -13,6 +13,9 @@ namespace mobilemamba {
 at::Tensor dense_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, int64_t kernel_size,
                         int64_t stride, const char* activation);
 
+/// Checks an image that has at least one channel and pixel.
+void check_dense_image(const Checks& check, const char* name, const at::Tensor& image);
+
 /// Checks the weight and the bias (out) of dense_conv2d and returns out.
 c10::SymInt check_dense_conv2d(const Checks& check, const char* weight_name, const at::Tensor& weight,
                                const char* bias_name, const at::Tensor& bias, const c10::SymInt& in,

@@ -35,7 +35,7 @@ void DepthwiseArguments::check(const std::optional<at::Tensor>& residual) const 
   const c10::SymInt channels = input.sym_size(1);
   check.kernel("weight", weight, channels, 1, "(channels, 1, k, k)");
   if (bias) check.parameter("bias", *bias, {channels}, "(channels)");
-  TORCH_CHECK(stride >= 1, "depthwise_conv2d: stride is ", stride, ", expected at least 1");
+  check_stride("depthwise_conv2d", "stride", stride);
   if (residual) check.like_main("residual", *residual, output_sizes(input, stride), output_layout);
   activation_of(activation);
 }

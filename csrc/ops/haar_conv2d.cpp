@@ -19,8 +19,8 @@ void check_haar_conv2d_backward_weight(const at::Tensor& grad_output, const at::
   const Checks check("haar_conv2d_backward_weight", "input", input);
   check.dimensions("input", input, 4, image_layout);
   check.like_main("grad_output", grad_output, input.sym_sizes(), image_layout);
-  TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1, "haar_conv2d_backward_weight: kernel_size is ", kernel_size,
-              ", expected a positive odd number");
+  check_kernel_size("haar_conv2d_backward_weight", "kernel_size", kernel_size);
+  check_sizes("haar_conv2d_backward_weight", "the gradient", {input.sym_size(1) * 4, 1, kernel_size, kernel_size});
 }
 
 at::Tensor haar_grad_weight(const at::Tensor& input, int64_t kernel_size) {

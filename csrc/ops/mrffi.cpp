@@ -105,6 +105,7 @@ void MrffiArguments::check(const std::optional<at::Tensor>& residual) const {
       .rank = w.dt_weight.sym_size(2),
       .state = w.A_log.sym_size(2),
   };
+  check.at_least_one("an inner width D", sizes.inner, "A_log", w.A_log);
   TORCH_SYM_CHECK((sizes.global + sizes.local).sym_le(sizes.channels), "mrffi: input has ", sizes.channels,
                   " channels, expected at least the ", sizes.global, " of out_bias and the ", sizes.local,
                   " of local_bias");

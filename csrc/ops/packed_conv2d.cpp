@@ -18,9 +18,11 @@ std::vector<c10::SymInt> packed_sizes(const c10::SymInt& out, const c10::SymInt&
 
 at::Tensor pack_conv2d_weight(const at::Tensor& weight) {
   constexpr int64_t panel = PackedConvForward::panel;
-  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == weight.size(3) && weight.size(3) % 2 == 1,
+  check_sizes("pack_conv2d_weight", "weight", weight.sym_sizes());
+  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == weight.size(3) && weight.size(3) % 2 == 1 &&
+                  weight.size(3) <= largest_kernel_size,
               "pack_conv2d_weight: weight has shape ", weight.sizes(),
-              ", expected 4 dimensions (out_channels, in_channels, k, k), k odd");
+              ", expected 4 dimensions (out_channels, in_channels, k, k), k odd and at most ", largest_kernel_size);
   const at::Tensor rows = weight.permute({0, 2, 3, 1}).flatten(1);
   const int64_t out = rows.size(0), in = rows.size(1), panels = ceil_div(out, panel), pairs = ceil_div(in, 2);
   const at::Tensor padded = at::constant_pad_nd(rows, {0, 2 * pairs - in, 0, panels * panel - out});
@@ -58,12 +60,14 @@ void PackedConvArguments::check() const {
   const Checks check("packed_conv2d", "input", input);
   check.dimensions("input", input, 4, "(batch, in_channels, height, width)");
   check.dimensions("bias", bias, 1, "(out_channels)");
-  TORCH_CHECK(kernel_size >= 1 && kernel_size % 2 == 1, "packed_conv2d: kernel_size is ", kernel_size,
-              ", expected an odd number");
-  TORCH_CHECK(stride >= 1, "packed_conv2d: stride is ", stride, ", expected at least 1");
+  check_kernel_size("packed_conv2d", "kernel_size", kernel_size);
+  check_stride("packed_conv2d", "stride", stride);
+  check.at_least_one("in_channels", input.sym_size(1), "input", input);
+  check.at_least_one("out_channels", bias.sym_size(0), "bias", bias);
   check.like_main("weight", weight, packed_sizes(bias.sym_size(0), input.sym_size(1) * (kernel_size * kernel_size)),
                   "(ceil(out_channels / 32), ceil(in_channels * kernel_size^2 / 2), 32, 2), as packed");
   check.parameter("bias", bias, {bias.sym_size(0)}, "(out_channels)");
+  check_sizes("packed_conv2d", "the output", output_sizes(*this));
   if (residual)
     check.like_main("residual", *residual, output_sizes(*this), "(batch, out_channels, height, width) of the output");
   TORCH_CHECK(activation == "none" || activation == "relu", "packed_conv2d: activation is \"", activation,
@@ -84,6 +88,7 @@ at::Tensor conv2d_with_torch(const at::Tensor& input, const at::Tensor& weight, 
 
 at::Tensor PackedConvArguments::with_torch() const {
   check();
+  if (input.numel() == 0) return output();
   const at::Tensor plain = unpack_conv2d_weight(weight, bias.size(0), input.size(1), kernel_size);
   at::Tensor y = conv2d_with_torch(input.contiguous(at::MemoryFormat::ChannelsLast), plain, bias, stride)
                      .contiguous(at::MemoryFormat::ChannelsLast);

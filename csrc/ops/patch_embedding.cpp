@@ -15,7 +15,7 @@ constexpr int64_t embedding_part_images = 4;
 
 void check(const at::Tensor& input, at::TensorList weights, at::TensorList biases, at::IntArrayRef strides) {
   const Checks check("patch_embedding", "input", input);
-  check.dimensions("input", input, 4, image_layout);
+  check_dense_image(check, "input", input);
   TORCH_CHECK(!weights.empty(), "patch_embedding: weights has 0 tensors, expected at least 1");
   TORCH_CHECK(biases.size() == weights.size(), "patch_embedding: biases has ", biases.size(), " tensors, expected ",
               weights.size(), " like weights");
@@ -26,7 +26,7 @@ void check(const at::Tensor& input, at::TensorList weights, at::TensorList biase
     const std::string weight = c10::str("weights[", i, "]"), bias = c10::str("biases[", i, "]");
     channels =
         check_dense_conv2d(check, weight.c_str(), weights[i], bias.c_str(), biases[i], channels, embedding_kernel_size);
-    TORCH_CHECK(strides[i] >= 1, "patch_embedding: strides[", i, "] is ", strides[i], ", expected at least 1");
+    check_stride("patch_embedding", c10::str("strides[", i, "]").c_str(), strides[i]);
   }
 }
 

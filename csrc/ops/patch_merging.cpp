@@ -27,7 +27,7 @@ struct MergingArguments {
 
 void check(const MergingArguments& a) {
   const Checks check("patch_merging", "input", a.input);
-  check.dimensions("input", a.input, 4, image_layout);
+  check_dense_image(check, "input", a.input);
   const auto dense = [&](const char* weight_name, const at::Tensor& weight, const char* bias_name,
                          const at::Tensor& bias, const c10::SymInt& in) {
     return check_dense_conv2d(check, weight_name, weight, bias_name, bias, in, 1);

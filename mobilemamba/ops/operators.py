@@ -3,6 +3,8 @@
 Each function only calls ``torch.ops.mobilemamba``, so it works under autograd, autocast, ``torch.jit.script``,
 ``torch.compile`` and ``torch.export``, on every backend that the library was built for.
 
+Kernel sizes are at most 32767, strides at most 2^31 - 1, dimensions at most 2^32.
+
 They work inside ``torch.vmap`` and ``torch.func.grad``. Forward-mode derivatives are refused, and second derivatives of
 the operators that are differentiable once: docs/derivatives.md has the table.
 """
@@ -157,10 +159,12 @@ def packed_conv2d(
     It has zero padding of ``kernel_size // 2`` on every side. The weight has the memory order of the CPU kernel.
 
     Args:
-        input: ``(batch, in_channels, height, width)``; float16, bfloat16, float32 or float64, any strides.
-            Channels-last, or a slice of its channels, is the fast layout; other layouts are copied to it first.
+        input: ``(batch, in_channels, height, width)`` with at least one channel; float16, bfloat16, float32 or
+            float64, any strides. Channels-last, or a slice of its channels, is the fast layout; other layouts are
+            copied to it first.
         weight: packed by :func:`pack_conv2d_weight`, in the dtype of ``input``.
-        bias: ``(out_channels,)``, in the dtype of ``input``, or float32 beside a float16 or bfloat16 ``input``.
+        bias: ``(out_channels,)``, at least one, in the dtype of ``input``, or float32 beside a float16 or bfloat16
+            ``input``.
         residual: added last; of the output's shape, in the dtype of ``input``.
         kernel_size: of the weight before packing, odd.
         stride: of the convolution, at least 1.
