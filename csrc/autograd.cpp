@@ -67,7 +67,7 @@ struct Haar {
 struct HaarBackwardWeight {
   static constexpr const char* name = "haar_conv2d_backward_weight";
 
-  static void save(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, int64_t kernel_size) {
+  static void save(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, int64_t) {
     ctx->save_for_backward({grad_output, input});
   }
 
