@@ -132,6 +132,7 @@ def main() -> None:
     names = [f"{kind}:{model}" for model in args.model for kind in ("fused", "scripted")]
     names += [f"{kind}:{path}" for path in args.onnx for kind in args.runtimes]
     settings = {**common.setting(torch.device("cpu")), "cores": os.cpu_count(), "beside": args.beside}
+    settings |= {runtime: common.version(runtime) for runtime in args.runtimes if args.onnx}
     columns = ["contestant", "busy processes", "calls", "ms, median", "95 %", "longest", "95 % to quiet median"]
     report = common.Report(settings, columns, args.json, None)
     quiet: dict[str, float] = {}
@@ -146,9 +147,11 @@ def main() -> None:
         for name, values in times.items():
             median, high = statistics.median(values), statistics.quantiles(values, n=20)[-1]
             quiet.setdefault(name, median)
-            row = [Path(name).name, count, len(values), *(f"{ms:.1f}" for ms in (median, high, max(values)))]
+            label = ":".join(Path(part).name for part in name.split(":", 1))
+            figures = {"median ms": median, "95 % ms": high, "longest ms": max(values)}
+            row = [label, str(count), str(len(values)), *(f"{ms:.1f}" for ms in figures.values())]
             row.append(f"{high / quiet[name]:.1f}")
-            report.add(list(map(str, row)), {"contestant": name, "busy": count, "ms": [round(ms, 2) for ms in values]})
+            report.add(row, {"contestant": label, "busy": count, "calls": len(values), **figures})
     raise SystemExit(report.close())
 
 
