@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mobilemamba
 from mobilemamba import ops
 from mobilemamba.models import MobileMamba
 
@@ -35,7 +36,9 @@ def by_layers(model: MobileMamba, x: Tensor) -> list[Tensor]:
 def arguments(model: MobileMamba, x: Tensor) -> list[Any]:
     weights: Any = [weight for part in (model.patch_embed, *model.stages) for weight in part.weights()]
     head: Any = model.head
-    return [x, weights, model.patch_strides, model.depths, *head.weights()]
+    patch_embed: Any = model.patch_embed
+    depths = [len(stage.blocks) for stage in model.stages]  # type: ignore[arg-type]
+    return [x, weights, patch_embed.strides, depths, *head.weights()]
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 32, 32), (13, 2, 33, 17), (0, 2, 8, 8), (2, 2, 1, 1)])
@@ -137,3 +140,48 @@ def test_the_images_are_checked(fused: MobileMamba) -> None:
     for run in (fused, fused.forward_features, torch.jit.script(fused)):
         with pytest.raises(Exception, match=r"of shape \(batch, 2, height, width\), got \[2, 3, 8, 8\]"):
             run(torch.zeros(2, 3, 8, 8))
+
+
+@torch.no_grad()
+def test_norms_with_another_eps() -> None:
+    model = mobilemamba.nano(pretrained=True).eval()
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    x = torch.randn(2, 1, 28, 28)
+    before = model(x)
+    for epsilons in ([0.5] * len(norms), [0.1 * i + 0.01 for i in range(len(norms))]):
+        for norm, eps in zip(norms, epsilons, strict=True):
+            norm.eps = eps
+        expected, fused = model(x), model.fuse()
+        assert (expected - before).abs().max() > 1e-3
+        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.jit.script(fused)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def without_head(model: Any) -> None:
+    model.head = nn.Identity()
+
+
+def without_a_block(model: Any) -> None:
+    model.stages[1].blocks = model.stages[1].blocks[:-1]
+
+
+def identity_for_a_block(model: Any) -> None:
+    model.stages[1].blocks[0] = nn.Identity()
+
+
+def without_the_last_stage(model: Any) -> None:
+    del model.stages[2]
+    model.head = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [without_head, without_a_block, identity_for_a_block, without_the_last_stage])
+@torch.no_grad()
+def test_layers_can_be_taken_out(change: Any) -> None:
+    model, x = mobilemamba.nano(pretrained=True).eval(), torch.randn(2, 1, 28, 28)
+    fused = model.fuse()
+    change(model)
+    change(fused)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+    fused_after = model.fuse()
+    torch.testing.assert_close(fused_after(x), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.jit.script(fused_after)(x), model(x), rtol=1e-4, atol=1e-5)

@@ -109,6 +109,22 @@ def test_parametrized_weights_are_used(model):
     assert not torch.allclose(model(X), before)
 
 
+@torch.no_grad()
+def test_fuse_takes_parametrized_weights(model):
+    class Negated(nn.Module):
+        def forward(self, weight):
+            return -weight
+
+    x = torch.randn(2, 1, 28, 28)
+    before = model(x)
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d):
+            nn.utils.parametrize.register_parametrization(module, "weight", Negated())
+    expected = model(x)
+    assert (expected - before).abs().max() > 1e-3
+    torch.testing.assert_close(model.fuse()(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def refused_hook(model):
     model.stages[0].blocks[0].ffn0.expand.conv.register_forward_hook(lambda *_: None)
 

@@ -125,7 +125,7 @@ class Team {
   }
 
  private:
-  /// Units of tasks, of which a region has at most 2^23 or so, are counted in these bits of a word.
+  /// Units of tasks are counted in these bits of a word. A region has less than 2^24.
   static constexpr int unit_bits = 24;
   static constexpr uint32_t dismissed = UINT32_MAX;
 
@@ -151,7 +151,9 @@ class Team {
   }
 
   void announce(uint32_t number) {
-    announced_.store(number, std::memory_order_release);
+    // not release: notify_all reads libstdc++'s count of sleepers, and must not do so before this store is seen.
+    // Otherwise a worker that falls asleep in between stays asleep, and `dismiss` waits for it without end.
+    announced_.store(number, std::memory_order_seq_cst);
     announced_.notify_all();
   }
 

@@ -245,7 +245,7 @@ class DistilledClassifier(nn.Module):
         return labels
 
 
-#: The classes of all modules in a fused model.
+#: The classes of the modules in a fused model, but for the first stage's transition.
 FOLDED_LAYERS = frozenset(
     {
         DenseConv2d,
@@ -259,7 +259,6 @@ FOLDED_LAYERS = frozenset(
         FoldedSqueezeExcite,
         FoldedStage,
         FoldedTransition,
-        nn.Identity,
         nn.ModuleList,
     }
 )
@@ -341,7 +340,6 @@ class MobileMamba(nn.Module):
         drop_path_rate = checks.real("drop_path_rate", drop_path_rate, below=1)
         self.in_chans, self.num_features = in_chans, widths[-1]
         self.fused = False
-        self.patch_strides, self.depths = list(patch_strides), list(depths)
         reduction = 1
         stem: list[nn.Module] = []
         chans = in_chans
@@ -397,7 +395,7 @@ class MobileMamba(nn.Module):
         """
         x = checked_images(x, self.in_chans)
         if self.fused:
-            if torch.jit.is_scripting() or self._runs_as_one(x):
+            if torch.jit.is_scripting() or self._runs_as_one(x, False):
                 return self._run_fused(x, None, None)
         x = self.patch_embed(x)
         maps: list[Tensor] = []
@@ -407,17 +405,38 @@ class MobileMamba(nn.Module):
         return maps
 
     @torch.jit.unused
-    def _runs_as_one(self, x: Tensor) -> bool:
+    def _runs_as_one(self, x: Tensor, head: bool) -> bool:
         """Whether one operator may stand for the fused layers: none has hooks or was replaced, and no tracer asks."""
-        if isinstance(x, torch.fx.Proxy):
+        if isinstance(x, torch.fx.Proxy) or not self._is_whole():
             return False
-        return all(type(m) in FOLDED_LAYERS and are_plain(type(m), m) for m in self.modules() if m is not self)
+        first = self.stages[0].transition
+        parts = (self.patch_embed, self.stages, self.head) if head else (self.patch_embed, self.stages)
+        modules = (m for part in parts for m in part.modules() if m is not first)
+        return all(type(m) in FOLDED_LAYERS and are_plain(type(m), m) for m in modules)
+
+    @torch.jit.unused
+    def _is_whole(self) -> bool:
+        """Whether the stages are built as the operator expects. Users take layers out, or set the eps of a norm."""
+        blocks: list[nn.Module] = []
+        for i, stage in enumerate(self.stages):
+            if type(stage.transition) is not (FoldedTransition if i else nn.Identity):
+                return False
+            blocks += stage.blocks  # type: ignore[arg-type]
+        if not all(type(block) is FoldedBlock and type(block.mixer) is FoldedMRFFI for block in blocks):
+            return False
+        return len(self.stages) > 0 and len({block.mixer.eps for block in blocks}) <= 1  # type: ignore[union-attr]
 
     def _run_fused(self, x: Tensor, head_weight: Tensor | None, head_bias: Tensor | None) -> list[Tensor]:
         weights = self.patch_embed.weights()  # type: ignore[operator]
+        depths: list[int] = []
+        eps = 1e-5
         for stage in self.stages:
             weights += stage.weights()  # type: ignore[operator]
-        return backbone(x, weights, self.patch_strides, self.depths, head_weight, head_bias)
+            depths.append(len(stage.blocks))  # type: ignore[arg-type]
+            for block in stage.blocks:  # type: ignore[union-attr]
+                eps = block.mixer.eps
+        strides = self.patch_embed.strides
+        return backbone(x, weights, strides, depths, head_weight, head_bias, eps)  # type: ignore[arg-type]
 
     @overload
     def forward_features(self, x: Tensor, stages: Literal[False] = False) -> Tensor: ...
@@ -476,7 +495,7 @@ class MobileMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Logits:
         if self.fused_head:
-            if torch.jit.is_scripting() or self._runs_as_one(x):
+            if torch.jit.is_scripting() or self._runs_as_one(x, True):
                 head = self.head.weights()  # type: ignore[operator]
                 return self._run_fused(checked_images(x, self.in_chans), head[0], head[1])[-1]
         return self.forward_head(self.forward_stages(x)[-1])
@@ -538,7 +557,9 @@ class MobileMamba(nn.Module):
             fused.to(first.dtype)
         else:
             fold_batchnorm(fused)
-        fused.distillation, fused.fused, fused.fused_head = False, True, isinstance(fused.head, FoldedLinear)
+        fused.distillation = False
+        fused.fused = isinstance(fused.patch_embed, FoldedPatchEmbedding) and fused._is_whole()
+        fused.fused_head = fused.fused and isinstance(fused.head, FoldedLinear)
         for module in fused.modules():
             if isinstance(module, Folded) and next(module.parameters()).device.type in ("cpu", "cuda"):
                 module.pack()

@@ -57,6 +57,8 @@ def check_foldable(model: nn.Module) -> None:
                     f"fuse: {inner} has hooks, which the fused layer would not run; remove them before "
                     "(for pruning: torch.nn.utils.prune.remove)"
                 )
+            if ".parametrizations." in inner:
+                continue  # a parametrized weight is folded with the value that it has
             known = type(part).forward.__module__.startswith(("torch.nn.", f"{__package__}."))
             if not known or "forward" in part.__dict__:
                 raise ValueError(
