@@ -185,3 +185,19 @@ def test_layers_can_be_taken_out(change: Any) -> None:
     fused_after = model.fuse()
     torch.testing.assert_close(fused_after(x), model(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.jit.script(fused_after)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_scripted_with_hooks_or_another_head(fused: MobileMamba) -> None:
+    x = torch.randn(2, 2, 16, 16)
+    model = copy.deepcopy(fused)
+    model.head = nn.Linear(64, 3)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+    def halved(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output * 0.5
+
+    model = copy.deepcopy(fused)
+    model.stages[0].blocks[0].register_forward_hook(halved)  # type: ignore[union-attr,operator]
+    assert not torch.equal(model(x), fused(x))
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))

@@ -187,7 +187,7 @@ class Team {
       const std::lock_guard lock(error_mutex_);
       if (!error_) error_ = std::current_exception();
     }
-    if (in_flight_.fetch_sub(static_cast<int32_t>(units), std::memory_order_acq_rel) == units) in_flight_.notify_all();
+    if (in_flight_.fetch_sub(static_cast<int32_t>(units), std::memory_order_seq_cst) == units) in_flight_.notify_all();
   }
 
   std::vector<Share> shares_;

@@ -415,6 +415,16 @@ class MobileMamba(nn.Module):
         return all(type(m) in FOLDED_LAYERS and are_plain(type(m), m) for m in modules)
 
     @torch.jit.unused
+    def __prepare_scriptable__(self) -> "MobileMamba":
+        """What torch.jit.script compiles: layer by layer where one operator may not stand for the fused layers."""
+        if not self.fused:
+            return self
+        scripted = copy.copy(self)
+        scripted.fused = self._runs_as_one(torch.empty(0), False)
+        scripted.fused_head = self.fused_head and self._runs_as_one(torch.empty(0), True)
+        return scripted
+
+    @torch.jit.unused
     def _is_whole(self) -> bool:
         """Whether the stages are built as the operator expects. Users take layers out, or set the eps of a norm."""
         blocks: list[nn.Module] = []
