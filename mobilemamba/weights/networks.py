@@ -11,8 +11,9 @@ __all__ = ["find_network", "without_wrappers"]
 #: Parts of keys that come from torch.compile, from data parallelism and from activation checkpointing.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
-#: The first part of a key that names a layer, in this package's names and in the published ones.
-LAYER = re.compile(r"(?:^|(?<=\.))(?:patch_embed|stages|blocks[123])\.\d+\.")
+#: The first part of a key that names a layer, in this package's names and in the published ones. A prefix may end
+#: anywhere: "student_stages.0." too.
+LAYER = re.compile(r"(?:patch_embed|stages|blocks[123])\.\d+\.")
 
 #: The name of a moving average: ema, model_ema, state_dict_ema, ema_model, ... and net_E of the published files.
 AVERAGE = re.compile(r"(?:^|[._])(?:[Ee][Mm][Aa]|net_E)(?:$|[._])")
