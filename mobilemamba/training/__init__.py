@@ -1,9 +1,25 @@
 """Training: the loop, its options, evaluation."""
 
 from .config import TrainConfig
+from .distillation import open_teacher
 from .evaluation import evaluate
+from .interruption import EXIT_CODE, Interrupted
 from .loop import train
-from .optimization import Ema, learning_rate, parameter_groups
+from .optimization import learning_rate, moving_average, parameter_groups
+from .recipes import RECIPES, recipe
 from .state import stored_config
 
-__all__ = ["Ema", "TrainConfig", "evaluate", "learning_rate", "parameter_groups", "stored_config", "train"]
+__all__ = [
+    "EXIT_CODE",
+    "RECIPES",
+    "Interrupted",
+    "TrainConfig",
+    "evaluate",
+    "learning_rate",
+    "moving_average",
+    "open_teacher",
+    "parameter_groups",
+    "recipe",
+    "stored_config",
+    "train",
+]

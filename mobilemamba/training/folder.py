@@ -53,8 +53,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: worker processes would inherit that
+            except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise BlockingIOError(
