@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import __version__
-from . import classify, convert, export, info, train
+from . import classify, convert, evaluate, export, info, plot, train
 from .options import Parser, one_line
 
 __all__ = ["main"]
