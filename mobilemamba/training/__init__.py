@@ -1,9 +1,22 @@
-"""Training: the loop, its options, evaluation."""
+"""Training: the loop, its options, freezing, evaluation, curves."""
 
 from .config import TrainConfig
-from .evaluation import evaluate
+from .evaluation import Result, evaluate
+from .finetuning import FREEZABLE, freeze, freeze_norms
 from .loop import train
 from .optimization import Ema, learning_rate, parameter_groups
 from .state import stored_config
 
-__all__ = ["Ema", "TrainConfig", "evaluate", "learning_rate", "parameter_groups", "stored_config", "train"]
+__all__ = [
+    "FREEZABLE",
+    "Ema",
+    "Result",
+    "TrainConfig",
+    "evaluate",
+    "freeze",
+    "freeze_norms",
+    "learning_rate",
+    "parameter_groups",
+    "stored_config",
+    "train",
+]

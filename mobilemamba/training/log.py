@@ -4,15 +4,15 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, TypeVar
 
 from ..weights.files import atomic_write, naming
 
 __all__ = ["Log", "clock", "progress"]
+
+Item = TypeVar("Item")
 
 
 class Log:
@@ -41,11 +41,14 @@ def epoch_of(line: str) -> float:
         return math.inf
 
 
-def progress(batches: Tensor, describe: Callable[[int, int, float], str]) -> Iterator[Tensor]:
+def progress(
+    batches: Iterable[Item], describe: Callable[[int, int, float], str], total: int
+) -> Iterator[Item]:
     """Iterate over ``batches``. On a terminal, also show a line that is rewritten twice a second.
 
     Args:
         describe: the text of the line, from the number of batches done, the number of all batches and the seconds.
+        total: the number of all batches.
     """
     start = shown = time.perf_counter()
     for i, batch in enumerate(batches):
@@ -53,7 +56,7 @@ def progress(batches: Tensor, describe: Callable[[int, int, float], str]) -> Ite
         now = time.perf_counter()
         if sys.stderr.isatty() and now - shown > 0.5:
             shown = now
-            print(f"\r{describe(i + 1, len(batches), now - start)}\033[K", end="", file=sys.stderr, flush=True)
+            print(f"\r{describe(i + 1, total, now - start)}\033[K", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 

@@ -121,7 +121,7 @@ class Run:
         order = torch.randperm(len(self.dataset.train.labels), generator=generator)
         batches = order[: self.steps_per_epoch * self.batch_size].view(-1, self.batch_size)
         self.model.train()
-        for i, index in enumerate(progress(batches, self.describe)):
+        for i, index in enumerate(progress(batches, self.describe, len(batches))):
             images, labels = self.dataset.train.batch(index, replace=True)
             total += self.train_step(self.augment(images, generator), labels, self.epoch * len(batches) + i)
         self.epoch += 1
@@ -148,7 +148,7 @@ class Run:
 
     def accuracy(self) -> float:
         """The test accuracy of the moving average, from 0 to 1."""
-        return evaluate(self.ema.model, self.dataset.test, self.dataset.preprocessing, self.config.batch_size)
+        return evaluate(self.ema.model, self.dataset.test, self.dataset.preprocessing, self.config.batch_size).top1
 
     def train_step(self, images: Tensor, labels: Tensor, step: int) -> float:
         """One step of the optimizer and of the moving average; returns the loss.
