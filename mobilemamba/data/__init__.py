@@ -3,7 +3,9 @@
 from .augmentation import Augmentation
 from .datasets import fashion_mnist_dir, load, read_idx
 from .image_files import find_images
+from .loading import evaluation_batches, training_batches
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, open_image
+from .randomness import preserved_generators, seed_generators
 from .splits import DataSet, Split
 
 __all__ = [
@@ -13,9 +15,13 @@ __all__ = [
     "DataSet",
     "Preprocessing",
     "Split",
+    "evaluation_batches",
     "fashion_mnist_dir",
     "find_images",
     "load",
     "open_image",
+    "preserved_generators",
     "read_idx",
+    "seed_generators",
+    "training_batches",
 ]

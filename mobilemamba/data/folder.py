@@ -8,14 +8,17 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .image_files import describe_skipped, find_images, has_its_end, read_ahead
-from .preprocessing import Preprocessing
+from .preprocessing import Preprocessing, open_image
 from .splits import DataSet
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["ImageFiles", "load_folder"]
 
@@ -41,6 +44,14 @@ class ImageFiles:
     preprocessing: Preprocessing
     skip: bool = False
     bad: dict[int, str] = field(default_factory=dict, compare=False)
+
+    def image(self, i: int) -> "Image.Image":
+        path = os.path.join(self.root, self.names[i])
+        image = open_image(path)
+        try:
+            return self.preprocessing.convert(image)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def batch(self, index: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes without the GIL

@@ -121,6 +121,31 @@ class Preprocessing:
         self._check_files()
         return self._pixels
 
+    def convert(self, image: "Image.Image") -> "Image.Image":
+        """``image`` in mode RGB, or L for one channel, 8 bits per channel.
+
+        Raises:
+            ValueError: there is no such conversion.
+        """
+        return to_mode(image, "RGB" if self.channels == 3 else "L")
+
+    def fit(self, image: "Image.Image") -> "Image.Image":
+        """``image`` converted, resized and cropped, as :meth:`pixels` does it.
+
+        Raises:
+            ValueError: the image cannot be converted, or has no pixels.
+        """
+        from PIL import Image
+
+        image = self.convert(image)
+        image = image.crop(centre_box(image.size, *(min(side, 16 * min(image.size)) for side in image.size)))
+        short = min(image.size)
+        if short < 1:
+            raise ValueError(f"image: expected at least one pixel, got {image.width} x {image.height}")
+        size = (int(self.resize * image.width / short), int(self.resize * image.height / short))
+        image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        return image.crop(centre_box(size, self.crop, self.crop))
+
     def normalize(self, pixels: Tensor) -> Tensor:
         """``(pixels / 255 - mean) / std`` for each channel: uint8 ``(..., channels, H, W)`` -> float32."""
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
@@ -160,16 +185,13 @@ class Preprocessing:
                 raise ValueError(f"{path}: {error}") from error
         if not isinstance(image, Image.Image):
             raise TypeError(f"image: expected a PIL image or a path, got {type(image).__name__}")
-        image = to_mode(image, "RGB" if self.channels == 3 else "L")
-        image = image.crop(centre_box(image.size, *(min(side, 16 * min(image.size)) for side in image.size)))
-        short = min(image.size)
-        if short < 1:
-            raise ValueError(f"image: expected at least one pixel, got {image.width} x {image.height}")
-        size = (int(self.resize * image.width / short), int(self.resize * image.height / short))
-        image = image.resize(size, Image.Resampling[self.interpolation.upper()])
-        image = image.crop(centre_box(size, self.crop, self.crop))
-        data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return data.view(self.crop, self.crop, self.channels).permute(2, 0, 1).contiguous()
+        return to_tensor(self.fit(image))
+
+
+def to_tensor(image: "Image.Image") -> Tensor:
+    """uint8 ``(C, H, W)`` of an image in mode RGB or L."""
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, -1).permute(2, 0, 1).contiguous()
 
 
 def centre_box(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:

@@ -3,13 +3,16 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .image_files import describe_skipped
 from .preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["DataSet", "InMemory", "Split"]
 
@@ -23,8 +26,21 @@ class Split(Protocol):
         ...
 
     @property
-    def bad(self) -> Mapping[int, str]:
+    def skip(self) -> bool:
+        """Whether bad images are named and skipped. Otherwise they are errors."""
+        ...
+
+    @property
+    def bad(self) -> dict[int, str]:
         """What is wrong with each image that could not be read so far, by its index. These images were skipped."""
+        ...
+
+    def image(self, i: int) -> "Image.Image":
+        """Image ``i``, decoded and upright, not resized.
+
+        Raises:
+            ValueError, OSError: it cannot be read; the message names the file.
+        """
         ...
 
     def batch(self, index: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
@@ -84,11 +100,20 @@ class DataSet:
 
 @dataclass(frozen=True)
 class InMemory:
-    """Images in memory: ``pixels`` uint8 ``(N, C, H, W)``, ``labels`` int64 ``(N,)``."""
+    """Images in memory: ``pixels`` uint8 ``(N, C, H, W)`` with C = 1 or 3, ``labels`` int64 ``(N,)``."""
 
     pixels: Tensor
     labels: Tensor
-    bad: ClassVar[Mapping[int, str]] = {}
+    skip: ClassVar[bool] = False
+    bad: ClassVar[dict[int, str]] = {}
+
+    def image(self, i: int) -> "Image.Image":
+        from PIL import Image
+
+        pixels = self.pixels[i]
+        if len(pixels) not in (1, 3):
+            raise ValueError(f"image {i}: expected 1 (grey) or 3 (RGB) channels, got {len(pixels)}")
+        return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
 
     def batch(self, index: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
         return self.pixels[index], self.labels[index]

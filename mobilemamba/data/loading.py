@@ -1,0 +1,220 @@
+"""Batches of images for training and evaluation, decoded ahead by worker processes."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .preprocessing import Preprocessing
+from .randomness import mixed_seed, preserved_generators, seed_generators
+from .splits import Split
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["evaluation_batches", "training_batches"]
+
+Loaded = tuple[Tensor, Tensor, dict[int, str], str]  # images, labels, bad images by index, why the batch failed
+
+
+def training_batches(
+    split: Split,
+    transform: "Callable[[Image.Image], Tensor]",
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first: int = 0,
+    share: tuple[int, int] = (0, 1),
+    workers: int = 0,
+    pin: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of one epoch: uint8 ``(b, C, H, W)`` and int64 ``(b,)``, with b = ``batch_size / world``.
+
+    The order of the images depends on ``seed`` and ``epoch`` only, the random changes of an image on these and its
+    index. So every number of workers and processes gives the same images, bit for bit. The last, incomplete batch is
+    dropped. The generators of the calling process stay as they are.
+
+    A bad image is skipped if ``split.skip`` says so: it is named on stderr and in ``split.bad``, and the next good
+    image takes its place.
+
+    Args:
+        transform: from a PIL image to uint8 ``(C, H, W)``, as :meth:`Augmentation.image_transform` returns.
+            Workers that are not forked need one that can be pickled.
+        batch_size: images in a batch of all processes together.
+        first: batches of the epoch that are left out, because they were trained before.
+        share: rank and number of the processes that train together: each gets a contiguous share of every batch.
+        workers: processes that decode ahead; with 0, the images are decoded in this process when they are needed.
+        pin: put the batches into pinned memory, from which copies to a GPU are faster and need not be waited for.
+
+    Raises:
+        ValueError: an argument is out of its range. In the iteration: an image is bad and bad images are not skipped,
+            or none can be read; the message names the file.
+    """
+    check_workers(share, workers)
+    rank, world = share
+    count = len(split.labels)
+    if batch_size < 1 or batch_size % world:
+        raise ValueError(f"batch_size: expected a positive multiple of the {world} processes, got {batch_size}")
+    if batch_size > count:
+        raise ValueError(f"batch_size: expected at most the {count} images of the data, got {batch_size}")
+    if not 0 <= first <= count // batch_size:
+        raise ValueError(f"first: expected 0 to {count // batch_size}, the batches of an epoch, got {first}")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed("order", seed, epoch)))
+    shares = order[: count // batch_size * batch_size].view(-1, world, batch_size // world)[first:, rank]
+    images = Images(split, transform, ("image", seed, epoch), dict(split.bad))
+    return load(images, (batch.tolist() for batch in shares), workers, pin)
+
+
+def evaluation_batches(
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    share: tuple[int, int] = (0, 1),
+    workers: int = 0,
+    pin: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image once, in order: uint8 ``(b, C, crop, crop)`` and int64 ``(b,)``.
+
+    The last batch may be smaller. A bad image is skipped if ``split.skip`` says so: it is named on stderr and in
+    ``split.bad``, and its batch is smaller.
+
+    Args:
+        preprocessing: resizes and crops the images (:meth:`Preprocessing.pixels`).
+        batch_size: largest number of images in a batch of this process.
+        share: rank and number of the processes that evaluate together: the images ``rank``, ``rank + number`` ... are
+            those of this process.
+        workers, pin: as in :func:`training_batches`.
+
+    Raises:
+        ValueError: an argument is out of its range. In the iteration: an image is bad and bad images are not skipped;
+            the message names the file.
+    """
+    check_workers(share, workers)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected a positive number, got {batch_size}")
+    index = torch.arange(share[0], len(split.labels), share[1])
+    images = Images(split, preprocessing.pixels(), None, dict(split.bad))
+    return load(images, (batch.tolist() for batch in index.split(batch_size) if len(batch)), workers, pin)
+
+
+def check_workers(share: tuple[int, int], workers: int) -> None:
+    rank, world = share
+    if not 0 <= rank < world:
+        raise ValueError(f"share: expected a rank from 0 and a larger number of processes, got {share}")
+    if workers < 0:
+        raise ValueError(f"workers: expected 0 or more processes, got {workers}")
+
+
+def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches with these indices. Bad images that a worker reports are named here, once."""
+    bad = images.split.bad
+    iterator = iter(
+        DataLoader(
+            images,
+            batch_size=None,  # an item of `images` is a whole batch
+            sampler=batches,
+            num_workers=workers,
+            pin_memory=pin,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # otherwise the loader draws a number from the caller's generator
+        )
+    )
+    try:
+        for pixels, labels, found, failure in iterator:
+            for i in found.keys() - bad.keys():
+                bad[i] = found[i]
+                print(bad[i], file=sys.stderr)
+            if failure:
+                raise ValueError(failure)
+            if len(labels):
+                yield pixels, labels
+    finally:
+        del iterator  # ends the workers now, also while an error's traceback keeps this frame
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave signals to the process that trains: it ends its workers.
+
+    Ctrl-C and batch systems signal all processes of a job. The trainer finishes its step and saves its state, and needs
+    its workers until then. If it dies, its workers notice within five seconds and end.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@dataclass
+class Images(Dataset[Loaded]):
+    """Batches by the indices of their images. The copy of a worker process knows only the bad images that it met.
+
+    Args:
+        key: with the index of an image, the seed of its random changes. None in an evaluation, where nothing is random,
+            and a bad image has no replacement.
+        known: what is wrong with bad images, by index.
+    """
+
+    split: Split
+    transform: "Callable[[Image.Image], Tensor]"
+    key: tuple[int | str, ...] | None
+    known: dict[int, str]
+
+    def __getitem__(self, batch: list[int]) -> Loaded:
+        before, nothing = set(self.known), torch.empty(0, dtype=torch.long)
+        try:
+            with preserved_generators():
+                images = [loaded for i in batch if (loaded := self.one(i)) is not None]
+        except BadImageError as error:
+            return nothing, nothing, {}, str(error)
+        found = {i: self.known[i] for i in self.known.keys() - before}
+        if not images:
+            return nothing, nothing, found, ""
+        return torch.stack([pixels for _, pixels in images]), self.split.labels[[i for i, _ in images]], found, ""
+
+    def one(self, start: int) -> tuple[int, Tensor] | None:
+        """The index and pixels of image ``start``, or of its replacement."""
+        count = 1 if self.key is None else len(self.split.labels)
+        for i in range(start, start + count):
+            i %= len(self.split.labels)
+            if i in self.known:
+                continue
+            try:
+                return i, self.read(i, start)
+            except (OSError, ValueError) as error:
+                if not self.split.skip:
+                    raise BadImageError(f"{error}: mend the file, or skip it with --on-bad-image skip") from error
+                self.known[i] = f"skipped: {error}"
+        if self.key is not None:
+            raise BadImageError("expected images, got none that can be read")
+        return None
+
+    def read(self, i: int, place: int) -> Tensor:
+        """The pixels of image ``i``. Its random changes depend on ``place``: a replacement has other ones than its own.
+
+        Raises:
+            ValueError, OSError: the image is bad.
+            RuntimeError: anything else went wrong; the message says with which image.
+        """
+        name = f"image {i}"
+        try:
+            image = self.split.image(i)
+            name = getattr(image, "filename", "") or name
+            if self.key is not None:
+                seed_generators(*self.key, place)
+            try:
+                return self.transform(image)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        except (OSError, ValueError):
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+class BadImageError(ValueError):
+    """A bad image ends the epoch."""
