@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..weights.files import atomic_write
 
-__all__ = ["Curves", "SUFFIXES", "draw", "read_curves"]
+__all__ = ["SUFFIXES", "Curves", "draw", "read_curves"]
 
 SUFFIXES = (".png", ".svg")
 

@@ -13,7 +13,7 @@ FREEZABLE = ("none", "stem", "stages", "all-but-head")
 
 
 class FrozenBatchNorm(_BatchNorm):
-    """A BatchNorm that always normalises with its running statistics, also after ``train()``, and never updates them."""
+    """A BatchNorm that stays in evaluation mode: it normalises with its running statistics and never updates them."""
 
     def train(self, mode: bool = True) -> "FrozenBatchNorm":
         return super().train(False)

@@ -41,9 +41,7 @@ def epoch_of(line: str) -> float:
         return math.inf
 
 
-def progress(
-    batches: Iterable[Item], describe: Callable[[int, int, float], str], total: int
-) -> Iterator[Item]:
+def progress(batches: Iterable[Item], describe: Callable[[int, int, float], str], total: int) -> Iterator[Item]:
     """Iterate over ``batches``. On a terminal, also show a line that is rewritten twice a second.
 
     Args:
