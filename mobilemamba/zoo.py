@@ -33,9 +33,11 @@ def create_model(
         pretrained: False for random weights, True for the published plain weights (for ``nano``, those in the package),
             ``"distilled"`` for the published distilled weights, or the path of a checkpoint.
         allow_head_mismatch: keep the random head if the head of the weights differs (another ``num_classes``, or one
-            head against two). By default that is an error.
+            head against two), and say so in a line on stderr. By default that is an error.
         options: arguments of :class:`MobileMamba` that replace the preset's, such as ``num_classes``, ``in_chans``,
-            ``distillation``, ``drop_path_rate``. ``pretrained="distilled"`` makes ``distillation`` True.
+            ``distillation``, ``drop_path_rate``. ``pretrained="distilled"`` makes ``distillation`` True. With another
+            ``in_chans`` than that of the weights, their first convolution is adapted
+            (:func:`mobilemamba.weights.adapt_channels`).
 
     Raises:
         ValueError: the name is unknown (the message has the nearest names), an option is out of its range, or the

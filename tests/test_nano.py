@@ -45,7 +45,7 @@ def test_accuracy_is_the_one_stated():
     if not root.is_dir():
         pytest.skip(f"Fashion-MNIST is not installed in {root} (Debian: dataset-fashion-mnist)")
     entry = weights.entry("nano")
-    accuracy = 100 * evaluate(mobilemamba.nano(pretrained=True), data.load("fashion-mnist").test, entry.preprocessing)
+XX
     assert accuracy >= 93
     # an image on the border between two classes may fall on the other side on another CPU
     assert accuracy == pytest.approx(entry.top1, abs=0.011)

@@ -1,4 +1,4 @@
-"""The command line: ``mobilemamba classify | train | export | convert | info``.
+"""The command line: ``mobilemamba classify | evaluate | train | plot | export | convert | info``.
 
 An error in the user's input is one line on stderr and exit code 2. Any other error shows its traceback.
 """
@@ -11,13 +11,21 @@ from collections.abc import Sequence
 import torch
 
 from .. import __version__
-from . import classify, convert, export, info, train
+from . import classify, convert, evaluate, export, info, plot, train
 from .options import Parser, one_line
 
 __all__ = ["main"]
 
 #: A command is a module with HELP, add_options(parser) and run(args).
-COMMANDS = {"classify": classify, "train": train, "export": export, "convert": convert, "info": info}
+COMMANDS = {
+    "classify": classify,
+    "evaluate": evaluate,
+    "train": train,
+    "plot": plot,
+    "export": export,
+    "convert": convert,
+    "info": info,
+}
 
 RESUME = ": --resume continues from the latest stored state"
 

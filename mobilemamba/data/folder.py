@@ -46,8 +46,9 @@ class ImageFiles:
     bad: dict[int, str] = field(default_factory=dict, compare=False)
 
     def image(self, i: int) -> "Image.Image":
-        path = os.path.join(self.root, self.names[i])
-        image = open_image(path)
+        return self._convert(open_image(path := os.path.join(self.root, self.names[i])), path)
+
+    def _convert(self, image: "Image.Image", path: str) -> "Image.Image":
         try:
             return self.preprocessing.convert(image)
         except ValueError as error:

@@ -1,5 +1,6 @@
 """Preprocessing: from an image file to the tensor that a model expects, with Pillow."""
 
+import io
 import math
 import os
 from collections.abc import Callable
@@ -22,8 +23,11 @@ INTERPOLATIONS = ("bicubic", "bilinear")
 ImageOrPath = Union["Image.Image", str, os.PathLike[str]]
 
 
-def open_image(path: str | os.PathLike[str]) -> "Image.Image":
+def open_image(path: str | os.PathLike[str], content: bytes | None = None) -> "Image.Image":
     """Read a complete image file and turn the image upright, as its EXIF orientation says.
+
+    Args:
+        content: the bytes of the image, if it is not a file of its own; ``path`` then is its name in messages.
 
     Raises:
         FileNotFoundError: no such file.
@@ -31,12 +35,12 @@ def open_image(path: str | os.PathLike[str]) -> "Image.Image":
     """
     from PIL import Image, ImageOps
 
-    if not Path(path).exists():
+    if content is None and not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such image file")
-    if Path(path).is_dir():
+    if content is None and Path(path).is_dir():
         raise ValueError(f"{path}: expected an image, got a folder")
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             return ImageOps.exif_transpose(image)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{path}: expected an image, got a file of no known image format") from error

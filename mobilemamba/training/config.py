@@ -7,7 +7,7 @@ from ..data import Augmentation
 from ..data.datasets import ON_BAD_IMAGE
 from ..models.presets import PRESETS, check_preset
 from ..weights import entry
-from .finetuning import PARTS
+from .finetuning import FREEZABLE
 
 __all__ = ["CHANGEABLE", "TrainConfig"]
 
@@ -40,7 +40,7 @@ class TrainConfig:
     model: str = option("nano", "preset of the model")
     widths: tuple[int, ...] | None = option(None, "channels of the three stages, such as 96,192,256, for other widths")
     pretrained: str | None = option(None, "weights to start from: plain, distilled, or the path of a checkpoint")
-    freeze: str = option("none", "the part of the model that does not learn", PARTS)
+    freeze: str = option("none", "the part of the model that does not learn", FREEZABLE)
     freeze_norm: bool = option(False, "BatchNorm keeps its statistics, weight and bias")
     drop_path: float | None = option(None, "rate of stochastic depth (default: the preset's)")
 

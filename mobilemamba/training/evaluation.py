@@ -1,32 +1,136 @@
-"""The accuracy of a model on one part of a data set."""
+"""The accuracy of a model on one part of a data set: top-1, top-5, by class, and the confusion matrix."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..data import Preprocessing, Split
+from ..data.loading import evaluation_batches
 from ..models import MobileMamba
+from .log import progress as progress_line
 
-__all__ = ["evaluate"]
+__all__ = ["Result", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How many images of each class a model has right. Accuracies are from 0 to 1.
+
+    Args:
+        images, right, right5: int64 ``(classes,)``: images of each class, how many of them have their class as the most
+            probable one, and as one of the five most probable ones.
+        predicted: int64 ``(classes,)``: images for which each class is the most probable one.
+        confusion: int64 ``(classes, classes)``: images by their class (row) and the most probable class (column). None
+            if nobody asked for it.
+        bad: images that could not be read and do not count, int64 ``()``.
+        seconds: from the first image read to the last one counted.
+    """
+
+    images: Tensor
+    right: Tensor
+    right5: Tensor
+    predicted: Tensor
+    confusion: Tensor | None
+    bad: Tensor
+    seconds: float
+
+    @property
+    def count(self) -> int:
+        """Images that count.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not (count := int(self.images.sum())):
+            raise ValueError("expected test images, got none that can be read")
+        return count
+
+    @property
+    def top1(self) -> float:
+        """Share of the images whose class is the most probable one. Raises as :attr:`count`."""
+        return int(self.right.sum()) / self.count
+
+    @property
+    def top5(self) -> float:
+        """Share of the images whose class is one of the five most probable ones. Raises as :attr:`count`."""
+        return int(self.right5.sum()) / self.count
+
+    @property
+    def images_per_s(self) -> float:
+        return self.count / self.seconds
+
+    def summed(self, total: Callable[[Tensor], Tensor]) -> "Result":
+        """The result of several processes, each of which evaluated its share.
+
+        Args:
+            total: the sum of a tensor over the processes.
+        """
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(
+            self, **{name: total(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        )
 
 
 @torch.inference_mode()
-def evaluate(model: MobileMamba, split: Split, preprocessing: Preprocessing, batch_size: int = 128) -> float:
-    """Top-1 accuracy of ``model.fuse()`` on ``split``, from 0 to 1. Bad images that are skipped do not count.
+def evaluate(
+    model: MobileMamba,
+    split: Split,
+    preprocessing: Preprocessing,
+    batch_size: int = 128,
+    *,
+    workers: int = 0,
+    share: tuple[int, int] = (0, 1),
+    confusion: bool = False,
+    progress: Callable[[int, int, float], str] | None = None,
+) -> Result:
+    """Count the images of ``split`` that ``model.fuse()`` has right. Bad images that are skipped do not count.
 
     Args:
-        model: on any device; the images follow it.
-        preprocessing: normalises the images.
+        model: on any device, in any floating-point type; the images follow it.
+        preprocessing: resizes, crops and normalises the images.
         batch_size: images per forward pass.
+        workers: processes that decode; 0 decodes here.
+        share: ``(i, n)``: only the images ``i, i + n, i + 2 n ...``, for n processes.
+        confusion: count the confusion matrix too; it takes 8 bytes times the square of the classes.
+        progress: on a terminal, the text of a line that shows how far the evaluation is, from the number of batches
+            done, the number of all batches and the seconds.
 
     Raises:
-        ValueError: no image can be read, or one cannot and bad images are not skipped.
+        ValueError: the images have other channels or classes than the model; or one cannot be read and bad images are
+            not skipped.
+        FloatingPointError: an output of the model is not finite.
     """
-    fused, device = model.fuse(), next(model.parameters()).device
-    right = count = 0
-    for index in torch.arange(len(split.labels)).split(batch_size):
-        images, labels = split.batch(index)
-        if len(labels):
-            logits = fused(preprocessing.normalize(images.to(device)))
-            right, count = right + int((logits.argmax(1).cpu() == labels).sum()), count + len(labels)
-    if not count:
-        raise ValueError("expected test images, got none that can be read")
-    return right / count
+    preprocessing.check_channels(model.in_chans)
+    classes = model.num_classes
+    if len(split.labels) and not 0 <= int(split.labels.min()) <= int(split.labels.max()) < classes:
+        raise ValueError(f"labels: expected classes from 0 to {classes - 1}, got {int(split.labels.max())}")
+    first, fused = next(model.parameters()), model.fuse()
+    images, right, right5, predicted = (torch.zeros(classes, dtype=torch.int64) for _ in range(4))
+    matrix = torch.zeros(classes, classes, dtype=torch.int64) if confusion else None
+    expected = len(range(share[0], len(split.labels), share[1]))
+    start = time.perf_counter()
+    batches = evaluation_batches(
+        split, preprocessing, batch_size=batch_size, share=share, workers=workers, pin=first.is_cuda
+    )
+    if progress is not None:
+        batches = progress_line(batches, progress, math.ceil(expected / batch_size))
+    for pixels, labels in batches:
+        pixels = pixels.to(first.device, non_blocking=True)
+        logits = fused(preprocessing.normalize(pixels).to(first.dtype))
+        if not logits.isfinite().all():
+            raise FloatingPointError(f"expected finite outputs of the model, got others in {first.dtype}")
+        top = logits.topk(min(5, classes)).indices.cpu()
+        hits = top == labels[:, None]
+        images += labels.bincount(minlength=classes)
+        right += labels[hits[:, 0]].bincount(minlength=classes)
+        right5 += labels[hits.any(1)].bincount(minlength=classes)
+        predicted += top[:, 0].bincount(minlength=classes)
+        if matrix is not None:
+            matrix += (labels * classes + top[:, 0]).bincount(minlength=classes**2).view_as(matrix)
+    seconds = time.perf_counter() - start
+    return Result(images, right, right5, predicted, matrix, expected - images.sum(), seconds)

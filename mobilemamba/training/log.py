@@ -16,7 +16,7 @@ from ..weights.files import atomic_write, naming
 
 __all__ = ["Log", "clock", "memory", "progress"]
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Log:
@@ -53,19 +53,20 @@ def epoch_of(line: str) -> float:
         return math.inf
 
 
-def progress(items: Iterable[T], describe: Callable[[int, float], str]) -> Iterator[T]:
-    """Iterate over ``items``. On a terminal, also show a line that is rewritten twice a second.
+def progress(batches: Iterable[Item], describe: Callable[[int, int, float], str], total: int) -> Iterator[Item]:
+    """Iterate over ``batches``. On a terminal, also show a line that is rewritten twice a second.
 
     Args:
-        describe: the text of the line, from the number of items done and the seconds.
+        describe: the text of the line, from the number of batches done, the number of all batches and the seconds.
+        total: the number of all batches.
     """
     start = shown = time.perf_counter()
-    for done, item in enumerate(items, 1):
-        yield item
+    for done, batch in enumerate(batches, 1):
+        yield batch
         now = time.perf_counter()
         if sys.stderr.isatty() and now - shown > 0.5:
             shown = now
-            print(f"\r{describe(done, now - start)}\033[K", end="", file=sys.stderr, flush=True)
+            print(f"\r{describe(done, total, now - start)}\033[K", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 

@@ -140,13 +140,8 @@ class Run:
         workers: int = 0,
         resume: bool = False,
     ) -> None:
-        self.config, self.dataset, self.device, self.processes, self.workers = (
-            config,
-            dataset,
-            device,
-            processes,
-            workers,
-        )
+        self.config, self.dataset, self.device = config, dataset, device
+        self.processes, self.workers = processes, workers
         self.interruption, self.asked_to_stop = Interruption(), False
         self.fingerprint = dataset.fingerprint()
         self.batch_size = batch_size(config, len(dataset.train.labels), processes.count * config.accumulate)
@@ -197,7 +192,7 @@ class Run:
             pin=self.device.type == "cuda",
         )
         self.model.train()
-        for images, labels in progress(batches, self.describe):
+        for images, labels in progress(batches, self.describe, self.steps_per_epoch - self.step):
             self.total += self.train_step(images, labels)
             self.step += 1
             self.seconds = before + time.perf_counter() - start
@@ -220,7 +215,10 @@ class Run:
             labels: int64 ``(B,)``.
         """
         config, step = self.config, self.epoch * self.steps_per_epoch + self.step
-        data.seed_generators(config.seed, step, self.processes.rank)  # for mixing, erasing and stochastic depth
+        key = ("step", config.seed, step, self.processes.rank)
+        data.seed_generators(*key)  # for mixing, erasing and stochastic depth
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(data.mixed_seed(*key))
         warmup = round(config.warmup_epochs * self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config.epochs * self.steps_per_epoch, warmup, config.lr)
@@ -236,9 +234,9 @@ class Run:
             losses.append(loss.detach())
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.learning, config.clip_grad)
-        value, norms, signals = self.processes.total(
-            *torch.stack([torch.stack(losses).sum(), norm]).tolist(), self.interruption.number, device=self.device
-        )
+        value, norms, signals = self.processes.sum(
+            torch.stack([torch.stack(losses).sum(), norm, norm.new_tensor(self.interruption.number)])
+        ).tolist()
         self.asked_to_stop = signals > 0
         finite = math.isfinite(value) and math.isfinite(norms)
         if not finite and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):  # else the scale is halved
@@ -289,12 +287,9 @@ class Run:
             workers=self.workers,
             share=self.processes.share,
         )
-        right, count = self.processes.total(result.top1 * result.images, result.images, device=self.device)
-        if not count:
-            raise ValueError("expected test images, got none that can be read")
-        return right / count
+        return result.summed(self.processes.sum).top1
 
-    def describe(self, done: int, seconds: float) -> str:
+    def describe(self, done: int, total: int, seconds: float) -> str:
         """The progress line of the terminal, after ``done`` steps that took ``seconds``."""
         steps, step = self.steps_per_epoch, self.step
         left = seconds / done * (steps * (self.config.epochs - self.epoch) - step)

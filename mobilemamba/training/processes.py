@@ -15,23 +15,27 @@ __all__ = ["ALONE", "Processes", "joined", "synchronize_norms"]
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run. ``rank`` is the number of this one, from 0 to ``count - 1``; 0 writes the files."""
+    """The processes of a run.
+
+    Args:
+        rank: number of this one, from 0 to ``count - 1``. Process 0 writes the files.
+        device: of this process, on which they exchange tensors.
+    """
 
     rank: int = 0
     count: int = 1
+    device: torch.device = torch.device("cpu")
 
     @property
     def share(self) -> tuple[int, int]:
         return self.rank, self.count
 
-    def total(self, *values: float, device: torch.device) -> list[float]:
-        """The sums of each value over all processes."""
-        if self.count == 1:
-            return list(values)
-        sums = torch.tensor(values, dtype=torch.float64, device=device)
-        distributed.all_reduce(sums)
-        result: list[float] = sums.tolist()
-        return result
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of ``tensor`` over all processes."""
+        if self.count > 1:
+            tensor = tensor.to(self.device, copy=True)
+            distributed.all_reduce(tensor)
+        return tensor
 
     def count_different(self, items: set[str]) -> int:
         """The number of different items of all processes."""
@@ -79,7 +83,7 @@ def joined(device: str) -> Iterator[tuple[Processes, torch.device]]:
         torch.cuda.set_device(place)
     distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
     try:
-        yield Processes(distributed.get_rank(), distributed.get_world_size()), place
+        yield Processes(distributed.get_rank(), distributed.get_world_size(), place), place
     finally:
         distributed.destroy_process_group()
 

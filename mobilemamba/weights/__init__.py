@@ -3,7 +3,7 @@
 from .cache import cache_dir, download
 from .checkpoint import Checkpoint, load_into
 from .formats import read, save
-from .loading import Source, load, load_pretrained, locate
+from .loading import Source, adapt_channels, load, load_pretrained, locate
 from .table import ENTRIES, WeightsEntry, entry
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Checkpoint",
     "Source",
     "WeightsEntry",
+    "adapt_channels",
     "cache_dir",
     "download",
     "entry",

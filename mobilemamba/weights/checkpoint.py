@@ -13,7 +13,7 @@ from ..data import Preprocessing
 from .identify import fitting_presets, guess_model_args
 from .networks import find_network, without_wrappers
 
-__all__ = ["Checkpoint", "load_into", "shorten"]
+__all__ = ["Checkpoint", "describe_head", "load_into", "shorten"]
 
 PathLike = str | os.PathLike[str]
 
@@ -101,7 +101,7 @@ def load_into(
             raise ValueError(f"{prefix}expected weights of {expected}, got weights of {got}")
         problems = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", differing))
         counts = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems if keys)
-        heads, hint = [_describe_head(weights) for weights in (everything, state_dict)], ""
+        heads, hint = [describe_head(weights) for weights in (everything, state_dict)], ""
         if expected != got:
             fused = any(key.endswith(".ffn0.expand_weight") for key in given)
             got = got or ("a fused model; save those of the model before fuse()" if fused else "no known preset")
@@ -134,7 +134,8 @@ def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)}{'' if tensor.is_floating_point() else ' of integers'}"
 
 
-def _describe_head(state_dict: Mapping[str, Tensor]) -> str:
+def describe_head(state_dict: Mapping[str, Tensor]) -> str:
+    """A text such as ``two heads of 1000 classes``."""
     args = guess_model_args(state_dict)
     return f"{'two heads' if args['distillation'] else 'a head'} of {args['num_classes']} classes"
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from ..data import Preprocessing
+from ..data.imagenet import IMAGENET_LABELS
 from . import published
 from .checkpoint import Checkpoint
 from .files import atomic_write, is_page, torch_save
 from .identify import check_model_args, fitting_presets, guess_model_args
 from .networks import find_network
-from .table import IMAGENET_LABELS
 
 __all__ = ["TRAINING_FORMAT", "VERSION", "load_torch", "read", "save"]
 

@@ -5,20 +5,22 @@ The steps are source (an entry of the table, or a path) -> file -> checkpoint ->
 """
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
+from ..models import MobileMamba
 from .cache import download
-from .checkpoint import Checkpoint, load_into
+from .checkpoint import Checkpoint, describe_head, load_into
 from .formats import read
 from .identify import fitting_presets
 from .table import WeightsEntry, entry
 
-__all__ = ["Source", "load", "load_pretrained", "locate"]
+__all__ = ["Source", "adapt_channels", "load", "load_pretrained", "locate"]
 
 Source = WeightsEntry | str | os.PathLike[str]
+
+FIRST_WEIGHT = "patch_embed.0.conv.weight"  # (widths, image channels, 3, 3)
 
 
 def locate(source: Source) -> Path:
@@ -61,14 +63,56 @@ def load(source: Source, preset: str | None = None) -> Checkpoint:
     return replace(stored, preset=name)
 
 
+def adapt_channels(checkpoint: Checkpoint, channels: int) -> Checkpoint:
+    """``checkpoint`` for images of ``channels`` channels; ``checkpoint`` itself if it has that number.
+
+    For one channel, the kernels of the first convolution are summed: a grey image gives what it gave in all channels.
+    For other numbers they are repeated (R, G, B, R, ...) and scaled by old / new channels, which keeps the outputs'
+    scale. The preprocessing goes along: for one channel the averages of ``mean`` and of ``std``, otherwise their values
+    repeated in the same order.
+    """
+    weight = checkpoint.state_dict.get(FIRST_WEIGHT)
+    if weight is None or weight.dim() != 4 or weight.shape[1] in (0, channels):
+        return checkpoint
+    old = weight.shape[1]
+    if channels == 1:
+        adapted = weight.sum(1, keepdim=True)
+    else:
+        adapted = weight[:, [channel % old for channel in range(channels)]] * (old / channels)
+    preprocessing = checkpoint.preprocessing
+    if preprocessing is not None:
+        preprocessing = replace(
+            preprocessing, mean=_spread(preprocessing.mean, channels), std=_spread(preprocessing.std, channels)
+        )
+    return replace(
+        checkpoint,
+        state_dict={**checkpoint.state_dict, FIRST_WEIGHT: adapted},
+        model_args={**checkpoint.model_args, "in_chans": channels},
+        preprocessing=preprocessing,
+    )
+
+
+def _spread(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """A value for each of ``channels`` channels, from values for another number of channels."""
+    if channels == 1:
+        return (sum(values) / len(values),)
+    return tuple(values[channel % len(values)] for channel in range(channels))
+
+
 def load_pretrained(
-    model: nn.Module, name: str, pretrained: bool | str | os.PathLike[str], allow_head_mismatch: bool = False
-) -> None:
+    model: MobileMamba, name: str, pretrained: bool | str | os.PathLike[str], allow_head_mismatch: bool = False
+) -> Checkpoint:
     """Load weights into ``model``, which has the preset ``name``.
+
+    If the model has another number of image channels than the weights, they are adapted (:func:`adapt_channels`). This
+    and a new head are said on stderr, a line each.
 
     Args:
         pretrained: True for the plain weights, ``"distilled"``, or the path of a checkpoint.
         allow_head_mismatch: keep the model's head if the head of the weights differs.
+
+    Returns:
+        The checkpoint as it was loaded. Its preprocessing has the model's number of channels.
 
     Raises:
         OSError: ``pretrained`` is a path without a file, or the download failed.
@@ -85,5 +129,14 @@ def load_pretrained(
             )
     else:
         raise ValueError(f"pretrained: expected True, False, 'distilled' or a path, got {pretrained!r}")
-    stored = load(source, name)
+    found = load(source, name)
+    stored = adapt_channels(found, model.in_chans)
     load_into(model, stored.state_dict, allow_head_mismatch=allow_head_mismatch, source=stored.path)
+    if stored is not found:
+        old, new = found.state_dict[FIRST_WEIGHT].shape[1], model.in_chans
+        how = "are summed" if new == 1 else f"are repeated and scaled by {old}/{new}"
+        print(f"{stored.path}: the weights are for {old}-channel images; their kernels {how}", file=sys.stderr)
+    heads = [describe_head(tensors) for tensors in (stored.state_dict, model.state_dict())]
+    if model.num_classes and heads[0] != heads[1]:
+        print(f"{stored.path}: {heads[0]}; replaced by a new head: {heads[1]}", file=sys.stderr)
+    return stored

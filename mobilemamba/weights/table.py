@@ -5,15 +5,12 @@ from pathlib import Path
 
 from ..data import Preprocessing
 from ..data.datasets import FASHION_MNIST_LABELS, FASHION_MNIST_PREPROCESSING
+from ..data.imagenet import IMAGENET_LABELS
 from ..models.presets import check_preset
 
-__all__ = ["ASSETS", "ENTRIES", "IMAGENET_LABELS", "WeightsEntry", "entry"]
+__all__ = ["ASSETS", "ENTRIES", "WeightsEntry", "entry"]
 
 ASSETS = Path(__file__).parent / "assets"
-
-#: Short names of the 1000 classes of ImageNet-1k in the usual order, all different. Source: torchvision 0.29.1,
-#: torchvision.models._meta._IMAGENET_CATEGORIES.
-IMAGENET_LABELS = tuple((ASSETS / "imagenet1k.txt").read_text(encoding="utf-8").splitlines())
 
 DRIVE_URL = "https://drive.usercontent.google.com/download?id={id}&export=download&confirm=t"
 
@@ -28,8 +25,9 @@ class WeightsEntry:
         file_name: name in the cache; in the package if ``drive_id`` is None.
         drive_id: Google Drive's identifier of the published file.
         preprocessing: how the model expects its images.
-        top1, top5: published accuracy in percent on the test images; None if none was published.
+        top1, top5: published accuracy in percent on ``tested_on``; None if none was published.
         labels: names of the classes.
+        tested_on: the images of the published accuracy.
     """
 
     preset: str
@@ -40,6 +38,7 @@ class WeightsEntry:
     top1: float | None = None
     top5: float | None = None
     labels: tuple[str, ...] = field(default=IMAGENET_LABELS, repr=False)
+    tested_on: str = "the 50,000 validation images of ImageNet-1k"
 
     @property
     def url(self) -> str | None:
@@ -65,6 +64,7 @@ _NANO = WeightsEntry(
     preprocessing=FASHION_MNIST_PREPROCESSING,
     top1=93.18,
     labels=FASHION_MNIST_LABELS,
+    tested_on="the 10,000 test images of Fashion-MNIST",
 )
 
 #: All weights that have a name.

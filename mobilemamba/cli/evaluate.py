@@ -1,0 +1,186 @@
+"""``mobilemamba evaluate``: prints the accuracy of a model on one part of a data set, and its speed."""
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import weights
+from ..data import load_split
+from ..data.datasets import ON_BAD_IMAGE
+from ..data.folder import ImageFiles
+from ..training import Result, evaluate
+from ..training.log import clock
+from ..weights.files import atomic_write
+from .options import Parser, add_device_option, add_model_options, checked_device, open_model, positive
+
+HELP = "Print the accuracy of a model on a data set: top-1 and top-5, beside the published figures."
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+MAX_WORKERS = 8  # by default
+
+
+def add_options(parser: Parser) -> None:
+    text = (
+        "folder:DIR (images in DIR/SPLIT/CLASS/ or DIR/CLASS/), tar:FILE (a tar file of such folders), "
+        "fashion-mnist[:DIR] or digits. CLASS is a name of the model's, or ImageNet's WordNet id"
+    )
+    parser.add_argument("--data", required=True, metavar="SPEC", help=text)
+    parser.add_argument("--split", default="val", metavar="NAME", help="part of the data (default: val)")
+    text = "classes of the images in FILE instead of class folders: lines IMAGE CLASS, or one of ImageNet's own files"
+    parser.add_argument("--ground-truth", type=Path, metavar="FILE", help=text)
+    text = "a file that is not a complete image: stop, or name it and go on without it (default: fail)"
+    parser.add_argument("--on-bad-image", choices=ON_BAD_IMAGE, default="fail", help=text)
+    add_model_options(parser)
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per pass (default: 64)")
+    text = f"processes that decode images (default: one for each CPU, at most {MAX_WORKERS})"
+    parser.add_argument("--workers", type=int, metavar="N", help=text)
+    add_device_option(parser)
+    text = "type of the weights and activations (default: float32)"
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help=text)
+    group = parser.add_argument_group("files to write, with accuracies from 0 to 1")
+    group.add_argument("--json", type=Path, metavar="FILE", help="everything but the confusion matrix")
+    group.add_argument("--csv", type=Path, metavar="FILE", help="a table with a row for each class")
+    text = "confusion matrix as CSV: a row for each class, a column for each prediction"
+    group.add_argument("--confusion", type=Path, metavar="FILE", help=text)
+
+
+def run(args: argparse.Namespace) -> None:
+    device = checked_device(args.device)
+    for target in (args.json, args.csv, args.confusion):
+        if target is not None:
+            check_target(target)  # now, not after the evaluation
+    model, labels, preprocessing = open_model(args)
+    if model.num_classes == 0:
+        raise ValueError(f"{args.checkpoint}: expected a model with classes, got one without a head (num_classes=0)")
+    split, found = load_split(
+        args.data,
+        args.split,
+        labels or model.num_classes,
+        preprocessing,
+        ground_truth=args.ground_truth,
+        on_bad_image=args.on_bad_image,
+    )
+    print(found, flush=True)
+    workers = args.workers
+    if workers is None:
+        workers = min(MAX_WORKERS, len(os.sched_getaffinity(0))) if isinstance(split, ImageFiles) else 0
+
+    def describe(done: int, total: int, seconds: float) -> str:
+        rate = done * args.batch_size / seconds
+        return f"batch {done}/{total}  {rate:.0f} images/s  {clock(seconds / done * (total - done))} left"
+
+    result = evaluate(
+        model.to(device, getattr(torch, args.precision)),
+        split,
+        preprocessing,
+        args.batch_size,
+        workers=workers,
+        confusion=args.confusion is not None,
+        progress=describe,
+    )
+    published = None if args.checkpoint else weights.entry(args.model or "nano", args.distilled)
+    how = f"{device}, {args.precision}, batches of {args.batch_size}"
+    print(table(result, model.num_classes, how, published))
+    if result.bad:
+        print(f"{int(result.bad)} bad images were skipped; each is named above", file=sys.stderr)
+    rows = class_rows(result, labels)
+    if args.json:
+        facts = {
+            "model": args.model or (published and published.preset),
+            "weights": published.variant if published else str(args.checkpoint),
+            "data": args.data,
+            "split": args.split,
+            "images": result.count,
+            "bad_images": int(result.bad),
+            "top1": result.top1,
+            "top5": result.top5,
+            "published_top1": published and published.top1 and round(published.top1 / 100, 6),
+            "published_top5": published and published.top5 and round(published.top5 / 100, 6),
+            "images_per_s": round(result.images_per_s, 1),
+            "seconds": round(result.seconds, 3),
+            "device": device,
+            "precision": args.precision,
+            "batch_size": args.batch_size,
+            "workers": workers,
+            "preprocessing": preprocessing.to_dict(),
+            "classes": rows,
+        }
+        write(args.json, json.dumps(facts, indent=2) + "\n")
+    if args.csv:
+        write(args.csv, as_csv([list(rows[0]), *(list(row.values()) for row in rows)]))
+    if args.confusion:
+        assert result.confusion is not None
+        names = [str(row["label"]) for row in rows]
+        lines = [[name, *counts] for name, counts in zip(names, result.confusion.tolist(), strict=True)]
+        write(args.confusion, as_csv([["", *names], *lines]))
+
+
+def table(result: Result, classes: int, how: str, published: weights.WeightsEntry | None) -> str:
+    """The lines that are printed."""
+    right, count = int(result.right.sum()), result.count
+    lines = [f"top-1      {percent(result.top1)}  ({right} of {count} images)"]
+    if classes > 5:
+        lines.append(f"top-5      {percent(result.top5)}")
+    if published is not None:
+        figures = (("top-1", published.top1), ("top-5", published.top5))
+        told = ", ".join(f"{name} {figure} %" for name, figure in figures if figure is not None)
+        lines.append(f"published  {told}, on {published.tested_on}")
+    return "\n".join([*lines, f"images/s   {result.images_per_s:.1f}  ({how})"])
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def class_rows(result: Result, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+    """A row for each class of the model. Shares of nothing are None.
+
+    Its accuracies are recall, in the first and in the first five predictions; ``precision`` is the share of its images
+    among those that are predicted to be of the class.
+    """
+    columns = (result.images, result.right, result.right5, result.predicted)
+    counts = zip(*(column.tolist() for column in columns), strict=True)
+    return [
+        {
+            "class": number,
+            "label": labels[number] if labels else str(number),
+            "images": images,
+            "top1": share(right, images),
+            "top5": share(right5, images),
+            "precision": share(right, predicted),
+        }
+        for number, (images, right, right5, predicted) in enumerate(counts)
+    ]
+
+
+def share(part: int, whole: int) -> float | None:
+    return round(part / whole, 6) if whole else None
+
+
+def as_csv(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that cannot be written."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file to write, got a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} into")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent}: no permission to write {path.name} into this folder")
+
+
+def write(path: Path, text: str) -> None:
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    print(path)

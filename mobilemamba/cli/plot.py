@@ -1,0 +1,22 @@
+"""``mobilemamba plot``: draws the loss and the accuracy of training runs."""
+
+import argparse
+from pathlib import Path
+
+from ..training.curves import draw, read_curves
+from .options import Parser
+
+HELP = "Draw the loss and the accuracy of training runs, finished or in progress."
+
+
+def add_options(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its log.jsonl")
+    text = "picture to write, .png or .svg (default: curves.png)"
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), metavar="FILE", help=text)
+
+
+def run(args: argparse.Namespace) -> None:
+    runs = [read_curves(path) for path in args.runs]
+    draw(runs, args.out)
+    states = ", ".join(f"{curves.name} ({curves.state})" for curves in runs)
+    print(f"{args.out}: {states}")

@@ -1,0 +1,64 @@
+"""Freezes parts of a model, for fine-tuning."""
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..models import MobileMamba
+from ..models.layers import DropPath
+
+__all__ = ["FREEZABLE", "FrozenBatchNorm", "freeze", "freeze_norms"]
+
+#: What :func:`freeze` takes.
+FREEZABLE = ("none", "stem", "stages", "all-but-head")
+
+
+class FrozenBatchNorm(_BatchNorm):
+    """A BatchNorm that stays in evaluation mode: it normalises with its running statistics and never updates them."""
+
+    def train(self, mode: bool = True) -> "FrozenBatchNorm":
+        return super().train(False)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Every number of dimensions is right: it stands for the norms of one and of two."""
+
+
+def freeze(model: MobileMamba, part: str) -> None:
+    """Keep a part of ``model`` as it is, in place: parameters, running statistics, and no stochastic depth in it.
+
+    Args:
+        part: ``"stem"`` (the patch embedding), ``"stages"`` (the three stages without the stem), ``"all-but-head"``
+            (both), or ``"none"``.
+
+    Raises:
+        ValueError: ``part`` is something else.
+    """
+    if part not in FREEZABLE:
+        raise ValueError(f"freeze: expected {', '.join(FREEZABLE[:-1])} or {FREEZABLE[-1]}, got '{part}'")
+    frozen: list[nn.Module] = []
+    if part in ("stem", "all-but-head"):
+        frozen.append(model.patch_embed)
+    if part in ("stages", "all-but-head"):
+        frozen.append(model.stages)
+    for module in frozen:
+        module.requires_grad_(False)
+        _freeze_norms(module)
+        for layer in module.modules():
+            if isinstance(layer, DropPath):
+                layer.rate = 0.0
+
+
+def freeze_norms(model: MobileMamba) -> None:
+    """Keep the statistics, weights and biases of every BatchNorm in the stem and the stages as they are, in place.
+
+    The head's BatchNorm is trained: in a new head it has no statistics yet.
+    """
+    _freeze_norms(model.patch_embed)
+    _freeze_norms(model.stages)
+
+
+def _freeze_norms(module: nn.Module) -> None:
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm):
+            # The class changes, not the module: references, names and hooks stay, and copies are frozen too.
+            norm.__class__ = FrozenBatchNorm
+            norm.requires_grad_(False).eval()
