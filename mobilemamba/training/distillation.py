@@ -62,7 +62,8 @@ class Teacher:
         if self.size is not None and images.shape[2:] != (self.size, self.size):
             shrinks = self.size < max(images.shape[2:])
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=shrinks)
-        logits: Tensor = self.module(images)
+        first = next(self.module.parameters(), images)  # a compiled module has no parameters
+        logits: Tensor = self.module(images.to(first.dtype))
         return logits
 
 
@@ -82,7 +83,9 @@ def open_teacher(config: TrainConfig, student: Preprocessing, classes: int, devi
         raise ValueError(
             f"teacher: expected images of {student.channels} channels as the data have, got mean {mean} and std {std}"
         )
-    teacher = Teacher(module.eval().requires_grad_(False), size, mean, std, student)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    teacher = Teacher(module, size, mean, std, student)
     try:
         logits = teacher(torch.zeros(2, student.channels, student.crop, student.crop, device=device))
     except RuntimeError as error:
@@ -113,7 +116,7 @@ def open_module(source: str, device: torch.device) -> tuple[nn.Module, Stated | 
         return exported_model(path, names, device)
     if any(name.endswith("/constants.pkl") for name in names):
         records = {RECORD + key: "" for key in ("crop", "mean", "std")}
-        return torch.jit.load(str(path), device, _extra_files=records), stated_by(records)
+        return torch.jit.load(str(path), device, _extra_files=records).eval(), stated_by(records)
     return own_model(path, device)
 
 
@@ -130,8 +133,8 @@ def timm_model(name: str, device: torch.device) -> tuple[nn.Module, Stated | Non
         raise ImportError(f"teacher {name}: a name needs timm: pip install 'mobilemamba[train]'") from error
     if not timm.is_model(name):
         raise ValueError(f"teacher: expected a file, a preset or a model of timm, got '{name}'")
-    model = timm.create_model(name, pretrained=True).to(device)
-    facts = timm.data.resolve_model_data_config(model)
+    model = timm.create_model(name, pretrained=True).eval().to(device)
+    facts: dict[str, Any] = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined, no-untyped-call]
     return model, (facts["input_size"][1], facts["mean"], facts["std"])
 
 
@@ -145,18 +148,24 @@ def exported_model(path: Path, names: list[str], device: torch.device) -> tuple[
     with zipfile.ZipFile(path) as archive:
         extra = {Path(name).name: name for name in names if RECORD in name}
         records = {key: archive.read(name).decode() for key, name in extra.items()}
-    return Compiled(package), stated_by(records)
+    dtype = getattr(torch, records.get(f"{RECORD}dtype", "float32"))
+    return Compiled(package, dtype), stated_by(records)
 
 
 class Compiled(nn.Module):
-    """A compiled package as a module."""
+    """A compiled package as a module.
 
-    def __init__(self, package: Any) -> None:
+    Args:
+        dtype: of its images.
+    """
+
+    def __init__(self, package: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.package = package
+        self.package, self.dtype = package, dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.package(images)  # type: ignore[no-any-return]
+        logits: Tensor = self.package(images.to(self.dtype))
+        return logits
 
 
 def stated_by(records: dict[str, Any]) -> Stated | None:

@@ -53,8 +53,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+") as file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: worker processes would inherit that
-            except (BlockingIOError, PermissionError) as error:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.register_at_fork(after_in_child=file.close)  # a worker that outlives the run would keep the lock
+            except BlockingIOError as error:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise BlockingIOError(

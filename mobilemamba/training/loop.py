@@ -155,8 +155,9 @@ class Run:
         self.total, self.seconds = 0.0, 0.0  # of these steps: sum of the losses, and time
         self.entry: dict[str, Any] = {}  # the latest epoch's line of the log, without its accuracy
         torch.manual_seed(config.seed)
-        start = {"plain": True, None: False}.get(config.pretrained, config.pretrained)
-        model = create_model(config.model, False if resume else start, allow_head_mismatch=True, **self.model_args)
+        start: bool | str = not resume and (config.pretrained or False)
+        start = True if start == "plain" else start
+        model = create_model(config.model, start, allow_head_mismatch=True, **self.model_args)
         self.model: MobileMamba = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = moving_average(self.model, config.ema_decay)
         freeze(self.model, config.freeze)
@@ -225,7 +226,7 @@ class Run:
         normal = self.dataset.preprocessing.normalize(images.to(self.device, non_blocking=True))
         normal, targets = self.mix(normal, labels.to(self.device, non_blocking=True))
         self.optimizer.zero_grad()
-        losses = []
+        losses: list[Tensor] = []
         for part in zip(normal.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True):
             last = len(losses) == config.accumulate - 1
             with nullcontext() if last or self.network is self.model else self.network.no_sync():  # type: ignore[operator]
@@ -278,9 +279,10 @@ class Run:
 
     def accuracy(self) -> float:
         """The test accuracy of the moving average, from 0 to 1."""
-        self.processes.copy_from_first(self.ema.module)
+        model: MobileMamba = self.ema.module  # type: ignore[assignment]
+        self.processes.copy_from_first(model)
         result = evaluate(
-            self.ema.module,
+            model,
             self.dataset.test,
             self.dataset.preprocessing,
             max(1, self.config.batch_size // self.processes.count),

@@ -11,6 +11,8 @@ from ..models import MobileMamba
 
 __all__ = ["learning_rate", "moving_average", "parameter_groups"]
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 def parameter_groups(model: MobileMamba, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups for AdamW: first the parameters with weight decay, then those without.
@@ -45,7 +47,7 @@ def moving_average(model: MobileMamba, decay: float) -> AveragedModel:
     """
 
     @torch.no_grad()
-    def update(mine: list[Tensor], new: list[Tensor], step: Tensor | int) -> None:
+    def update(mine: Tensors, new: Tensors, step: Tensor | int) -> None:
         if mine[0].is_floating_point():
             t = int(step)
             torch._foreach_lerp_(mine, new, 1 - min(decay, (1 + t) / (10 + t)))

@@ -24,7 +24,7 @@ class Processes:
 
     rank: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = None
 
     @property
     def share(self) -> tuple[int, int]:
@@ -33,7 +33,7 @@ class Processes:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of ``tensor`` over all processes."""
         if self.count > 1:
-            tensor = tensor.to(self.device, copy=True)
+            tensor = tensor.to(self.device or "cpu", copy=True)
             distributed.all_reduce(tensor)
         return tensor
 
@@ -106,13 +106,13 @@ class Sum(torch.autograd.Function):
     """The sum of a tensor over all processes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         total = x.clone()
         distributed.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return Sum.forward(ctx, grad)
 
 
@@ -137,7 +137,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = distributed.get_world_size()
         var, mean = torch.var_mean(input.float(), dims, correction=0)
         mean, var = mean.double(), var.double()  # so the difference of squares below has no rounding error to speak of
-        mean, square = Sum.apply(torch.stack([mean, var + mean.square()])) / count
+        mean, square = Sum.apply(torch.stack([mean, var + mean.square()])) / count  # type: ignore[no-untyped-call]
         var, mean = (square - mean.square()).float(), mean.float()
         with torch.no_grad():
             elements = input.numel() // input.size(1) * count
