@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..weights.files import atomic_write
 
@@ -127,7 +128,7 @@ def draw(runs: Sequence[Curves], target: Path) -> None:
     except ImportError as error:
         raise ImportError("plot needs matplotlib: pip install '.[train]'") from error
 
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
