@@ -121,6 +121,8 @@ def draw(runs: Sequence[Curves], target: Path) -> None:
         raise ValueError(f"{target}: expected a name that ends with {' or '.join(SUFFIXES)}")
     if not any(run.loss for run in runs):
         raise ValueError(f"{', '.join(str(run.path) for run in runs)}: expected a finished epoch, got none so far")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: no such folder to write {target.name} into")
     try:
         import matplotlib
         from matplotlib.figure import Figure
