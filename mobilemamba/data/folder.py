@@ -46,7 +46,10 @@ class ImageFiles:
     bad: dict[int, str] = field(default_factory=dict, compare=False)
 
     def image(self, i: int) -> "Image.Image":
-        path = os.path.join(self.root, self.names[i])
+        return self._open(os.path.join(self.root, self.names[i]))
+
+    def _open(self, path: str) -> "Image.Image":
+        """The upright image in the colour mode of the model, so that a file in another mode is refused by its name."""
         image = open_image(path)
         try:
             return self.preprocessing.convert(image)
@@ -92,7 +95,7 @@ class ImageFiles:
                 path = os.path.join(self.root, name)
                 try:
                     if not has_its_end(path):
-                        self.preprocessing.pixels()(path)
+                        self._open(path)
                 except (OSError, ValueError) as error:
                     found.append((path, str(error)))
             return found
