@@ -79,7 +79,6 @@ def test_no_augmentation_is_the_evaluation_and_needs_no_library(monkeypatch):
         ({"shift": -1}, "shift must not be negative, got -1"),
         ({"mixup": float("nan")}, "mixup must not be negative, got nan"),
         ({"interpolation": "nearest"}, "interpolation must be bicubic, bilinear, random, got 'nearest'"),
-        ({"rand_augment": "m9"}, "rand_augment must be like 'rand-m9-mstd0.5-inc1', got 'm9'"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -87,11 +86,17 @@ def test_bad_arguments(options, message):
         Augmentation(**options)
 
 
-@pytest.mark.usefixtures("libraries")
-@pytest.mark.parametrize("notation", ["rand-x3", "rand-m", "rand-mstdx", "rand-tnone"])
+@pytest.mark.parametrize("notation", ["m9", "rand-x3", "rand-m", "rand-m9.5", "rand-mstdx", "rand-tnone", "rand-"])
 def test_bad_rand_augment(notation):
     with pytest.raises(ValueError, match=rf"^rand_augment must be like 'rand-m9-mstd0.5-inc1', got '{notation}'$"):
-        Augmentation(rand_augment=notation).image_transform(RGB)
+        Augmentation(rand_augment=notation)
+
+
+@pytest.mark.usefixtures("libraries")
+@pytest.mark.parametrize("notation", ["rand", "rand-m5-n1-p0.8-mmax20-inc1", "rand-m9-tweights", "rand-m9-t3a"])
+def test_rand_augment(notation):
+    results = drawn(Augmentation(rand_augment=notation).image_transform(RGB), photo(), 10)
+    assert len({result.sum().item() for result in results}) > 3
 
 
 @pytest.mark.usefixtures("libraries")
@@ -126,22 +131,18 @@ def test_the_published_steps_are_those_of_timm():
 
 
 @pytest.mark.usefixtures("libraries")
-def test_color_jitter_without_rand_augment():
+def test_color_jitter_gives_way_to_rand_augment():
     from torchvision.transforms import ColorJitter
 
-    actual = drawn(Augmentation(color_jitter=0.4).image_transform(RGB), photo())
-    jitter = ColorJitter(0.4, 0.4, 0.4)
-    expected = drawn(lambda image: RGB.pixels()(jitter(RGB.fit(image).resize((36, 36)))), photo())
-    assert len(actual) == len(expected)
-    with_rand_augment = Augmentation(color_jitter=0.4, rand_augment="rand-m9").image_transform(RGB)
-    assert all(
-        torch.equal(*pair)
-        for pair in zip(
-            drawn(with_rand_augment, photo()),
-            drawn(Augmentation(rand_augment="rand-m9").image_transform(RGB), photo()),
-            strict=True,
-        )
-    )
+    jitter, tensor = ColorJitter(0.4, 0.4, 0.4), Preprocessing(resize=32, crop=32).pixels()
+    for both, one in (
+        (Augmentation(color_jitter=0.4).image_transform(RGB), lambda image: tensor(jitter(RGB.fit(image)))),
+        (
+            Augmentation(color_jitter=0.4, rand_augment="rand-m9").image_transform(RGB),
+            Augmentation(rand_augment="rand-m9").image_transform(RGB),
+        ),
+    ):
+        assert all(torch.equal(*pair) for pair in zip(drawn(both, photo()), drawn(one, photo()), strict=True))
 
 
 @pytest.mark.usefixtures("libraries")
