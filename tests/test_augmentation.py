@@ -96,7 +96,7 @@ def test_bad_rand_augment(notation):
 @pytest.mark.parametrize("notation", ["rand", "rand-m5-n1-p0.8-mmax20-inc1", "rand-m9-tweights", "rand-m9-t3a"])
 def test_rand_augment(notation):
     results = drawn(Augmentation(rand_augment=notation).image_transform(RGB), photo(), 10)
-    assert len({result.sum().item() for result in results}) > 3
+    assert len({result.sum().item() for result in results}) > 1
 
 
 @pytest.mark.usefixtures("libraries")
