@@ -46,9 +46,11 @@ class ImageFiles:
     bad: dict[int, str] = field(default_factory=dict, compare=False)
 
     def image(self, i: int) -> "Image.Image":
-        return self._convert(open_image(path := os.path.join(self.root, self.names[i])), path)
+        return self._open(os.path.join(self.root, self.names[i]))
 
-    def _convert(self, image: "Image.Image", path: str) -> "Image.Image":
+    def _open(self, path: str, content: bytes | None = None) -> "Image.Image":
+        """The upright image in the colour mode of the model, so that a file in another mode is refused by its name."""
+        image = open_image(path, content)
         try:
             return self.preprocessing.convert(image)
         except ValueError as error:
@@ -93,7 +95,7 @@ class ImageFiles:
                 path = os.path.join(self.root, name)
                 try:
                     if not has_its_end(path):
-                        self.preprocessing.pixels()(path)
+                        self._open(path)
                 except (OSError, ValueError) as error:
                     found.append((path, str(error)))
             return found
