@@ -39,10 +39,10 @@ def open_image(path: str | os.PathLike[str], content: bytes | None = None) -> "I
 
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as image:
-            image.filename = os.fspath(path)
             image.load()
             with suppress(SyntaxError):  # EXIF data that are none; of a JPEG file, Pillow ignores them itself
                 ImageOps.exif_transpose(image, in_place=True)
+            image.filename = os.fspath(path)
             return image
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such image file") from error
