@@ -164,9 +164,9 @@ def main() -> int:
             add("test images", workers, batches)
         pixels = torch.randint(0, 256, (args.batch, 3, side, side), dtype=torch.uint8, device=device)
         labels = torch.zeros(args.batch, dtype=torch.long, device=device)
+        normalize = dataset.preprocessing.normalize
         for name in args.augment:
             mix = AUGMENTATIONS[name].batch_transform(1000)
-            normalize = dataset.preprocessing.normalize
             items = calls(lambda mix=mix: mix(normalize(pixels), labels), device)
             add(f"normalisation and batch augmentation {name}", None, items)
         for what, prepare in (("training step", training_step), ("inference, fused", inference)):
