@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -147,48 +146,6 @@ class Augmentation:
             return mix(images, labels)
 
         return transform
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Changed copies of ``images``: uint8 ``(B, C, H, W)`` on the CPU -> uint8 ``(B, C, H, W)``."""
-        batch, _, height, width = images.shape
-
-        def uniform() -> Tensor:
-            return torch.rand(batch, 1, generator=generator)
-
-        rows, columns = torch.arange(height).expand(batch, -1), torch.arange(width).expand(batch, -1)
-        if self.flip:
-            columns = torch.where(uniform() < 0.5, columns.flip(1), columns)
-        if self.shift:
-            images = F.pad(images, (self.shift,) * 4)
-            shifts = 2 * self.shift + 1
-            rows = rows + (uniform() * shifts).long()
-            columns = columns + (uniform() * shifts).long()
-        if self.flip or self.shift:
-            each = torch.arange(batch)[:, None, None]
-            images = images.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        if self.erase:
-            area = (0.02 + 0.31 * uniform()) * height * width
-            ratio = torch.exp((2 * uniform() - 1) * math.log(3))
-            inside = span(height, (area * ratio).sqrt(), uniform())[:, :, None]
-            inside = inside & span(width, (area / ratio).sqrt(), uniform())[:, None, :]
-            inside &= uniform()[:, :, None] < self.erase
-            noise = torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=generator)
-            images = torch.where(inside[:, None], noise, images)
-        return images
-
-
-def span(size: int, length: Tensor, place: Tensor) -> Tensor:
-    """Masks ``(B, size)`` of runs along one dimension.
-
-    Args:
-        size: number of positions.
-        length: positions of each run, ``(B, 1)``; rounded, at least 1 and at most ``size``.
-        place: where each run starts, ``(B, 1)``: from 0 (first possible position) up to 1 (last one).
-    """
-    length = length.round().clamp(1, size)
-    start = (place * (size - length + 1)).floor()
-    positions = torch.arange(size)
-    return (positions >= start) & (positions < start + length)
 
 
 @dataclass(frozen=True)
