@@ -3,12 +3,15 @@
 import gzip
 import struct
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from mobilemamba import data
 from mobilemamba.data.image_files import has_its_end, image_suffixes
+from mobilemamba.data.preprocessing import to_tensor
+from mobilemamba.data.splits import InMemory
 
 
 def idx_bytes(values: torch.Tensor) -> bytes:
@@ -57,7 +60,8 @@ def test_fashion_mnist(tmp_path, monkeypatch):
     write_fashion_mnist(tmp_path)
     monkeypatch.setenv("MOBILEMAMBA_FASHION_MNIST", str(tmp_path))
     loaded = data.load("fashion-mnist")
-    assert loaded.train.batch(torch.tensor([5, 0]))[0].shape == (2, 1, 28, 28)
+    for i, image in enumerate(data.read_idx(tmp_path / "train-images-idx3-ubyte.gz")):
+        assert torch.equal(loaded.preprocessing.pixels()(loaded.train.image(i)), image[None])
     assert loaded.test.labels.tolist() == [0, 1, 2, 3]
     assert len(loaded.labels) == 10
 
@@ -95,11 +99,13 @@ def test_folder(tmp_path):
     loaded = data.load(f"folder:{tmp_path}", image_size=16)
     assert loaded.labels == ("ant", "bee")
     assert loaded.train.labels.tolist() == [0, 0, 1, 1]
-    images, labels = loaded.train.batch(torch.tensor([0, 3]))
-    assert labels.tolist() == [0, 1]
+    image = loaded.train.image(3)
+    assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (21, 30), (100, 0, 0))
+    ((images, labels),) = data.evaluation_batches(loaded.train, loaded.preprocessing, batch_size=9)
+    assert labels.tolist() == [0, 0, 1, 1]
     assert images.dtype == torch.uint8
-    assert images.shape == (2, 3, 16, 16)
-    assert images[:, 0].float().mean((1, 2)).tolist() == [0, 100]
+    assert images.shape == (4, 3, 16, 16)
+    assert images[:, 0].float().mean((1, 2)).tolist() == [0, 0, 100, 100]
 
 
 def test_what_counts_as_an_image_of_a_folder(tmp_path):
@@ -159,40 +165,6 @@ def test_cut_files_are_found_before_training(tmp_path, suffix):
         data.load(f"folder:{tmp_path}")
 
 
-def test_bad_images_stop_or_are_skipped(tmp_path, capsys):
-    make_folder(tmp_path)
-    for part in ("train", "val"):
-        Image.effect_noise((60, 60), 80).save(tmp_path / part / "ant" / "2.png")
-        damage(tmp_path / part / "ant" / "2.png", cut=False)
-    loaded = data.load(f"folder:{tmp_path}", 16)
-    for split in (loaded.train, loaded.test):
-        with pytest.raises(
-            ValueError, match=r"ant/2\.png: not a readable image: .*: mend the file, or skip it with --on-"
-        ):
-            split.batch(torch.arange(5), replace=True)
-
-    loaded = data.load(f"folder:{tmp_path}", 16, "skip")
-    assert loaded.bad_images() == 0
-    for _ in range(2):  # the second time the file is known
-        images, labels = loaded.train.batch(torch.tensor([1, 2, 2]), replace=True)  # the next image is bee/0.png
-        assert labels.tolist() == [0, 1, 1]
-        assert torch.equal(images[1], loaded.train.batch(torch.tensor([3]))[0][0])
-        images, labels = loaded.test.batch(torch.arange(5))
-        assert (len(images), labels.tolist()) == (4, [0, 0, 1, 1])
-    assert loaded.test.batch(torch.tensor([2]))[0].shape == (0, 3, 16, 16)
-    assert loaded.bad_images() == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert [
-        line.startswith(f"skipped: {tmp_path}/{part}/ant/2.png: not")
-        for line, part in zip(lines, ("train", "val"), strict=True)
-    ]
-
-    for path in tmp_path.rglob("*.png"):
-        path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="expected images, got none that can be read"):
-        data.load(f"folder:{tmp_path}", 16, "skip").train.batch(torch.tensor([0]), replace=True)
-
-
 def test_home_folder(tmp_path, monkeypatch):
     make_folder(tmp_path / "D")
     write_fashion_mnist(tmp_path)
@@ -216,9 +188,9 @@ def test_fingerprint_follows_the_names_and_not_the_place(tmp_path):
 def test_folder_and_classify_prepare_alike(tmp_path):
     make_folder(tmp_path)
     loaded = data.load(f"folder:{tmp_path}", image_size=16)
-    trained = loaded.preprocessing.normalize(loaded.test.batch(torch.tensor([2]))[0])
+    ((tested, _),) = data.evaluation_batches(loaded.test, loaded.preprocessing, batch_size=9)
     classified = loaded.preprocessing.transforms()(tmp_path / "val" / "bee" / "0.png")
-    assert torch.equal(trained[0], classified)
+    assert torch.equal(loaded.preprocessing.normalize(tested)[2], classified)
 
 
 def test_folder_refusals(tmp_path):
@@ -251,48 +223,70 @@ def test_digits():
     pytest.importorskip("sklearn")
     loaded = data.load("digits")
     assert (len(loaded.train.labels), len(loaded.test.labels)) == (1437, 360)
-    assert loaded.train.batch(torch.arange(3))[0].shape == (3, 1, 8, 8)
+    assert (loaded.train.image(3).mode, loaded.train.image(3).size) == ("L", (8, 8))
     assert set(loaded.test.labels.tolist()) == set(range(10))
 
 
-def batch() -> torch.Tensor:
-    return torch.randint(0, 256, (64, 3, 12, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+def test_images_in_memory_have_one_or_three_channels():
+    pixels = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8)
+    image = InMemory(pixels, torch.zeros(2)).image(1)
+    assert (image.mode, image.size) == ("RGB", (4, 5))
+    assert torch.equal(to_tensor(image), pixels[1])
+    with pytest.raises(ValueError, match=r"image 1: expected 1 \(grey\) or 3 \(RGB\) channels, got 2"):
+        InMemory(pixels[:, :2], torch.zeros(2)).image(1)
 
 
-@pytest.mark.parametrize("options", [{}, {"flip": False}, {"crop": 0}, {"erase": 1.0}])
-def test_augmentation_is_a_function_of_the_generator(options):
-    augment = data.Augmentation(**options)
-    first, again, other = (augment(batch(), torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
-    assert first.dtype == torch.uint8
-    assert first.shape == batch().shape
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+def test_every_kind_of_image_reaches_the_training(tmp_path, recwarn):
+    """Each file shows the same picture, as far as its kind can; all are seen as a viewer shows them."""
+    make_folder(tmp_path)
+    train = tmp_path / "train" / "bee"
+    for path in train.iterdir():
+        path.unlink()
+    (train / "deep" / "er").mkdir(parents=True)
+    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], dtype=torch.uint8)
+    picture = Image.fromarray(colours.view(2, 2, 3).numpy()).resize((24, 24), Image.Resampling.NEAREST)
+    grey, expected = picture.convert("L"), {}
 
+    def save(name: str, image: Image.Image, shown: Image.Image, **options) -> None:
+        image.save(train / name, **options)
+        expected[name] = to_tensor(shown.convert("RGB"))
 
-def test_no_augmentation_changes_nothing():
-    assert torch.equal(data.Augmentation(flip=False, crop=0, erase=0)(batch(), torch.Generator()), batch())
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    save("exif.png", turned, picture, exif=orientation)
+    save("exif.tif", turned, picture, exif=orientation)
+    save("exif-garbage.png", picture, picture, exif=b"Exif\0\0garbage")
+    save("capital.PNG", picture, picture)
+    save("deep/er/nested.WebP", picture, picture, lossless=True)
+    save("grey.png", grey, grey)
+    save("grey-alpha.png", grey.convert("LA"), grey)
+    save("black-white.png", grey.convert("1", dither=0), grey.convert("1", dither=0))
+    deep = np.asarray(grey, dtype=np.uint16) * 256 + 37
+    save("deep.png", Image.fromarray(deep), grey)
+    save("deep.tiff", Image.fromarray(deep), grey)
+    save("deep.pgm", Image.fromarray(deep), grey)
+    save("cmyk.tif", picture.convert("CMYK"), picture)
+    save("palette.gif", picture.quantize(4), picture)
+    palette = picture.quantize(4)
+    save("palette-clear.png", palette, picture, transparency=bytes([0, 128, 255, 255]))
+    save("clear.png", Image.merge("RGBA", (*picture.split(), Image.new("L", (24, 24), 0))), picture)
+    save("bitmap.bmp", picture, picture)
+    target = tmp_path / "elsewhere.png"
+    picture.save(target)
+    (train / "linked.png").symlink_to(target)
+    expected["linked.png"] = to_tensor(picture)
+    picture.save(train / ".hidden.png")
 
-
-def test_flip_mirrors_some_images():
-    images = batch()
-    flipped = data.Augmentation(crop=0, erase=0)(images, torch.Generator().manual_seed(0))
-    mirrored = [torch.equal(new, old.flip(2)) for new, old in zip(flipped, images, strict=True)]
-    assert 16 < sum(mirrored) < 48
-    assert all(same or torch.equal(*pair) for same, *pair in zip(mirrored, flipped, images, strict=True))
-
-
-def test_crop_shifts_each_image():
-    images = batch()
-    shifted = data.Augmentation(flip=False, crop=1, erase=0)(images, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
-    places = [(y, x) for y in range(3) for x in range(3)]
-    for new, old in zip(shifted, padded, strict=True):
-        assert any(torch.equal(new, old[:, y : y + 12, x : x + 10]) for y, x in places)
-
-
-def test_erase_replaces_a_rectangle():
-    images = torch.zeros(64, 1, 20, 20, dtype=torch.uint8)
-    erased = data.Augmentation(flip=False, crop=0, erase=1.0)(images, torch.Generator().manual_seed(0))
-    share = (erased != 0).float().mean((1, 2, 3))
-    assert 0 < share.min()
-    assert share.max() < 0.4
+    loaded = data.load(f"folder:{tmp_path}", 24)
+    names = [name.removeprefix("bee/") for name in loaded.train.names[2:]]
+    assert set(names) == expected.keys()
+    part = data.folder.ImageFiles(str(train), names, torch.arange(len(names)), data.Preprocessing(resize=24, crop=24))
+    transform = data.Augmentation().image_transform(part.preprocessing)
+    batches = data.training_batches(part, transform, batch_size=len(names), seed=0, epoch=0, workers=1)
+    ((images, labels),) = batches
+    assert sorted(labels.tolist()) == list(range(len(names)))
+    for image, label in zip(images, labels.tolist(), strict=True):
+        assert torch.equal(image, expected[names[label]]), names[label]
+    assert torch.equal(to_tensor(part.image(names.index("palette-clear.png"))), expected["palette.gif"])
+    assert not [warning for warning in recwarn if "Palette" in str(warning.message)]

@@ -2,11 +2,11 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["Augmentation"]
 
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
+# timm skips over parts that it does not know, so "rand-mstdx" would be a RandAugment without noise
+RAND_AUGMENT = re.compile(r"rand(-([mn]\d+|(p|mstd)\d+(\.\d+)?|mmax\d+|inc[01]|tweights|t3aw?))*")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Augmentation:
             one of both, drawn for each image.
         rand_augment: RandAugment (arXiv 1909.13719) in timm's notation, such as ``"rand-m9-mstd0.5-inc1"``.
         color_jitter: largest relative change of brightness, contrast and saturation. As in timm, RandAugment replaces
-            it where both are given.
+            it where both are given, except with the operations ``t3a`` and ``t3aw``.
         mixup, cutmix: parameter alpha of the Beta distribution of the mixing ratio (arXiv 1710.09412, 1905.04899).
         mix_prob: probability that a batch is mixed.
         mix_switch: probability of cutmix where a batch is mixed and both are on.
@@ -71,7 +73,7 @@ class Augmentation:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation must be {', '.join(INTERPOLATIONS)}, got '{self.interpolation}'")
-        if self.rand_augment and self.rand_augment.split("-")[0] != "rand":
+        if self.rand_augment and not RAND_AUGMENT.fullmatch(self.rand_augment):
             raise ValueError(f"rand_augment must be like 'rand-m9-mstd0.5-inc1', got '{self.rand_augment}'")
 
     def image_transform(self, preprocessing: Preprocessing) -> "Callable[[Image.Image], Tensor]":
@@ -84,27 +86,24 @@ class Augmentation:
 
         Raises:
             ImportError: a step needs timm and torchvision.
-            ValueError: ``rand_augment`` is not in timm's notation, or the model has neither 1 nor 3 channels.
+            ValueError: the model has neither 1 nor 3 channels.
         """
         evaluation = preprocessing.pixels()  # refuses numbers of channels that image files do not have
         if not (self.flip or self.shift or self.crop_scale or self.rand_augment or self.color_jitter):
             return evaluation
         timm_data, v2 = libraries()
-        try:
-            geometry, colours, _ = timm_data.create_transform(
-                preprocessing.crop,
-                is_training=True,
-                scale=(self.crop_scale or 1.0, 1.0),
-                hflip=0.5 if self.flip else 0.0,
-                color_jitter=self.color_jitter or None,
-                auto_augment=self.rand_augment or None,
-                interpolation=self.interpolation,
-                mean=preprocessing.mean,
-                normalize=False,
-                separate=True,
-            )
-        except (AssertionError, LookupError, ValueError) as error:  # what timm's parser raises
-            raise ValueError(f"rand_augment must be like 'rand-m9-mstd0.5-inc1', got '{self.rand_augment}'") from error
+        geometry, colours, _ = timm_data.create_transform(
+            preprocessing.crop,
+            is_training=True,
+            scale=(self.crop_scale or 1.0, 1.0),
+            hflip=0.5 if self.flip else 0.0,
+            color_jitter=self.color_jitter or None,
+            auto_augment=self.rand_augment or None,
+            interpolation=self.interpolation,
+            mean=preprocessing.mean,
+            normalize=False,
+            separate=True,
+        )
         crop, *flip = geometry.transforms
         first = [preprocessing.convert, crop] if self.crop_scale else [preprocessing.fit]
         shift = [v2.RandomCrop(preprocessing.crop, padding=self.shift)] if self.shift else []
@@ -147,48 +146,6 @@ class Augmentation:
             return mix(images, labels)
 
         return transform
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Changed copies of ``images``: uint8 ``(B, C, H, W)`` on the CPU -> uint8 ``(B, C, H, W)``."""
-        batch, _, height, width = images.shape
-
-        def uniform() -> Tensor:
-            return torch.rand(batch, 1, generator=generator)
-
-        rows, columns = torch.arange(height).expand(batch, -1), torch.arange(width).expand(batch, -1)
-        if self.flip:
-            columns = torch.where(uniform() < 0.5, columns.flip(1), columns)
-        if self.shift:
-            images = F.pad(images, (self.shift,) * 4)
-            shifts = 2 * self.shift + 1
-            rows = rows + (uniform() * shifts).long()
-            columns = columns + (uniform() * shifts).long()
-        if self.flip or self.shift:
-            each = torch.arange(batch)[:, None, None]
-            images = images.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        if self.erase:
-            area = (0.02 + 0.31 * uniform()) * height * width
-            ratio = torch.exp((2 * uniform() - 1) * math.log(3))
-            inside = span(height, (area * ratio).sqrt(), uniform())[:, :, None]
-            inside = inside & span(width, (area / ratio).sqrt(), uniform())[:, None, :]
-            inside &= uniform()[:, :, None] < self.erase
-            noise = torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=generator)
-            images = torch.where(inside[:, None], noise, images)
-        return images
-
-
-def span(size: int, length: Tensor, place: Tensor) -> Tensor:
-    """Masks ``(B, size)`` of runs along one dimension.
-
-    Args:
-        size: number of positions.
-        length: positions of each run, ``(B, 1)``; rounded, at least 1 and at most ``size``.
-        place: where each run starts, ``(B, 1)``: from 0 (first possible position) up to 1 (last one).
-    """
-    length = length.round().clamp(1, size)
-    start = (place * (size - length + 1)).floor()
-    positions = torch.arange(size)
-    return (positions >= start) & (positions < start + length)
 
 
 @dataclass(frozen=True)

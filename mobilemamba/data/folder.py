@@ -3,9 +3,7 @@
 import hashlib
 import itertools
 import os
-import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,12 +26,13 @@ NAMED = 5  # names in a message
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files, decoded on demand, then resized and cropped as ``preprocessing`` says.
+    """Image files, decoded on demand.
 
     Args:
         root: their folder.
         names: path of each file below ``root``; the first part is the class.
         labels: int64 ``(N,)``.
+        preprocessing: its colour mode is that of the images.
         skip: whether files that cannot be read are named once on stderr and skipped. Otherwise they are an error.
         bad: what is wrong with the skipped files, by index.
     """
@@ -46,39 +45,15 @@ class ImageFiles:
     bad: dict[int, str] = field(default_factory=dict, compare=False)
 
     def image(self, i: int) -> "Image.Image":
-        return self._convert(open_image(path := os.path.join(self.root, self.names[i])), path)
+        return self._open(os.path.join(self.root, self.names[i]))
 
-    def _convert(self, image: "Image.Image", path: str) -> "Image.Image":
+    def _open(self, path: str, content: bytes | None = None) -> "Image.Image":
+        """The upright image in the colour mode of the model, so that a file in another mode is refused by its name."""
+        image = open_image(path, content)
         try:
             return self.preprocessing.convert(image)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-    def batch(self, index: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes without the GIL
-            results = pool.map(lambda i: self._read(i, len(self.names) if replace else 1), index.tolist())
-            images = [result for result in results if result is not None]
-        if replace and len(images) < len(index):
-            raise ValueError(f"{self.root}: expected images, got none that can be read")
-        size = (0, self.preprocessing.channels, self.preprocessing.crop, self.preprocessing.crop)
-        pixels = torch.stack([pixels for _, pixels in images]) if images else torch.empty(size, dtype=torch.uint8)
-        return pixels, self.labels[[i for i, _ in images]]
-
-    def _read(self, start: int, tries: int) -> tuple[int, Tensor] | None:
-        """The first good image from ``start`` on, with its index. None if ``tries`` images are bad."""
-        for i in range(start, start + tries):
-            i %= len(self.names)
-            if i in self.bad:
-                continue
-            try:
-                return i, self.preprocessing.pixels()(os.path.join(self.root, self.names[i]))
-            except (OSError, ValueError) as error:
-                if not self.skip:
-                    raise ValueError(f"{error}: mend the file, or skip it with --on-bad-image skip") from error
-                message = f"skipped: {error}"
-                if self.bad.setdefault(i, message) is message:  # the first thread that met it
-                    print(message, file=sys.stderr)
-        return None
 
     def check(self) -> None:
         """Look at both ends of each JPEG, PNG and WebP file, and decode those that look damaged, and other formats.
@@ -93,7 +68,7 @@ class ImageFiles:
                 path = os.path.join(self.root, name)
                 try:
                     if not has_its_end(path):
-                        self.preprocessing.pixels()(path)
+                        self._open(path)
                 except (OSError, ValueError) as error:
                     found.append((path, str(error)))
             return found

@@ -56,7 +56,8 @@ def read_ground_truth(path: Path, images: Sequence[str]) -> dict[str, str]:
         if classes.setdefault(os.path.normpath(file), name) != name:
             raise ValueError(f"{path}, line {number}: a second class for {file}")
 
-    found, same_key = {}, {}
+    found: dict[str, str] = {}
+    same_key: dict[str, str] = {}
     for image in images:
         for key in (image, os.path.basename(image), os.path.splitext(os.path.basename(image))[0]):
             if key in classes:

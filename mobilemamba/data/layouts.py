@@ -139,7 +139,8 @@ def _in_part(images: Mapping[str, Place], split: str, root: Path) -> dict[str, P
     else:
         common = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders.values(), strict=False))
         depth = max(0, min([len(list(common)), *(len(parts) - 1 for parts in folders.values())]))
-        _refuse_other_parts([parts[depth] for parts in folders.values() if len(parts) > depth], split, root)
+        for level in range(depth + 1):
+            _refuse_other_parts([parts[level] for parts in folders.values() if len(parts) > level], split, root)
         depths = dict.fromkeys(images, depth)
     found = {"/".join(name.split("/")[depth:]): images[name] for name, depth in depths.items()}
     if len(found) < len(depths):

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -122,7 +123,7 @@ def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool
             sampler=batches,
             num_workers=workers,
             pin_memory=pin,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # otherwise the loader draws a number from the caller's generator
         )
     )
@@ -139,14 +140,17 @@ def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool
         del iterator  # ends the workers now, also while an error's traceback keeps this frame
 
 
-def ignore_signals(worker: int) -> None:
-    """Leave signals to the process that trains: it ends its workers.
+def start_worker(worker: int) -> None:
+    """Leave signals to the process that trains, and say nothing of odd metadata.
 
     Ctrl-C and batch systems signal all processes of a job. The trainer finishes its step and saves its state, and needs
-    its workers until then. If it dies, its workers notice within five seconds and end.
+    its workers until then. Then it ends them. If it dies, they notice within five seconds and end.
+
+    Pillow's warnings (EXIF data cut short, for one) do not name the file, and every worker would repeat them.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 @dataclass

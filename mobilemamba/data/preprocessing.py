@@ -4,8 +4,8 @@ import io
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import torch
@@ -26,6 +26,8 @@ ImageOrPath = Union["Image.Image", str, os.PathLike[str]]
 def open_image(path: str | os.PathLike[str], content: bytes | None = None) -> "Image.Image":
     """Read a complete image file and turn the image upright, as its EXIF orientation says.
 
+    The image keeps its colour mode. Its ``filename`` is the path.
+
     Args:
         content: the bytes of the image, if it is not a file of its own; ``path`` then is its name in messages.
 
@@ -35,13 +37,17 @@ def open_image(path: str | os.PathLike[str], content: bytes | None = None) -> "I
     """
     from PIL import Image, ImageOps
 
-    if content is None and not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such image file")
-    if content is None and Path(path).is_dir():
-        raise ValueError(f"{path}: expected an image, got a folder")
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as image:
-            return ImageOps.exif_transpose(image)
+            image.load()
+            with suppress(SyntaxError):  # EXIF data that are none; of a JPEG file, Pillow ignores them itself
+                ImageOps.exif_transpose(image, in_place=True)
+            image.filename = os.fspath(path)
+            return image
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such image file") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path}: expected an image, got a folder") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{path}: expected an image, got a file of no known image format") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, DecompressionBombError, EOFError ...
@@ -194,8 +200,8 @@ class Preprocessing:
 
 def to_tensor(image: "Image.Image") -> Tensor:
     """uint8 ``(C, H, W)`` of an image in mode RGB or L."""
-    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return data.view(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+    planes = bytearray().join(band.tobytes() for band in image.split())  # a third of the time of torch's permutation
+    return torch.frombuffer(planes, dtype=torch.uint8).view(-1, image.height, image.width)
 
 
 def centre_box(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
@@ -216,6 +222,9 @@ def to_mode(image: "Image.Image", mode: str) -> "Image.Image":
         image = image.point(lambda value: value * (1 / 256)).convert("L")
     if image.mode == "F":
         raise ValueError("image: expected 8 or 16 bits per channel, got floating point of unknown range")
+    if "transparency" in image.info:  # it is dropped; Pillow would warn about some kinds
+        image = image.copy()
+        del image.info["transparency"]
     try:
         return image.convert(mode)
     except ValueError as error:

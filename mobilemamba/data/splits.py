@@ -43,18 +43,6 @@ class Split(Protocol):
         """
         ...
 
-    def batch(self, index: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
-        """The images at ``index`` ``(B,)`` as uint8 ``(B, C, H, W)``, and their labels, int64 ``(B,)``.
-
-        Args:
-            replace: if bad images are skipped, the next good image takes the place of a bad one. Otherwise the batch
-                is smaller by the bad images.
-
-        Raises:
-            ValueError, OSError: an image cannot be read, and bad images are not skipped.
-        """
-        ...
-
     def fingerprint(self) -> dict[str, list[Any]]:
         """For each group of images: their number, and a hash that changes with their names, order or labels."""
         ...
@@ -114,9 +102,6 @@ class InMemory:
         if len(pixels) not in (1, 3):
             raise ValueError(f"image {i}: expected 1 (grey) or 3 (RGB) channels, got {len(pixels)}")
         return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
-
-    def batch(self, index: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
-        return self.pixels[index], self.labels[index]
 
     def fingerprint(self) -> dict[str, list[Any]]:
         digest = hashlib.sha256(repr((list(self.pixels.shape), self.labels.tolist())).encode()).hexdigest()

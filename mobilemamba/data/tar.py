@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from .folder import ImageFiles
 from .image_files import image_suffixes
-from .preprocessing import open_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +33,7 @@ class TarImages(ImageFiles):
         with open(self.root, "rb", buffering=0) as file:
             file.seek(offset)
             content = file.read(length)
-        return self._convert(open_image(f"{self.root}/{self.names[i]}", content), self.names[i])
+        return self._open(f"{self.root}/{self.names[i]}", content)
 
 
 def find_in_tar(path: Path, skipped: Counter[str]) -> dict[str, Place]:

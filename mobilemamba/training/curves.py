@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..weights.files import atomic_write
 
@@ -120,6 +121,8 @@ def draw(runs: Sequence[Curves], target: Path) -> None:
         raise ValueError(f"{target}: expected a name that ends with {' or '.join(SUFFIXES)}")
     if not any(run.loss for run in runs):
         raise ValueError(f"{', '.join(str(run.path) for run in runs)}: expected a finished epoch, got none so far")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: no such folder to write {target.name} into")
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -127,7 +130,7 @@ def draw(runs: Sequence[Curves], target: Path) -> None:
     except ImportError as error:
         raise ImportError("plot needs matplotlib: pip install '.[train]'") from error
 
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,

@@ -1,6 +1,5 @@
 """The accuracy of a model on one part of a data set: top-1, top-5, by class, and the confusion matrix."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -70,9 +69,14 @@ class Result:
         Args:
             total: the sum of a tensor over the processes.
         """
-        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return dataclasses.replace(
-            self, **{name: total(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        return Result(
+            images=total(self.images),
+            right=total(self.right),
+            right5=total(self.right5),
+            predicted=total(self.predicted),
+            confusion=None if self.confusion is None else total(self.confusion),
+            bad=total(self.bad),
+            seconds=self.seconds,
         )
 
 

@@ -9,6 +9,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ..models import MobileMamba
 from .cache import download
 from .checkpoint import Checkpoint, describe_head, load_into
@@ -75,6 +77,7 @@ def adapt_channels(checkpoint: Checkpoint, channels: int) -> Checkpoint:
     if weight is None or weight.dim() != 4 or weight.shape[1] in (0, channels):
         return checkpoint
     old = weight.shape[1]
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # 16 bits would round the scaled kernels
     if channels == 1:
         adapted = weight.sum(1, keepdim=True)
     else:
