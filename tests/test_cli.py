@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -211,9 +211,9 @@ def test_info(capsys):
 
 def test_train_then_classify(folder, capsys, monkeypatch):
     pytest.importorskip("sklearn")
-    code, out, err = run(
-        capsys, "train", "--data", "digits", "--epochs", "1", "--batch-size", "512", "--no-flip", "--out", "run"
-    )
+    plain = ("--no-flip", "--shift", "0", "--erase", "0")
+    options = ("--data", "digits", "--epochs", "1", "--batch-size", "512")
+    code, out, err = run(capsys, "train", *options, *plain, "--out", "run")
     assert (code, err) == (0, "")
     assert out.splitlines()[1].startswith("epoch 1/1  loss ")
     assert out.splitlines()[-1].startswith("test accuracy ")
@@ -223,11 +223,24 @@ def test_train_then_classify(folder, capsys, monkeypatch):
     code, _, err = run(capsys, "train", "--out", "run", "--resume", "--data", "folder:.")
     assert (code, err.partition("error: ")[2]) == (2, "run/last.pt: the run has other data: digits (now folder:.)\n")
     configs = []
-    monkeypatch.setattr(cli.train, "train", lambda config, *_: configs.append(config) or 0.5)
+    monkeypatch.setattr(cli.train, "train", lambda config, *_, **__: configs.append(config) or 0.5)
     resume = ("train", "--out", "run", "--resume")
     assert run(capsys, *resume)[0] == run(capsys, *resume, "--epochs", "2", "--flip")[0] == 0
-    config = TrainConfig(data="digits", epochs=1, batch_size=512, flip=False)
+    config = TrainConfig(data="digits", epochs=1, batch_size=512, flip=False, shift=0, erase=0.0)
     assert configs == [config, replace(config, epochs=2, flip=True)]
+
+
+def test_train_shows_what_a_recipe_comes_to(capsys):
+    code, out, _ = run(capsys, "train", "--recipe", "published-1000", "--model", "t2", "--lr", "1", "--show")
+    assert code == 0
+    rows = {name: rest for name, *rest in (line.split(maxsplit=2) for line in out.splitlines())}
+    assert list(rows) == [field.name.replace("_", "-") for field in fields(TrainConfig)]
+    assert rows["epochs"] == ["1000", "of the recipe"]
+    assert rows["rand-augment"] == ["rand-m9-mstd0.5-inc1", "of the recipe"]
+    assert rows["model"] == ["t2", "given"]
+    assert rows["lr"] == ["1.0", "given"]
+    assert rows["distill-weight"] == ["5.0", "of the recipe"]
+    assert rows["half"] == ["no"]
 
 
 def test_train_help_says_which_defaults_are_the_presets(capsys):
@@ -322,6 +335,19 @@ REFUSALS = {
         "unknown arguments: --tpok 3; mobilemamba classify --help",
     ),
     "rate": (("train", "--lr", "-1", "--out", "new"), "lr must be positive, got -1.0"),
+    "no folder of a run": (("train", "--lr", "1"), "expected --out DIR, the folder of the run"),
+    "recipe of a run": (
+        ("train", "--out", "new", "--resume", "--recipe", "fine-tune"),
+        "expected either --resume, which takes the run's options, or --recipe, got both",
+    ),
+    "unknown recipe": (("train", "--recipe", "best", "--out", "new"), "argument --recipe: invalid choice: 'best'"),
+    "no teacher": (
+        ("train", "--recipe", "published-1000", "--out", "new"),
+        "the recipe published-1000 distils: expected --teacher",
+    ),
+    "minutes": (("train", "--save-every", "0", "--out", "new"), "--save-every: expected minutes above 0, got '0'"),
+    "workers": (("train", "--workers", "-1", "--out", "new"), "--workers: expected at least 0, got -1"),
+    "widths": (("train", "--widths", "9,x,9", "--out", "new"), "--widths: expected a whole number, got 'x'"),
     "convert nothing": (("convert", "none.pt", "new.pt"), "none.pt: no such checkpoint"),
     "convert to what": (("convert", "nano.pt", "new.txt"), "new.txt: expected a name"),
     "convert another": (("convert", "nano.pt", "new.pt", "--model", "t2"), "of t2, got weights of nano"),
@@ -394,7 +420,7 @@ def test_a_reader_that_has_gone_ends_the_command_quietly(folder, capsys, monkeyp
         monkeypatch.setattr(sys, "stdout", pipe)
         code, _, err = run(capsys, "train", "--out", "somewhere")
     assert (code, err.count("\n")) == (141, 1)
-    assert err.endswith("the reader of its output has gone: --resume continues from the latest epoch\n")
+    assert err.endswith("the reader of its output has gone: --resume continues from the latest stored state\n")
 
 
 def test_names_of_files_may_have_any_bytes(folder, monkeypatch):
@@ -414,7 +440,7 @@ def test_interrupt_is_one_line(monkeypatch, capsys):
     assert run(capsys, "info") == (130, "", "\nmobilemamba info: interrupted\n")
     monkeypatch.setattr(cli.train, "run", interrupted)
     code, _, err = run(capsys, "train", "--out", "somewhere")
-    assert (code, err) == (130, "\nmobilemamba train: interrupted: --resume continues from the latest epoch\n")
+    assert (code, err) == (130, "\nmobilemamba train: interrupted: --resume continues from the latest stored state\n")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from .config import TrainConfig
 
 __all__ = ["Teacher", "hard_loss", "open_teacher", "soft_loss"]
 
+SUFFIXES = (".pt", ".pt2", ".pth", ".safetensors", ".ts", ".torchscript")
 RECORD = "mobilemamba."  # start of the names of the text records that export() writes into a file
 
 
@@ -108,7 +109,7 @@ def open_module(source: str, device: torch.device) -> tuple[nn.Module, Stated | 
     if preset in PRESETS and variant in ("", "plain", "distilled"):
         return own_model(weights.entry(preset, variant == "distilled"), device)
     if not path.is_file():
-        if path.suffix or os.sep in source:
+        if path.suffix in SUFFIXES or os.sep in source:
             raise FileNotFoundError(f"teacher: no such file: {source}")
         return timm_model(source, device)
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
