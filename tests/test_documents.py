@@ -218,6 +218,14 @@ def check_python(command: Command, request: pytest.FixtureRequest) -> None:
             del sys.modules[name]
 
 
+def check_torchrun(command: Command, request: pytest.FixtureRequest) -> None:
+    """The module that it runs is this package; its arguments are checked."""
+    module = command.words.index("-m")
+    assert command.words[module + 1] == "mobilemamba"
+    assert [word for word in command.words[1:module] if word.startswith("-")] == ["--nproc-per-node"]
+    check_mobilemamba(Command(command.document, command.words[module + 1 :]), request)
+
+
 def check_pip(command: Command, request: pytest.FixtureRequest) -> None:
     assert command.words[1] == "install"
     extras = pyproject_extras()
@@ -281,6 +289,7 @@ CHECKS: dict[str, Callable[[Command, pytest.FixtureRequest], None]] = {
     "pytest": check_pytest,
     "python": check_python,
     "ruff": check_linter,
+    "torchrun": check_torchrun,
 }
 ALL_COMMANDS = [command for document in DOCUMENTS for command in commands(document)]
 #: Each command once, as it stands first: blocks come before the prose.

@@ -4,7 +4,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 import torch
 
 from .. import weights
-from ..data import load_split
+from ..data import default_workers, load_split
 from ..data.datasets import ON_BAD_IMAGE
-from ..data.folder import ImageFiles
+from ..data.loading import MAX_WORKERS
 from ..training import Result, evaluate
 from ..training.log import clock
 from ..weights.files import atomic_write
@@ -24,7 +23,6 @@ from .options import Parser, add_device_option, add_model_options, checked_devic
 HELP = "Print the accuracy of a model on a data set: top-1 and top-5, beside the published figures."
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-MAX_WORKERS = 8  # by default
 
 
 def add_options(parser: Parser) -> None:
@@ -69,9 +67,7 @@ def run(args: argparse.Namespace) -> None:
         on_bad_image=args.on_bad_image,
     )
     print(found, flush=True)
-    workers = args.workers
-    if workers is None:
-        workers = min(MAX_WORKERS, len(os.sched_getaffinity(0))) if isinstance(split, ImageFiles) else 0
+    workers = default_workers(split) if args.workers is None else args.workers
 
     def describe(done: int, total: int, seconds: float) -> str:
         rate = done * args.batch_size / seconds

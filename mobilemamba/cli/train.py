@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..data.loading import MAX_WORKERS
 from ..training import EXIT_CODE, RECIPES, Interrupted, TrainConfig, recipe, stored_config, train
 from .options import Parser, add_device_option, checked_device, per_channel, positive, whole
 
@@ -66,8 +67,10 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--resume", action="store_true", help=resume)
     save = "minutes between two stored states: what a run that is killed can lose (default: 10)"
     parser.add_argument("--save-every", type=positive_minutes, default=10.0, metavar="MINUTES", help=save)
-    workers = "processes that decode images, for each process of the run (default: 0: the run's own)"
-    parser.add_argument("--workers", type=whole, default=0, metavar="N", help=workers)
+    workers = (
+        f"processes that decode images (default: one for each CPU, at most {MAX_WORKERS}; none for data in memory)"
+    )
+    parser.add_argument("--workers", type=whole, metavar="N", help=workers)
     add_device_option(parser)
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
 
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("expected either --resume, which takes the run's options, or --recipe, got both")
     if args.out is None and (args.resume or not args.show):
         raise ValueError("expected --out DIR, the folder of the run")
-    if args.workers < 0:
+    if args.workers is not None and args.workers < 0:
         raise ValueError(f"--workers: expected at least 0, got {args.workers}")
     chosen = {**recipe(args.recipe or "default"), **given}
     config = stored_config(args.out, **given) if args.resume else TrainConfig(**chosen)

@@ -4,7 +4,7 @@ from .augmentation import Augmentation
 from .datasets import fashion_mnist_dir, load, read_idx
 from .image_files import find_images
 from .layouts import load_split
-from .loading import evaluation_batches, training_batches
+from .loading import default_workers, evaluation_batches, training_batches
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, open_image
 from .randomness import mixed_seed, preserved_generators, seed_generators
 from .splits import DataSet, Split
@@ -16,6 +16,7 @@ __all__ = [
     "DataSet",
     "Preprocessing",
     "Split",
+    "default_workers",
     "evaluation_batches",
     "fashion_mnist_dir",
     "find_images",

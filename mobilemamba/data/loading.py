@@ -1,5 +1,6 @@
 """Batches of images for training and evaluation, decoded ahead by worker processes."""
 
+import os
 import signal
 import sys
 import warnings
@@ -13,14 +14,27 @@ from torch.utils.data import DataLoader, Dataset
 
 from .preprocessing import Preprocessing
 from .randomness import mixed_seed, preserved_generators, seed_generators
-from .splits import Split
+from .splits import InMemory, Split
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["evaluation_batches", "training_batches"]
+__all__ = ["MAX_WORKERS", "default_workers", "evaluation_batches", "training_batches"]
+
+MAX_WORKERS = 8  # by default
 
 Loaded = tuple[Tensor, Tensor, dict[int, str], str]  # images, labels, bad images by index, why the batch failed
+
+
+def default_workers(split: Split, processes: int = 1) -> int:
+    """Worker processes for ``split``: one for each CPU, at most :data:`MAX_WORKERS`; none for images in memory.
+
+    Args:
+        processes: that load images on this machine.
+    """
+    if isinstance(split, InMemory):
+        return 0
+    return min(MAX_WORKERS, max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 def training_batches(

@@ -46,7 +46,7 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     *,
-    workers: int = 0,
+    workers: int | None = None,
     save_every: float = 10.0,
 ) -> float:
     """Train a model and store it in the folder ``out``. Under torchrun, its processes train one model together.
@@ -61,7 +61,8 @@ def train(
         resume: continue from ``last.pt``. The options must be those of the run (:func:`stored_config`), except that the
             data may be elsewhere and the number of epochs may be larger: the learning rate then follows the schedule
             of the new number.
-        workers: processes that decode images, for each process of the run. 0: this process decodes.
+        workers: processes that decode images, for each process of the run. 0: this process decodes. None:
+            :func:`mobilemamba.data.default_workers`.
         save_every: minutes between two stored states. The state is also stored at the start, after the training part of
             each epoch, and when a signal stops the run.
 
@@ -81,6 +82,8 @@ def train(
         if first:
             folder.check(resume)
         dataset = open_data(config, resume)
+        if workers is None:
+            workers = data.default_workers(dataset.train, processes.here)
         run = Run(config, dataset, place, processes, workers, resume)
         with folder.locked() if first else nullcontext(), Interruption(patient=processes.count > 1) as run.interruption:
             if first:

@@ -20,11 +20,13 @@ class Processes:
     Args:
         rank: number of this one, from 0 to ``count - 1``. Process 0 writes the files.
         device: of this process, on which they exchange tensors.
+        here: how many of them are on this machine.
     """
 
     rank: int = 0
     count: int = 1
     device: torch.device | None = None
+    here: int = 1
 
     @property
     def share(self) -> tuple[int, int]:
@@ -83,7 +85,8 @@ def joined(device: str) -> Iterator[tuple[Processes, torch.device]]:
         torch.cuda.set_device(place)
     distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
     try:
-        yield Processes(distributed.get_rank(), distributed.get_world_size(), place), place
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        yield Processes(distributed.get_rank(), distributed.get_world_size(), place, here), place
     finally:
         distributed.destroy_process_group()
 
