@@ -164,7 +164,7 @@ class Steps:
 
 
 def posterize(original: "Callable[..., Image.Image]", image: "Image.Image", bits: int, **options: Any) -> "Image.Image":
-    """timm's operation. At the highest magnitude timm asks for 0 bits: a black image, which Pillow 13 refuses to make."""
+    """timm's operation. At magnitude 10 timm asks for 0 bits: a black image, which Pillow 13 refuses to make."""
     from PIL import Image
 
     return original(image, bits, **options) if bits else Image.new(image.mode, image.size)
