@@ -17,16 +17,22 @@ from PIL import Image
 
 import mobilemamba
 from mobilemamba import data
-from mobilemamba.training import Ema, TrainConfig, learning_rate, parameter_groups, stored_config, train
+from mobilemamba.training import TrainConfig, learning_rate, moving_average, parameter_groups, stored_config, train
 from mobilemamba.training.folder import RunFolder
 from mobilemamba.training.loop import Run
 
 pytest.importorskip("sklearn")
 RUN = [".lock", "last.pt", "log.jsonl", "model.pt"]
-CONFIG = TrainConfig(data="digits", epochs=4, batch_size=48, flip=False, crop=1, drop_path=0.1)
-ONE_EPOCH = TrainConfig(data="digits", epochs=1, batch_size=50)
+PLAIN = {"data": "digits", "flip": False, "shift": 0, "erase": 0.0}  # needs no augmentation library
+try:
+    data.augmentation.libraries()
+    AUGMENTED = {**PLAIN, "shift": 1, "erase": 0.25, "mixup": 0.8}
+except ImportError:
+    AUGMENTED = PLAIN
+CONFIG = TrainConfig(epochs=4, batch_size=48, drop_path=0.1, **AUGMENTED)
+ONE_EPOCH = TrainConfig(epochs=1, batch_size=50, **PLAIN)
 KILLED_IN_THIRD_SAVE = """
-import os, pathlib, signal, sys, torch
+import json, os, pathlib, signal, sys, torch
 import mobilemamba.data
 from mobilemamba.training import TrainConfig, train
 whole = mobilemamba.data.load("digits")
@@ -42,7 +48,7 @@ def dying_save(state, file):
         os.truncate(file.name, os.path.getsize(file.name) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 torch.save = dying_save
-train(TrainConfig(data="digits", epochs=4, batch_size=48, flip=False, crop=1, drop_path=0.1), pathlib.Path(sys.argv[1]))
+train(TrainConfig(**json.loads(sys.argv[2])), pathlib.Path(sys.argv[1]))
 """
 
 
@@ -117,20 +123,20 @@ def assert_same_runs(one, other):
 
 
 def test_a_few_steps_lower_the_loss(tmp_path, small_digits):
-    train(TrainConfig(data="digits", epochs=6, batch_size=50, lr=5e-3, crop=0, flip=False, erase=0), tmp_path)
+    train(TrainConfig(epochs=6, batch_size=50, lr=5e-3, **PLAIN), tmp_path)
     losses = [entry["loss"] for entry in entries(tmp_path) if "loss" in entry]
     assert losses[-1] < 0.8 * losses[0]
 
 
 # With 8x8 pixels the last stage is 1x1, where PyTorch's bfloat16 gradient of a depthwise 3x3 stride-2 weight on the CPU
 # holds uninitialised memory (seen in 2.13).
-@pytest.mark.parametrize(("amp", "scale"), [(False, 1), (True, 2)])
-def test_resume_is_bit_for_bit(tmp_path, monkeypatch, amp, scale):
+@pytest.mark.parametrize(("precision", "scale"), [("float32", 1), ("bfloat16", 2)])
+def test_resume_is_bit_for_bit(tmp_path, monkeypatch, precision, scale):
     use_small_digits(monkeypatch, scale)
-    config = TrainConfig(**{**vars(CONFIG), "amp": amp})
+    config = replace(CONFIG, precision=precision)
     train(config, tmp_path / "straight")
     resumed = False
-    for part in ("train_epoch", "evaluate_epoch"):  # the state is saved between the two
+    for part in ("train_step", "evaluate_epoch"):  # the state is saved between the two
         with monkeypatch.context() as patch:
             patch.setattr(Run, part, interrupted_in_third_epoch(getattr(Run, part)))
             with pytest.raises(KeyboardInterrupt):
@@ -139,17 +145,17 @@ def test_resume_is_bit_for_bit(tmp_path, monkeypatch, amp, scale):
         torch.rand(7)  # whatever else the process does with its generator does not matter
     assert [entry["epoch"] for entry in entries(tmp_path / "resumed") if "loss" in entry] == [1, 2]
     trained = []
-    train_epoch = Run.train_epoch
-    monkeypatch.setattr(Run, "train_epoch", lambda run: (train_epoch(run), trained.append(run.epoch)))
+    step = Run.train_step
+    monkeypatch.setattr(Run, "train_step", lambda run, *batch: (trained.append(run.epoch), step(run, *batch))[1])
     train(config, tmp_path / "resumed", resume=True)
-    assert trained == [4]
+    assert trained == [3, 3]
     assert_same_runs(tmp_path / "straight", tmp_path / "resumed")
 
 
 def interrupted_in_third_epoch(part):
-    def patched(run):
-        result = part(run)
-        if run.epoch == 3:
+    def patched(run, *args):
+        result = part(run, *args)
+        if run.epoch == (3 if part.__name__ == "evaluate_epoch" else 2):
             raise KeyboardInterrupt
         return result
 
@@ -157,7 +163,7 @@ def interrupted_in_third_epoch(part):
 
 
 def test_killed_while_saving_loses_nothing(tmp_path, small_digits):
-    command = [sys.executable, "-c", KILLED_IN_THIRD_SAVE, str(tmp_path / "killed")]
+    command = [sys.executable, "-c", KILLED_IN_THIRD_SAVE, str(tmp_path / "killed"), json.dumps(vars(CONFIG))]
     killed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr
     assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["epoch"] == 1
@@ -280,12 +286,12 @@ def test_a_bad_test_image_costs_no_epoch(tmp_path, monkeypatch):
         Image.effect_noise((60, 60), 40 + 10 * i).save(tmp_path / f"{name}.png")
     bad = tmp_path / "val/bee/1.png"
     bad.write_bytes(bad.read_bytes()[:1000] + bytes(40) + bad.read_bytes()[1040:])  # both ends stay
-    config = TrainConfig(data=f"folder:{tmp_path}", image_size=16, epochs=1)
+    config = TrainConfig(**{**PLAIN, "data": f"folder:{tmp_path}"}, image_size=16, epochs=1)
     out = tmp_path / "run"
     with pytest.raises(ValueError, match=r"val/bee/1\.png: not a readable image: .*--on-bad-image skip$"):
         train(config, out)
     assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
-    monkeypatch.delattr(Run, "train_epoch")
+    monkeypatch.delattr(Run, "train_step")
     accuracy = train(stored_config(out, on_bad_image="skip"), out, resume=True)
     assert accuracy in (0, 0.5, 1)
     assert [entry["epoch"] for entry in entries(out) if "loss" in entry] == [1]
@@ -294,9 +300,9 @@ def test_a_bad_test_image_costs_no_epoch(tmp_path, monkeypatch):
 
 def test_evaluation_uses_the_batch_size(small_digits, monkeypatch):
     sizes = []
-    batch = data.splits.InMemory.batch
+    normalize = data.Preprocessing.normalize
     monkeypatch.setattr(
-        data.splits.InMemory, "batch", lambda split, index: (sizes.append(len(index)), batch(split, index))[1]
+        data.Preprocessing, "normalize", lambda self, pixels: (sizes.append(len(pixels)), normalize(self, pixels))[1]
     )
     Run(replace(ONE_EPOCH, batch_size=40), small_digits, torch.device("cpu")).accuracy()
     assert sizes == [40, 40, 20]
@@ -348,7 +354,7 @@ def swapped(labels: list[str]) -> list[str]:
         (lambda state: state.pop("config"), "got one without config"),
         (lambda state: state.update(meta=None, ema=None), "got one without meta, ema"),
         (lambda state: state["config"].update(momentum=0.9), r"momentum 0.9 \(now None\)"),
-        (lambda state: state["config"].pop("erase"), r"erase None \(now 0.25\)"),
+        (lambda state: state["config"].pop("erase"), r"erase None \(now 0.0\)"),
         (
             lambda state: state["meta"].update(labels=swapped(state["meta"]["labels"])),
             r"label 0 1 \(now 0\), label 1 0 \(now 1\); ",
@@ -374,7 +380,7 @@ def test_a_state_of_another_run_is_refused(finished, change, message):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_digits):
     with pytest.raises(FloatingPointError, match="expected finite values"):
-        train(TrainConfig(data="digits", epochs=2, batch_size=50, lr=1e30, warmup_epochs=0), tmp_path)
+        train(TrainConfig(epochs=2, batch_size=50, lr=1e30, warmup_epochs=0, **PLAIN), tmp_path)
     assert not (tmp_path / "model.pt").exists()
 
 
@@ -383,11 +389,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_digits):
     [
         ({"epochs": 0}, "epochs must be positive, got 0"),
         ({"lr": math.nan}, "lr must be positive, got nan"),
-        ({"crop": -1}, "crop must not be negative, got -1"),
+        ({"shift": -1}, "shift must be at least 0, got -1"),
+        ({"widths": (96, 192)}, r"widths must be three numbers, got \(96, 192\)"),
+        ({"mixup": math.nan}, "mixup must be at least 0, got nan"),
+        ({"precision": "half"}, "precision must be float32 or bfloat16 or float16, got half"),
         ({"erase": 1.5}, "erase must be from 0 to 1, got 1.5"),
         ({"on_bad_image": "ignore"}, "on_bad_image must be fail or skip, got ignore"),
         ({"model": "s7"}, "unknown model 's7'"),
-        ({"seed": -(2**40)}, r"seed must be below 2\*\*40, got -1099511627776"),
+        ({"seed": -(2**40)}, r"seed must be from 0 up to 2\*\*40, got -1099511627776"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -422,17 +431,23 @@ def test_learning_rate():
     assert learning_rate(0, 100, 0, 2.0) == 2.0
 
 
-def test_ema():
+def test_moving_average():
     model = torch.nn.BatchNorm1d(2)
-    ema = Ema(model, decay=0.5)
-    with torch.no_grad():
-        model.weight.fill_(3.0)
-        model.running_var.fill_(11.0)
-        model.num_batches_tracked.fill_(7)
-    ema.update(model, step=0)  # warm-up: decay 1/10
-    assert ema.model.weight.tolist() == pytest.approx([0.1 + 0.9 * 3] * 2)
-    assert ema.model.running_var.tolist() == pytest.approx([0.1 + 0.9 * 11] * 2)
-    assert ema.model.num_batches_tracked == 7
-    assert not ema.model.training
-    ema.update(model, step=10_000)
-    assert ema.model.weight.tolist() == pytest.approx([(0.1 + 0.9 * 3 + 3) / 2] * 2)
+    average = moving_average(model, decay=0.5)
+
+    def step(weight: float, var: float, batches: int) -> None:
+        with torch.no_grad():
+            model.weight.fill_(weight)
+            model.running_var.fill_(var)
+            model.num_batches_tracked.fill_(batches)
+        average.update_parameters(model)
+
+    step(1.0, 1.0, 1)  # the first state is copied
+    step(3.0, 11.0, 7)  # warm-up: decay 2/11
+    assert average.module.weight.tolist() == pytest.approx([2 / 11 + 9 / 11 * 3] * 2)
+    assert average.module.running_var.tolist() == pytest.approx([2 / 11 + 9 / 11 * 11] * 2)
+    assert average.module.num_batches_tracked == 7
+    assert not average.module.training
+    average.n_averaged.fill_(10_000)
+    step(3.0, 11.0, 8)
+    assert average.module.weight.tolist() == pytest.approx([(2 / 11 + 9 / 11 * 3 + 3) / 2] * 2)

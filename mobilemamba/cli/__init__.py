@@ -27,7 +27,7 @@ COMMANDS = {
     "info": info,
 }
 
-RESUME = ": --resume continues from the latest epoch"
+RESUME = ": --resume continues from the latest stored state"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if some images could not be classified; 2 if the user's input is refused, or a file or the
-        output cannot be written; 130 after Ctrl-C; 141 if the reader of the output has gone, as for ``| head``.
+        output cannot be written; 75 if a signal stopped a training run that can be continued; 130 after Ctrl-C; 141 if
+        the reader of the output has gone, as for ``| head``.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have any bytes

@@ -6,7 +6,7 @@ from .image_files import find_images
 from .layouts import load_split
 from .loading import evaluation_batches, training_batches
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, open_image
-from .randomness import preserved_generators, seed_generators
+from .randomness import mixed_seed, preserved_generators, seed_generators
 from .splits import DataSet, Split
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "find_images",
     "load",
     "load_split",
+    "mixed_seed",
     "open_image",
     "preserved_generators",
     "read_idx",

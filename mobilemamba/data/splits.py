@@ -81,9 +81,9 @@ class DataSet:
         parts = {"train": self.train, "test": self.test}
         return {f"{part}/{key}": value for part in parts for key, value in parts[part].fingerprint().items()}
 
-    def bad_images(self) -> int:
-        """How many images could not be read so far, and were skipped."""
-        return len(self.train.bad) + len(self.test.bad)
+    def bad_images(self) -> set[str]:
+        """What is wrong with each image that could not be read so far, and was skipped."""
+        return {*self.train.bad.values(), *self.test.bad.values()}
 
 
 @dataclass(frozen=True)

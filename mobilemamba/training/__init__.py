@@ -1,22 +1,30 @@
-"""Training: the loop, its options, freezing, evaluation, curves."""
+"""Training: the loop, its options, fine-tuning, distillation, evaluation."""
 
 from .config import TrainConfig
+from .distillation import open_teacher
 from .evaluation import Result, evaluate
 from .finetuning import FREEZABLE, freeze, freeze_norms
+from .interruption import EXIT_CODE, Interrupted
 from .loop import train
-from .optimization import Ema, learning_rate, parameter_groups
+from .optimization import learning_rate, moving_average, parameter_groups
+from .recipes import RECIPES, recipe
 from .state import stored_config
 
 __all__ = [
+    "EXIT_CODE",
     "FREEZABLE",
-    "Ema",
+    "RECIPES",
+    "Interrupted",
     "Result",
     "TrainConfig",
     "evaluate",
     "freeze",
     "freeze_norms",
     "learning_rate",
+    "moving_average",
+    "open_teacher",
     "parameter_groups",
+    "recipe",
     "stored_config",
     "train",
 ]

@@ -1,11 +1,13 @@
 """The options of a training run that determine its result."""
 
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
+from ..data import Augmentation
 from ..data.datasets import ON_BAD_IMAGE
 from ..models.presets import PRESETS, check_preset
 from ..weights import entry
+from .finetuning import FREEZABLE
 
 __all__ = ["CHANGEABLE", "TrainConfig"]
 
@@ -13,6 +15,10 @@ T = TypeVar("T")
 
 #: The options that may differ when a run is resumed. The data may be elsewhere, but must be the same.
 CHANGEABLE = ("data", "epochs", "on_bad_image")
+
+DISTILL = ("soft", "hard")
+INTERPOLATIONS = ("bicubic", "bilinear", "random")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def option(default: T, text: str, choices: tuple[str, ...] | None = None) -> T:
@@ -28,10 +34,16 @@ class TrainConfig:
     are not given.
 
     Raises:
-        ValueError: an option is out of its range, or the preset is unknown.
+        ValueError: an option is out of its range, options exclude each other, or the preset is unknown.
     """
 
     model: str = option("nano", "preset of the model")
+    widths: tuple[int, ...] | None = option(None, "channels of the three stages, such as 96,192,256, for other widths")
+    pretrained: str | None = option(None, "weights to start from: plain, distilled, or the path of a checkpoint")
+    freeze: str = option("none", "the part of the model that does not learn", FREEZABLE)
+    freeze_norm: bool = option(False, "BatchNorm keeps its statistics, weight and bias")
+    drop_path: float | None = option(None, "rate of stochastic depth (default: the preset's)")
+
     data: str = option(
         "fashion-mnist",
         "fashion-mnist[:DIR], folder:DIR (images in train/CLASS/ and val/CLASS/) or digits (scikit-learn's)",
@@ -42,21 +54,45 @@ class TrainConfig:
         "a file of folder:DIR that is not a complete image: stop, or name it and go on without it",
         ON_BAD_IMAGE,
     )
+
     epochs: int = option(20, "passes over the training images")
-    batch_size: int = option(128, "images per step, and per pass of an evaluation")
+    batch_size: int = option(128, "images per step, over all processes")
+    accumulate: int = option(1, "parts of a batch that a process computes one after the other, for less memory")
     lr: float = option(2e-3, "highest learning rate")
     warmup_epochs: float = option(1.0, "epochs of linear warm-up; a cosine down to lr / 100 follows")
     weight_decay: float = option(0.05, "weight decay of AdamW, on weights with more than one dimension")
-    label_smoothing: float = option(0.1, "share of the target that is spread over all classes")
     clip_grad: float = option(5.0, "largest norm of the gradient; a longer one is scaled down")
     ema_decay: float = option(0.999, "decay per step of the moving average of the weights; the average is the result")
-    drop_path: float | None = option(None, "rate of stochastic depth (default: the preset's)")
-    flip: bool = option(True, "mirror each image with probability 1/2")
-    crop: int = option(2, "largest random shift of an image, in pixels")
-    erase: float = option(0.25, "probability that a rectangle of the image becomes noise")
-    amp: bool = option(False, "bfloat16 autocast")
-    half: bool = option(False, "store the result's weights as float16")
+    label_smoothing: float = option(0.1, "share of the target that is spread over all classes")
     seed: int = option(0, "seed of the initial weights, the order of the images and the augmentation")
+
+    flip: bool = option(True, "mirror each image with probability 1/2")
+    shift: int = option(2, "largest random shift of an image, in pixels")
+    crop_scale: float = option(0.0, "smallest share of the area of a random resized crop; 0: no such crop")
+    interpolation: str = option("bicubic", "of a random resized crop", INTERPOLATIONS)
+    rand_augment: str = option("", "RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1")
+    color_jitter: float = option(0.0, "range of brightness, contrast and saturation; unused beside RandAugment")
+    erase: float = option(0.25, "probability that a rectangle of the image becomes noise")
+    mixup: float = option(0.0, "alpha of mixup; 0: none")
+    cutmix: float = option(0.0, "alpha of cutmix; 0: none")
+    mix_prob: float = option(1.0, "probability that a batch is mixed, where mixup or cutmix is on")
+    mix_switch: float = option(0.5, "probability of cutmix where both are on")
+
+    teacher: str | None = option(
+        None, "a timm model, a preset (s6, s6:distilled), or the path of a checkpoint, TorchScript or .pt2 file"
+    )
+    teacher_mean: tuple[float, ...] | None = option(None, "channel means of the teacher (default: what it states)")
+    teacher_std: tuple[float, ...] | None = option(None, "standard deviations of the teacher's channels")
+    teacher_size: int | None = option(None, "height and width of the teacher's images (default: what it states)")
+    distill: str = option("soft", "soft: KL divergence; hard: the teacher's class, on a second head (DeiT)", DISTILL)
+    temperature: float = option(1.0, "temperature of the soft loss")
+    distill_weight: float = option(5.0, "weight of the teacher's loss")
+
+    precision: str = option("float32", "type of the activations; float16 scales the loss", PRECISIONS)
+    compile: bool = option(False, "torch.compile")
+    grad_checkpointing: bool = option(False, "recompute each block in the backward pass: less memory, more time")
+    sync_batchnorm: bool = option(False, "BatchNorm statistics of the whole batch, over all processes")
+    half: bool = option(False, "store the result's weights as float16")
 
     def __post_init__(self) -> None:
         check_preset(self.model)
@@ -64,16 +100,34 @@ class TrainConfig:
             object.__setattr__(self, "drop_path", PRESETS[self.model].get("drop_path_rate", 0.0))
         if self.image_size is None and self.data.startswith("folder:"):
             object.__setattr__(self, "image_size", entry(self.model).preprocessing.crop)
-        if self.on_bad_image not in ON_BAD_IMAGE:
-            raise ValueError(f"on_bad_image must be {' or '.join(ON_BAD_IMAGE)}, got {self.on_bad_image}")
-        for name in ("epochs", "batch_size", "lr", "clip_grad"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup_epochs", "weight_decay", "crop"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("label_smoothing", "ema_decay", "drop_path", "erase"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
-        if not abs(self.seed) < 2**40:  # the seed of an epoch, about a million times as large, has 64 bits
-            raise ValueError(f"seed must be below 2**40, got {self.seed}")
+        for option in fields(self):
+            value, choices = getattr(self, option.name), option.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{option.name} must be {' or '.join(choices)}, got {value}")
+        for name in ("epochs", "batch_size", "accumulate", "lr", "clip_grad", "temperature"):
+            self.check(name, "positive", getattr(self, name) > 0)
+        for name in ("warmup_epochs", "weight_decay", "shift", "color_jitter", "mixup", "cutmix", "distill_weight"):
+            self.check(name, "at least 0", getattr(self, name) >= 0)
+        for name in ("label_smoothing", "ema_decay", "drop_path", "crop_scale", "erase", "mix_prob", "mix_switch"):
+            self.check(name, "from 0 to 1", 0 <= getattr(self, name) <= 1)
+        self.check("seed", "from 0 up to 2**40", 0 <= self.seed < 2**40)
+        self.check("widths", "three numbers", self.widths is None or len(self.widths) == 3)
+
+    def check(self, name: str, expected: str, holds: bool) -> None:
+        if not holds:
+            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The random changes of the training images."""
+        return Augmentation(**{option.name: getattr(self, option.name) for option in fields(Augmentation)})
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """What the model has instead of the preset's arguments, besides classes and channels."""
+        options: dict[str, Any] = {"drop_path_rate": self.drop_path}
+        if self.widths:
+            options["widths"] = self.widths
+        if self.pretrained == "distilled" or (self.teacher and self.distill == "hard"):
+            options["distillation"] = True
+        return options

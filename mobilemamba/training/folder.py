@@ -54,6 +54,7 @@ class RunFolder:
         with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.register_at_fork(after_in_child=file.close)  # a worker that outlives the run would keep the lock
             except BlockingIOError as error:
                 file.seek(0)
                 holder = file.read().strip() or "another process"

@@ -1,19 +1,24 @@
-"""The training loop: one process, from a data set to a checkpoint that ``classify`` reads, resumable bit for bit.
+"""The training loop: from a data set to a checkpoint that ``classify`` reads, in one process or several.
 
-All random values depend only on the seed and the epoch. So a checkpoint at the end of an epoch needs no generator
-state: a run that was killed and resumed gives the same bits as one that was not.
+All random values depend only on the seed, the epoch, the step and the image. So a stored state needs no generators: a
+run that was stopped anywhere and continued gives the same bits as one that was not, on one machine with the same number
+of processes.
 """
 
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .. import data, weights
 from ..models import MobileMamba
@@ -22,28 +27,43 @@ from ..weights.files import atomic_write, torch_save
 from ..weights.formats import TRAINING_FORMAT, VERSION
 from ..zoo import create_model
 from .config import TrainConfig
+from .distillation import hard_loss, open_teacher, soft_loss
 from .evaluation import evaluate
+from .finetuning import freeze, freeze_norms
 from .folder import RunFolder
-from .log import Log, clock, progress
-from .optimization import Ema, learning_rate, parameter_groups
+from .interruption import Interrupted, Interruption
+from .log import Log, clock, memory, progress
+from .optimization import learning_rate, moving_average, parameter_groups
+from .processes import ALONE, Processes, joined, synchronize_norms
 from .state import check_same, read_state
 
 __all__ = ["Run", "train"]
 
 
-def train(config: TrainConfig, out: Path, device: str = "cpu", resume: bool = False) -> float:
-    """Train a model and store it in the folder ``out``.
+def train(
+    config: TrainConfig,
+    out: Path,
+    device: str = "cpu",
+    resume: bool = False,
+    *,
+    workers: int = 0,
+    save_every: float = 10.0,
+) -> float:
+    """Train a model and store it in the folder ``out``. Under torchrun, its processes train one model together.
 
-    The run writes ``log.jsonl`` (one line per epoch), ``last.pt`` (the complete state at the start, and after the
-    training part of each epoch) and, at the end, ``model.pt`` (the moving average of the weights).
+    The run writes ``log.jsonl`` (one line per epoch), ``last.pt`` (the complete state) and, at the end, ``model.pt``
+    (the moving average of the weights).
 
     Args:
         config: the options that determine the result.
-        out: the folder; it is made if it is missing.
+        out: the folder; it is made if it is missing. All processes must see it.
         device: ``"cpu"`` or ``"cuda"``, perhaps with an index.
         resume: continue from ``last.pt``. The options must be those of the run (:func:`stored_config`), except that the
             data may be elsewhere and the number of epochs may be larger: the learning rate then follows the schedule
             of the new number.
+        workers: processes that decode images, for each process of the run. 0: this process decodes.
+        save_every: minutes between two stored states. The state is also stored at the start, after the training part of
+            each epoch, and when a signal stops the run.
 
     Returns:
         The test accuracy of the stored weights, from 0 to 1.
@@ -53,86 +73,197 @@ def train(config: TrainConfig, out: Path, device: str = "cpu", resume: bool = Fa
         FileExistsError: ``out`` holds a run and ``resume`` is False.
         FileNotFoundError: ``out`` holds no run and ``resume`` is True; or the data are missing.
         BlockingIOError: another process trains in ``out``.
-        FloatingPointError: the loss or its gradient is not finite. ``last.pt`` keeps the state of the latest epoch.
+        FloatingPointError: the loss or its gradient is not finite. ``last.pt`` keeps the state that was stored last.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1 stopped the run; its state after the latest step is stored.
     """
-    folder = RunFolder(out)
-    folder.check(resume)
+    with joined(device) as (processes, place):
+        folder, first = RunFolder(out), processes.rank == 0
+        if first:
+            folder.check(resume)
+        dataset = open_data(config, resume)
+        run = Run(config, dataset, place, processes, workers, resume)
+        with folder.locked() if first else nullcontext(), Interruption(patient=processes.count > 1) as run.interruption:
+            if first:
+                folder.check(resume)  # another process may have trained here since
+            if resume:
+                run.load(folder.last)
+            save: Callable[[], None] = (lambda: run.save(folder.last)) if first else (lambda: None)
+            if not resume:
+                save()  # before the first epoch: a folder that cannot be written costs no epoch
+            log = Log(folder.log, run.epoch) if first else None
+            write: Callable[[dict[str, Any]], None] = log.write if log else (lambda entry: None)
+            write({"config": asdict(config), **run.facts(), "epoch": run.epoch})
+            if run.epoch and (not log or run.epoch not in log.epochs):  # stopped before the end of the evaluation
+                write(run.evaluate_epoch())
+            while run.epoch < config.epochs:
+                saved = time.monotonic()
+                for _ in run.train_epoch():
+                    if run.asked_to_stop:
+                        save()
+                        raise Interrupted(f"{Signals(run.interruption.number or 15).name} after {run.position()}")
+                    if time.monotonic() - saved > 60 * save_every:
+                        save()
+                        saved = time.monotonic()
+                save()
+                write(run.evaluate_epoch())
+            accuracy = run.export(folder.model)
+            bad = processes.count_different(dataset.bad_images())
+            write({"test_accuracy": accuracy, "file": folder.model.name, "bad_images": bad})
+    if bad and first:
+        print(f"{bad} bad images were skipped; each is named above", file=sys.stderr)
+    return accuracy
+
+
+def open_data(config: TrainConfig, resume: bool) -> data.DataSet:
     try:
         dataset = data.load(config.data, config.image_size, config.on_bad_image)
     except FileNotFoundError as error:
         hint = "; if the data have moved, say where with --data" if resume else ""
         raise FileNotFoundError(f"{error}{hint}") from error
     print(f"{config.data}: {dataset.describe()}", flush=True)
-    run = Run(config, dataset, torch.device(device))
-    with folder.locked():
-        folder.check(resume)  # another process may have trained here since
-        if resume:
-            run.load(folder.last)
-        else:
-            run.save(folder.last)  # before the first epoch: a folder that cannot be written costs no epoch
-        log = Log(folder.log, epochs_done=run.epoch)
-        log.write(
-            {"config": asdict(config), "parameters": run.parameters, "torch": torch.__version__, "epoch": run.epoch}
-        )
-        if run.epoch and run.epoch not in log.epochs:  # stopped between training and the end of the evaluation
-            log.write(run.evaluate_epoch())
-        while run.epoch < config.epochs:
-            run.train_epoch()
-            run.save(folder.last)
-            log.write(run.evaluate_epoch())
-        accuracy = run.export(folder.model)
-        bad = dataset.bad_images()
-        log.write({"test_accuracy": accuracy, "file": folder.model.name, "bad_images": bad})
-    if bad:
-        print(f"{bad} bad images were skipped; each is named above", file=sys.stderr)
-    return accuracy
+    return dataset
 
 
 class Run:
-    """The state of a training run. It advances by whole epochs."""
+    """The state of a training run: networks, optimizer, and the number of epochs and steps that are done.
 
-    def __init__(self, config: TrainConfig, dataset: data.DataSet, device: torch.device) -> None:
+    Args:
+        resume: :meth:`load` follows, so no weights are read to start from.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: data.DataSet,
+        device: torch.device,
+        processes: Processes = ALONE,
+        workers: int = 0,
+        resume: bool = False,
+    ) -> None:
         self.config, self.dataset, self.device = config, dataset, device
-        self.batch_size = min(config.batch_size, len(dataset.train.labels))
-        if self.batch_size < 2:
-            raise ValueError(f"BatchNorm needs at least 2 images in a batch, got {self.batch_size}")
+        self.processes, self.workers = processes, workers
+        self.interruption, self.asked_to_stop = Interruption(), False
         self.fingerprint = dataset.fingerprint()
+        self.batch_size = batch_size(config, len(dataset.train.labels), processes.count * config.accumulate)
         self.steps_per_epoch = len(dataset.train.labels) // self.batch_size
-        self.augment = data.Augmentation(config.flip, config.crop, config.erase)
+        augmentation = config.augmentation
+        self.transform = augmentation.image_transform(dataset.preprocessing)
+        self.mix = augmentation.batch_transform(len(dataset.labels))
         self.model_args = ModelOptions(num_classes=len(dataset.labels), in_chans=dataset.preprocessing.channels)
-        self.epoch = 0
+        self.model_args.update(config.model_options)  # type: ignore[typeddict-item]
+        self.epoch = self.step = 0  # epochs done, and steps of the next one
+        self.total, self.seconds = 0.0, 0.0  # of these steps: sum of the losses, and time
         self.entry: dict[str, Any] = {}  # the latest epoch's line of the log, without its accuracy
         torch.manual_seed(config.seed)
-        assert config.drop_path is not None  # TrainConfig fills in the preset's
-        options: ModelOptions = {**self.model_args, "drop_path_rate": config.drop_path}
-        model = create_model(config.model, **options)
+        start: bool | str = not resume and (config.pretrained or False)
+        start = True if start == "plain" else start
+        model = create_model(config.model, start, allow_head_mismatch=True, **self.model_args)
         self.model: MobileMamba = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.ema = Ema(self.model, config.ema_decay)
-        groups = parameter_groups(self.model, config.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        self.ema = moving_average(self.model, config.ema_decay)
+        freeze(self.model, config.freeze)
+        if config.freeze_norm:
+            freeze_norms(self.model)
+        if config.sync_batchnorm and processes.count > 1:
+            synchronize_norms(self.model, device)
+        self.model.set_grad_checkpointing(config.grad_checkpointing)
+        self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=config.lr, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+        self.network: nn.Module = self.model
+        if processes.count > 1:
+            self.network = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
+        if config.compile:
+            self.network.compile()
+        self.teacher = None
+        if config.teacher:
+            self.teacher = open_teacher(config, dataset.preprocessing, len(dataset.labels), device)
 
-    def train_epoch(self) -> None:
-        """Pass once over the training images, in the random order of this epoch."""
-        config, start, total = self.config, time.perf_counter(), 0.0
-        seed = config.seed * 1_000_003 + self.epoch + 1
-        torch.manual_seed(seed)  # for stochastic depth
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.dataset.train.labels), generator=generator)
-        batches = order[: self.steps_per_epoch * self.batch_size].view(-1, self.batch_size)
+    def train_epoch(self) -> Iterator[None]:
+        """Pass over the training images that are left in this epoch, in its random order. Yields after each step."""
+        start, before = time.perf_counter(), self.seconds
+        batches = data.training_batches(
+            self.dataset.train,
+            self.transform,
+            batch_size=self.batch_size,
+            seed=self.config.seed,
+            epoch=self.epoch,
+            first=self.step,
+            share=self.processes.share,
+            workers=self.workers,
+            pin=self.device.type == "cuda",
+        )
         self.model.train()
-        for i, index in enumerate(progress(batches, self.describe, len(batches))):
-            images, labels = self.dataset.train.batch(index, replace=True)
-            total += self.train_step(self.augment(images, generator), labels, self.epoch * len(batches) + i)
+        for images, labels in progress(batches, self.describe, self.steps_per_epoch - self.step):
+            self.total += self.train_step(images, labels)
+            self.step += 1
+            self.seconds = before + time.perf_counter() - start
+            yield
         self.epoch += 1
-        seconds = time.perf_counter() - start
         self.entry = {
             "epoch": self.epoch,
-            "loss": round(total / len(batches), 5),
+            "loss": round(self.total / self.steps_per_epoch, 5),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_s": round(batches.numel() / seconds, 1),
-            "seconds": round(seconds, 1),
+            "images_per_s": round(self.steps_per_epoch * self.batch_size / self.seconds, 1),
+            "seconds": round(self.seconds, 1),
         }
+        self.step, self.total, self.seconds = 0, 0.0, 0.0
+
+    def train_step(self, images: Tensor, labels: Tensor) -> float:
+        """One step of the optimizer and of the moving average; returns the loss, averaged over all processes.
+
+        Args:
+            images: augmented, uint8 ``(B, C, H, W)``: this process's share of the batch.
+            labels: int64 ``(B,)``.
+        """
+        config, step = self.config, self.epoch * self.steps_per_epoch + self.step
+        key = ("step", config.seed, step, self.processes.rank)
+        data.seed_generators(*key)  # for mixing, erasing and stochastic depth
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(data.mixed_seed(*key))
+        warmup = round(config.warmup_epochs * self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.epochs * self.steps_per_epoch, warmup, config.lr)
+        normal = self.dataset.preprocessing.normalize(images.to(self.device, non_blocking=True))
+        normal, targets = self.mix(normal, labels.to(self.device, non_blocking=True))
+        self.optimizer.zero_grad()
+        losses: list[Tensor] = []
+        for part in zip(normal.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True):
+            last = len(losses) == config.accumulate - 1
+            with nullcontext() if last or self.network is self.model else self.network.no_sync():  # type: ignore[operator]
+                loss = self.loss(*part) / config.accumulate
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.learning, config.clip_grad)
+        value, norms, signals = self.processes.sum(
+            torch.stack([torch.stack(losses).sum(), norm, norm.new_tensor(self.interruption.number)])
+        ).tolist()
+        self.asked_to_stop = signals > 0
+        finite = math.isfinite(value) and math.isfinite(norms)
+        if not finite and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):  # else the scale is halved
+            raise FloatingPointError(
+                f"loss {value / self.processes.count} with gradient norm {norm.item()} at {self.position()}; expected "
+                "finite values: try a lower --lr or a longer --warmup-epochs"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.ema.update_parameters(self.model)
+        return value / self.processes.count
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of normalised images ``(B, C, H, W)`` with targets ``(B, classes)``."""
+        config = self.config
+        with torch.autocast(self.device.type, getattr(torch, config.precision), enabled=config.precision != "float32"):
+            outputs = self.network(images)
+            aims = self.teacher(images) if self.teacher else None
+        own, other = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+        loss = F.cross_entropy(own.float(), targets)
+        if aims is not None:
+            hard = config.distill == "hard"
+            return loss + config.distill_weight * (
+                hard_loss(other, aims) if hard else soft_loss(other, aims, config.temperature)
+            )
+        return loss if own is other else (loss + F.cross_entropy(other.float(), targets)) / 2
 
     def evaluate_epoch(self) -> dict[str, Any]:
         """Measure the accuracy after the latest epoch; returns the epoch's line of the log."""
@@ -141,56 +272,53 @@ class Run:
         left = clock((entry["seconds"] + time.perf_counter() - start) * (epochs - self.epoch))
         print(
             f"epoch {self.epoch}/{epochs}  loss {entry['loss']:.4f}  test {accuracy:.2%}  "
-            f"{entry['images_per_s']:.0f} images/s  {left} left",
+            f"{entry['images_per_s']:.0f} images/s  {memory(self.device)}  {left} left",
             flush=True,
         )
         return {**entry, "ema_accuracy": accuracy}
 
     def accuracy(self) -> float:
         """The test accuracy of the moving average, from 0 to 1."""
-        return evaluate(self.ema.model, self.dataset.test, self.dataset.preprocessing, self.config.batch_size).top1
-
-    def train_step(self, images: Tensor, labels: Tensor, step: int) -> float:
-        """One step of the optimizer and of the moving average; returns the loss.
-
-        Args:
-            images: augmented, uint8 ``(B, C, H, W)``.
-            labels: int64 ``(B,)``.
-            step: number of the step, from 0 in the first epoch.
-        """
-        config = self.config
-        warmup = round(config.warmup_epochs * self.steps_per_epoch)
-        lr = learning_rate(step, config.epochs * self.steps_per_epoch, warmup, config.lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        images = self.dataset.preprocessing.normalize(images.to(self.device))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels.to(self.device), label_smoothing=config.label_smoothing)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
-        value = loss.item()
-        if not math.isfinite(value + norm.item()):
-            raise FloatingPointError(
-                f"loss {value} with gradient norm {norm.item()} at step {step} (epoch {self.epoch + 1}); "
-                "expected finite values: try a lower --lr or a longer --warmup-epochs"
-            )
-        self.optimizer.step()
-        self.ema.update(self.model, step)
-        return value
+        model: MobileMamba = self.ema.module  # type: ignore[assignment]
+        self.processes.copy_from_first(model)
+        result = evaluate(
+            model,
+            self.dataset.test,
+            self.dataset.preprocessing,
+            max(1, self.config.batch_size // self.processes.count),
+            workers=self.workers,
+            share=self.processes.share,
+        )
+        return result.summed(self.processes.sum).top1
 
     def describe(self, done: int, total: int, seconds: float) -> str:
-        """The progress line of the terminal, ``done`` of ``total`` steps and ``seconds`` into the epoch."""
-        left = seconds / done * (total * (self.config.epochs - self.epoch) - done)
-        rate = done * self.batch_size / seconds
-        return f"epoch {self.epoch + 1}  step {done}/{total}  {rate:.0f} images/s  {clock(left)} left"
+        """The progress line of the terminal, after ``done`` steps that took ``seconds``."""
+        steps, step = self.steps_per_epoch, self.step
+        left = seconds / done * (steps * (self.config.epochs - self.epoch) - step)
+        return (
+            f"epoch {self.epoch + 1}  step {step}/{steps}  loss {self.total / step:.3f}  "
+            f"{done * self.batch_size / seconds:.0f} images/s  {memory(self.device)}  {clock(left)} left"
+        )
+
+    def position(self) -> str:
+        """Where the run is, for messages."""
+        return f"step {self.step} of epoch {self.epoch + 1}"
+
+    def facts(self) -> dict[str, Any]:
+        """What does not determine the result, but its last bits."""
+        return {
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "torch": str(torch.__version__),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "processes": self.processes.count,
+            "threads": torch.get_num_threads(),
+        }
 
     def meta(self) -> dict[str, Any]:
         """The facts about the model that go into every checkpoint."""
         return {
             "preset": self.config.model,
-            "model_args": self.model_args,
+            "model_args": {name: value for name, value in self.model_args.items() if name != "drop_path_rate"},
             "labels": list(self.dataset.labels),
             "preprocessing": self.dataset.preprocessing.to_dict(),
         }
@@ -203,11 +331,16 @@ class Run:
             "meta": self.meta(),
             "config": asdict(self.config),
             "data": self.fingerprint,
+            "facts": self.facts(),
             "epoch": self.epoch,
+            "step": self.step,
+            "total": self.total,
+            "seconds": self.seconds,
             "entry": self.entry,
             "model": self.model.state_dict(),
-            "ema": self.ema.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
         atomic_write(path, lambda temporary: torch_save(state, temporary))
 
@@ -221,19 +354,47 @@ class Run:
         try:
             check_same(state, self.config, self.meta(), self.fingerprint)
             weights.load_into(self.model, state["model"])
-            weights.load_into(self.ema.model, state["ema"])
+            weights.load_into(self.ema.module, state["ema"])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.entry = state["epoch"], state["entry"]
+        self.scaler.load_state_dict(state["scaler"])
+        for name in ("epoch", "step", "total", "seconds", "entry"):
+            setattr(self, name, state[name])
+        self.ema.n_averaged.fill_(self.epoch * self.steps_per_epoch + self.step)
         if (before := state["config"]["epochs"]) != self.config.epochs:
             print(f"{self.config.epochs} epochs instead of {before}: the learning rate follows the longer schedule")
+        now = self.facts()
+        if differing := [f"{key} {was} (now {now[key]})" for key, was in state["facts"].items() if was != now[key]]:
+            print(f"the run goes on, but not bit for bit: {', '.join(differing)}")
 
     def export(self, path: Path) -> float:
         """Store the moving average for inference; returns the test accuracy of the stored weights, read back."""
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.ema.model.state_dict().items()}
-        if self.config.half:  # vectors (biases, BatchNorm) are a small share and stay float32
-            tensors = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
-        weights.save(path, weights.Checkpoint(tensors, **{**self.meta(), "preprocessing": self.dataset.preprocessing}))
-        weights.load_into(self.ema.model, weights.read(path).state_dict, source=path)
+        if self.processes.rank == 0:
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.ema.module.state_dict().items()}
+            if self.config.half:  # vectors (biases, BatchNorm) are a small share and stay float32
+                tensors = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
+            stored = weights.Checkpoint(tensors, **{**self.meta(), "preprocessing": self.dataset.preprocessing})
+            weights.save(path, stored)
+            weights.load_into(self.ema.module, weights.read(path).state_dict, source=path)
         return self.accuracy()
+
+
+def batch_size(config: TrainConfig, images: int, parts: int) -> int:
+    """The images of a step: ``config.batch_size``, or the largest number that ``images`` allow.
+
+    Args:
+        images: number of training images.
+        parts: number of parts of a step, in all processes.
+
+    Raises:
+        ValueError: the batch has no equal parts, or parts of one image.
+    """
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size: expected a multiple of {parts}, the processes times --accumulate, got {config.batch_size}"
+        )
+    size = min(config.batch_size, images) // parts * parts
+    if size < 2 * parts:
+        raise ValueError(f"BatchNorm needs at least 2 images in each part of a batch, got {size} in {parts} parts")
+    return size

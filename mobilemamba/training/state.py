@@ -15,11 +15,16 @@ PARTS = {
     "config": dict,
     "meta": dict,
     "data": dict,
+    "facts": dict,
     "epoch": int,
+    "step": int,
+    "total": float,
+    "seconds": float,
     "entry": dict,
     "model": dict,
     "ema": dict,
     "optimizer": dict,
+    "scaler": dict,
 }
 
 
