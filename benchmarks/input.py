@@ -1,12 +1,12 @@
 """Images per second of the input pipeline alone, beside the training step and the inference that it feeds.
 
-    python benchmarks/input.py --data folder:DIR --workers 0 4 8 --batch 256 --device cuda --amp
+    python benchmarks/input.py --data folder:DIR --workers 0 4 8 --batch 256 --device cuda --precision bfloat16
     python benchmarks/input.py                                # no data: 500x375 JPEG files are made
 
 The input rows read, decode and augment image files, and count the batches that arrive at the trainer. The row with 0
-workers is one core in the trainer itself. The model's rows use one batch again and again. `published` is the
-augmentation of the paper's recipe and needs `pip install '.[train]'`. A trainer waits for its images where the input is
-slower than the training step; workers and trainer share the cores of a CPU.
+workers is one core in the trainer itself. The model's rows use one batch again and again. The augmentation of the
+recipes needs `pip install '.[train]'`. A trainer waits for its images where the input is slower than the training step;
+workers and trainer share the cores of a CPU.
 """
 
 import argparse
@@ -24,22 +24,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import mobilemamba
-from mobilemamba import data
+from mobilemamba import data, training
 
-AUGMENTATIONS = {
-    "none": data.Augmentation(),
-    "published": data.Augmentation(
-        flip=True,
-        crop_scale=0.08,
-        interpolation="random",
-        rand_augment="rand-m9-mstd0.5-inc1",
-        color_jitter=0.4,
-        erase=0.25,
-        mixup=0.8,
-        cutmix=1.0,
-        label_smoothing=0.1,
-    ),
-}
 WIDTH, HEIGHT = 500, 375  # the most frequent size in ImageNet
 
 
@@ -94,14 +80,16 @@ def calls(call: Callable[[], Any], device: torch.device) -> Iterator[None]:
         yield
 
 
-def training_step(model: torch.nn.Module, batch: int, device: torch.device, side: int, amp: bool) -> Callable[[], None]:
+def training_step(
+    model: torch.nn.Module, batch: int, device: torch.device, side: int, precision: str
+) -> Callable[[], None]:
     images = torch.randn(batch, 3, side, side, device=device)
     targets = torch.full((batch, 1000), 1e-3, device=device)
     model = model.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             logits = model(images)
         optimizer.zero_grad()
         F.cross_entropy(logits.float(), targets).backward()
@@ -110,8 +98,10 @@ def training_step(model: torch.nn.Module, batch: int, device: torch.device, side
     return step
 
 
-def inference(model: torch.nn.Module, batch: int, device: torch.device, side: int, amp: bool) -> Callable[[], None]:
-    dtype = torch.bfloat16 if amp else torch.float32
+def inference(
+    model: torch.nn.Module, batch: int, device: torch.device, side: int, precision: str
+) -> Callable[[], None]:
+    dtype = getattr(torch, precision)
     fused = model.eval().to(device).fuse().to(dtype)
     images = torch.randn(batch, 3, side, side, device=device, dtype=dtype)
 
@@ -126,12 +116,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder:DIR (default: files are made)")
     parser.add_argument("--images", type=int, default=256, help="how many files are made (default: %(default)s)")
-    parser.add_argument("--augment", nargs="+", choices=list(AUGMENTATIONS), default=list(AUGMENTATIONS))
+    parser.add_argument(
+        "--recipe", nargs="+", choices=list(training.RECIPES), default=["default", "published-300"], help="augmentation"
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="(default: 0 2)")
     parser.add_argument("--model", default="s6", help="its size of the images, and its speed (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--amp", action="store_true", help="the model in bfloat16")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the model")
     parser.add_argument("--threads", type=int, help="threads of the model on the CPU")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each row (default: %(default)s)")
     parser.add_argument("--json", type=Path)
@@ -143,7 +135,7 @@ def main() -> int:
         if not args.data:
             make_images(Path(folder), args.images)
         dataset = data.load(args.data or f"folder:{folder}", side)
-        settings = common.setting(device) | {"model": args.model, "batch": args.batch, "amp": args.amp}
+        settings = common.setting(device) | {"model": args.model, "batch": args.batch, "precision": args.precision}
         settings |= {"data": args.data or f"{args.images} JPEG files of {WIDTH}x{HEIGHT}", "side": side}
         report = common.Report(settings, ["what", "workers", "images/s"], args.json, None)
 
@@ -152,26 +144,27 @@ def main() -> int:
             row = [what, "-" if workers is None else str(workers), f"{found:.0f}"]
             report.add(row, {"what": what, "workers": workers, "images_per_s": found})
 
+        recipes = {name: training.TrainConfig(**training.recipe(name)).augmentation for name in args.recipe}
         train, options = Repeated(dataset.train), {"batch_size": args.batch, "pin": device.type == "cuda"}
         add("read and decode, one core", None, (train.image(i) for i in range(len(train.labels))), images=1)
         for workers in args.workers:
-            for name in args.augment:
-                transform = AUGMENTATIONS[name].image_transform(dataset.preprocessing)
+            for name, augmentation in recipes.items():
+                transform = augmentation.image_transform(dataset.preprocessing)
                 batches = data.training_batches(train, transform, seed=0, epoch=0, workers=workers, **options)
-                add(f"training images, augmentation {name}", workers, batches)
+                add(f"training images, {name}", workers, batches)
             test = Repeated(dataset.test)
             batches = data.evaluation_batches(test, dataset.preprocessing, workers=workers, **options)
             add("test images", workers, batches)
         pixels = torch.randint(0, 256, (args.batch, 3, side, side), dtype=torch.uint8, device=device)
         labels = torch.zeros(args.batch, dtype=torch.long, device=device)
         normalize = dataset.preprocessing.normalize
-        for name in args.augment:
-            mix = AUGMENTATIONS[name].batch_transform(1000)
+        for name, augmentation in recipes.items():
+            mix = augmentation.batch_transform(1000)
             items = calls(lambda mix=mix: mix(normalize(pixels), labels), device)
-            add(f"normalisation and batch augmentation {name}", None, items)
+            add(f"normalisation, erasing, mixing, {name}", None, items)
         for what, prepare in (("training step", training_step), ("inference, fused", inference)):
             model = mobilemamba.create_model(args.model)
-            add(f"{args.model}, {what}", None, calls(prepare(model, args.batch, device, side, args.amp), device))
+            add(f"{args.model}, {what}", None, calls(prepare(model, args.batch, device, side, args.precision), device))
         return report.close()
 
 

@@ -163,6 +163,14 @@ def test_workers_that_are_not_forked_get_what_they_need():
     assert torch.equal(copy[[3, 1]][0], images[[3, 1]][0])
 
 
+def test_a_forkserver_imports_torch_once(monkeypatch):
+    preloaded = []
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda *_, **__: "forkserver")
+    monkeypatch.setattr(multiprocessing, "set_forkserver_preload", preloaded.extend)
+    assert len(epoch(workers=1)) == 5
+    assert preloaded == ["__main__", "mobilemamba.data.loading"]
+
+
 def worker_ids() -> list[int]:
     return [child.pid for child in multiprocessing.active_children()]
 

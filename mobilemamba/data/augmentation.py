@@ -104,6 +104,9 @@ class Augmentation:
             normalize=False,
             separate=True,
         )
+        for operation in colours.transforms[0].ops if self.rand_augment else []:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = functools.partial(posterize, operation.aug_fn)
         crop, *flip = geometry.transforms
         first = [preprocessing.convert, crop] if self.crop_scale else [preprocessing.fit]
         shift = [v2.RandomCrop(preprocessing.crop, padding=self.shift)] if self.shift else []
@@ -158,6 +161,13 @@ class Steps:
         for step in self.steps:
             image = step(image)
         return to_tensor(image)
+
+
+def posterize(original: "Callable[..., Image.Image]", image: "Image.Image", bits: int, **options: Any) -> "Image.Image":
+    """timm's operation. At magnitude 10 timm asks for 0 bits: a black image, which Pillow 13 refuses to make."""
+    from PIL import Image
+
+    return original(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
 def libraries() -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """Batches of images for training and evaluation, decoded ahead by worker processes."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -130,6 +131,8 @@ def check_workers(share: tuple[int, int], workers: int) -> None:
 def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches with these indices. Bad images that a worker reports are named here, once."""
     bad = images.split.bad
+    if workers and multiprocessing.get_start_method() == "forkserver":  # Python's default since 3.14
+        multiprocessing.set_forkserver_preload(["__main__", __name__])  # or each worker imports torch, in each epoch
     iterator = iter(
         DataLoader(
             images,
