@@ -161,7 +161,7 @@ class Run:
         start: bool | str = not resume and (config.pretrained or False)
         start = True if start == "plain" else start
         model = create_model(config.model, start, allow_head_mismatch=True, **self.model_args)
-        self.model: MobileMamba = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: MobileMamba = model.to(device)
         self.ema = moving_average(self.model, config.ema_decay)
         freeze(self.model, config.freeze)
         if config.freeze_norm:
