@@ -1,5 +1,6 @@
 """Batches of images for training and evaluation, decoded ahead by worker processes."""
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING
 
 import torch
@@ -133,19 +135,23 @@ def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool
     bad = images.split.bad
     if workers and multiprocessing.get_start_method() == "forkserver":  # Python's default since 3.14
         multiprocessing.set_forkserver_preload(["__main__", __name__])  # or each worker imports torch, in each epoch
-    iterator = iter(
-        DataLoader(
-            images,
-            batch_size=None,  # an item of `images` is a whole batch
-            sampler=batches,
-            num_workers=workers,
-            pin_memory=pin,
-            worker_init_fn=start_worker,
-            generator=torch.Generator(),  # otherwise the loader draws a number from the caller's generator
-        )
+    loader = DataLoader(
+        images,
+        batch_size=None,  # an item of `images` is a whole batch
+        sampler=batches,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # otherwise the loader draws a number from the caller's generator
     )
+    iterator = [iter(loader)]  # the only reference: without it the iterator ends its workers
+    end = Finalize(
+        None, iterator.clear, exitpriority=10
+    )  # in a process of multiprocessing, before it joins its children
+    atexit.register(end)  # in any other process, before torch waits for the workers
     try:
-        for pixels, labels, found, failure in iterator:
+        while loaded := next(iterator[0], None):
+            pixels, labels, found, failure = loaded
             for i in found.keys() - bad.keys():
                 bad[i] = found[i]
                 print(bad[i], file=sys.stderr)
@@ -154,14 +160,15 @@ def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool
             if len(labels):
                 yield pixels, labels
     finally:
-        del iterator  # ends the workers now, also while an error's traceback keeps this frame
+        end()
+        atexit.unregister(end)
 
 
 def start_worker(worker: int) -> None:
     """Leave signals to the process that trains, and say nothing of odd metadata.
 
     Ctrl-C and batch systems signal all processes of a job. The trainer finishes its step and saves its state, and needs
-    its workers until then. Then it ends them. If it dies, they notice within five seconds and end.
+    its workers until then. Then it tells them to end. If it dies, they notice within five seconds.
 
     Pillow's warnings (EXIF data cut short, for one) do not name the file, and every worker would repeat them.
     """
