@@ -15,6 +15,7 @@ from PIL import Image
 
 import mobilemamba
 from mobilemamba import data
+from mobilemamba.data import loading
 from mobilemamba.data.loading import Images, start_worker
 from mobilemamba.data.preprocessing import to_tensor
 from mobilemamba.data.randomness import mixed_seed
@@ -199,6 +200,19 @@ def test_workers_leave_signals_to_the_trainer_and_end_with_the_iteration():
     workers = worker_ids()
     loader.close()
     assert len(workers) == 1
+    assert not any(map(alive, workers))
+
+
+def test_workers_end_with_a_trainer_that_exits(monkeypatch):
+    """It may exit in the middle of an epoch, after an error: then nobody closes the iteration."""
+    at_exit = []
+    monkeypatch.setattr(loading.atexit, "register", at_exit.append)
+    loader = data.training_batches(split(), noisy, batch_size=1, seed=0, epoch=0, workers=2)
+    next(loader)
+    workers = worker_ids()
+    assert len(workers) == 2
+    (end,) = at_exit
+    end()
     assert not any(map(alive, workers))
 
 

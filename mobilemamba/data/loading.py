@@ -1,5 +1,6 @@
 """Batches of images for training and evaluation, decoded ahead by worker processes."""
 
+import atexit
 import multiprocessing
 import signal
 import sys
@@ -119,19 +120,21 @@ def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool
     bad = images.split.bad
     if workers and multiprocessing.get_start_method() == "forkserver":  # Python's default since 3.14
         multiprocessing.set_forkserver_preload(["__main__", __name__])  # or each worker imports torch, in each epoch
-    iterator = iter(
-        DataLoader(
-            images,
-            batch_size=None,  # an item of `images` is a whole batch
-            sampler=batches,
-            num_workers=workers,
-            pin_memory=pin,
-            worker_init_fn=start_worker,
-            generator=torch.Generator(),  # otherwise the loader draws a number from the caller's generator
-        )
+    loader = DataLoader(
+        images,
+        batch_size=None,  # an item of `images` is a whole batch
+        sampler=batches,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # otherwise the loader draws a number from the caller's generator
     )
+    iterator = [iter(loader)]  # the only reference: its workers end when the list is cleared
+    # At the exit Python sends SIGTERM to the workers that are left, and waits for them; they ignore it.
+    atexit.register(iterator.clear)
     try:
-        for pixels, labels, found, failure in iterator:
+        while (batch := next(iterator[0], None)) is not None:
+            pixels, labels, found, failure = batch
             for i in found.keys() - bad.keys():
                 bad[i] = found[i]
                 print(bad[i], file=sys.stderr)
@@ -140,7 +143,8 @@ def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool
             if len(labels):
                 yield pixels, labels
     finally:
-        del iterator  # ends the workers now, also while an error's traceback keeps this frame
+        iterator.clear()  # now, also while an error's traceback keeps this frame
+        atexit.unregister(iterator.clear)
 
 
 def start_worker(worker: int) -> None:
