@@ -44,7 +44,7 @@ def test_accuracy_is_the_one_stated(capsys):
     if not root.is_dir():
         pytest.skip(f"Fashion-MNIST is not installed in {root} (Debian: dataset-fashion-mnist)")
     stated = weights.entry("nano").top1
-    assert cli.main(["evaluate", "--model", "nano", "--data", "fashion-mnist"]) == 0
+    assert cli.main(["evaluate", "--model", "nano", "--data", "fashion-mnist", "--batch-size", "128"]) == 0
     printed = capsys.readouterr().out
     accuracy, right = re.search(r"top-1 +(\d+\.\d\d) %  \((\d+) of 10000 images\)", printed).groups()
     assert float(accuracy) == int(right) / 100

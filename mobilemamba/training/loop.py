@@ -96,7 +96,8 @@ def train(
             log = Log(folder.log, run.epoch) if first else None
             write: Callable[[dict[str, Any]], None] = log.write if log else (lambda entry: None)
             write({"config": asdict(config), **run.facts(), "epoch": run.epoch})
-            if run.epoch and (not log or run.epoch not in log.epochs):  # stopped before the end of the evaluation
+            stopped_in_evaluation = run.epoch > 0 and log is not None and run.epoch not in log.epochs
+            if processes.first_says(stopped_in_evaluation):
                 write(run.evaluate_epoch())
             while run.epoch < config.epochs:
                 saved = time.monotonic()
@@ -195,7 +196,7 @@ class Run:
             workers=self.workers,
             pin=self.device.type == "cuda",
         )
-        self.model.train()
+        self.network.train()
         for images, labels in progress(batches, self.describe, self.steps_per_epoch - self.step):
             self.total += self.train_step(images, labels)
             self.step += 1

@@ -46,6 +46,10 @@ class Processes:
             distributed.all_gather_object(found, items)
         return len(set.union(*found))
 
+    def first_says(self, holds: bool) -> bool:
+        """Whether ``holds`` is true in the first process."""
+        return bool(self.sum(torch.tensor(float(holds and self.rank == 0))))
+
     def copy_from_first(self, module: nn.Module) -> None:
         """Give ``module`` the parameters and buffers that it has in the first process."""
         if self.count > 1:
@@ -72,7 +76,7 @@ def joined(device: str) -> Iterator[tuple[Processes, torch.device]]:
     """
     place = torch.device(device)
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or not distributed.is_torchelastic_launched():
+    if count == 1:
         yield ALONE, place
         return
     if place.type == "cuda":
