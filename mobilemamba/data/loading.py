@@ -145,10 +145,10 @@ def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool
         generator=torch.Generator(),  # otherwise the loader draws a number from the caller's generator
     )
     iterator = [iter(loader)]  # the only reference: without it the iterator ends its workers
-    end = Finalize(
-        None, iterator.clear, exitpriority=10
-    )  # in a process of multiprocessing, before it joins its children
-    atexit.register(end)  # in any other process, before torch waits for the workers
+    # An iteration that is open while Python exits ends its workers before multiprocessing waits for them (Finalize, in
+    # its processes) and before torch does (atexit, in any other process).
+    end = Finalize(None, iterator.clear, exitpriority=10)
+    atexit.register(end)
     try:
         while loaded := next(iterator[0], None):
             pixels, labels, found, failure = loaded
