@@ -163,6 +163,14 @@ def test_workers_that_are_not_forked_get_what_they_need():
     assert torch.equal(copy[[3, 1]][0], images[[3, 1]][0])
 
 
+def test_default_workers(tmp_path, monkeypatch):
+    files = folder(tmp_path / "data", "skip").train
+    for cpus, processes, expected in ((32, 1, 8), (32, 8, 4), (2, 1, 2), (2, 4, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: set(range(cpus)))
+        assert data.default_workers(files, processes) == expected
+    assert data.default_workers(split()) == 0
+
+
 def test_a_forkserver_imports_torch_once(monkeypatch):
     preloaded = []
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda *_, **__: "forkserver")
