@@ -146,22 +146,15 @@ def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # otherwise the loader draws a number from the caller's generator
     )
-<<<<<<< HEAD
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the workers ignore them
     try:
         iterator = [iter(loader)]  # the only reference: without it the iterator ends its workers
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    # in a process of multiprocessing, before it joins its children
-    end = Finalize(None, iterator.clear, exitpriority=10)
-    atexit.register(end)  # in any other process, before torch waits for the workers
-=======
-    iterator = [iter(loader)]  # the only reference: without it the iterator ends its workers
     # An iteration that is open while Python exits ends its workers before multiprocessing waits for them (Finalize, in
     # its processes) and before torch does (atexit, in any other process).
     end = Finalize(None, iterator.clear, exitpriority=10)
     atexit.register(end)
->>>>>>> 1b0ead57518a5226733b285617a0f266dfa117e5
     try:
         while loaded := next(iterator[0], None):
             pixels, labels, found, failure = loaded
