@@ -66,6 +66,8 @@ class Autocast {
     m.impl("bidirectional_scan", kernel<bidirectional_scan, lower, lower, keep, lower, lower, keep, keep, keep>);
     m.impl("haar_conv2d", kernel<haar_conv2d, lower, keep>);
     m.impl("depthwise_conv2d", kernel<depthwise_conv2d, lower, keep, keep, lower, none, none>);
+    m.impl("conv_norm", kernel<conv_norm, lower, lower, keep, keep, lower, none, none, none>);
+    m.impl("ffn_norm", kernel<ffn_norm, lower, lower, keep, keep, lower, keep, keep, none, none>);
     m.impl("packed_conv2d", kernel<packed_conv2d, lower, lower, keep, lower, none, none, none>);
     m.impl("patch_embedding", kernel<patch_embedding, lower, lower, keep, none>);
     m.impl("patch_merging",

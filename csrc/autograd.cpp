@@ -106,6 +106,105 @@ struct Depthwise {
   }
 };
 
+/// Keeps the convolution's output, from which the norm and the activation are computed again, and not their results.
+struct ConvNorm : torch::autograd::Function<ConvNorm> {
+  static ConvNormResult call(const Tensor& input, const Tensor& weight, const Tensor& norm_weight,
+                             const Tensor& norm_bias, const std::optional<Tensor>& residual, int64_t stride,
+                             std::string_view activation, double eps) {
+    for (const Tensor& x : {input, weight, norm_weight, norm_bias})
+      refuse_forward_mode("conv_norm", x);
+    refuse_forward_mode("conv_norm", residual);
+    HiddenTransforms transforms;
+    const variable_list results =
+        ConvNorm::apply(input, weight, norm_weight, norm_bias, residual, stride, activation, eps, &transforms);
+    return {results[0], results[1], results[2], results[3]};
+  }
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
+                               const Tensor& norm_weight, const Tensor& norm_bias,
+                               const std::optional<Tensor>& residual, int64_t stride, std::string_view activation,
+                               double eps, HiddenTransforms* transforms) {
+    transforms->restore();
+    const auto call = [&] {
+      return conv_norm(input, weight, norm_weight, norm_bias, residual, stride, activation, eps);
+    };
+    const auto [output, mean, var, convolved] = below_autograd(call, transforms->grad_mode());
+    ctx->save_for_backward({input, weight, norm_weight, norm_bias, convolved, mean, var});
+    ctx->saved_data["has_residual"] = residual.has_value();
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["eps"] = eps;
+    ctx->mark_non_differentiable({mean, var, convolved});
+    ctx->set_materialize_grads(false);  // of these three
+    return {output, mean, var, convolved};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(9);
+    const variable_list saved = ctx->get_saved_variables();
+    auto [grad_input, grad_weight, grad_norm_weight, grad_norm_bias] =
+        conv_norm_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
+                           ctx->saved_data["stride"].toInt(), ctx->saved_data["activation"].toStringRef(),
+                           ctx->saved_data["eps"].toDouble(), ctx->needs_input_grad(0));
+    return {ctx->needs_input_grad(0) ? grad_input : Tensor(),
+            grad_weight,
+            grad_norm_weight,
+            grad_norm_bias,
+            residual_gradient(ctx, grads[0]),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor()};
+  }
+};
+
+/// Keeps the products before their norms, and no result of a norm or an activation.
+struct FfnNorm : torch::autograd::Function<FfnNorm> {
+  static FfnNormResult call(const Tensor& input, const Tensor& expand_weight, const Tensor& expand_norm_weight,
+                            const Tensor& expand_norm_bias, const Tensor& project_weight,
+                            const Tensor& project_norm_weight, const Tensor& project_norm_bias, double expand_eps,
+                            double project_eps) {
+    const variable_list inputs = {input,          expand_weight,       expand_norm_weight, expand_norm_bias,
+                                  project_weight, project_norm_weight, project_norm_bias};
+    refuse_forward_mode("ffn_norm", inputs);
+    HiddenTransforms transforms;
+    const variable_list r = FfnNorm::apply(at::TensorList(inputs), expand_eps, project_eps, &transforms);
+    return {r[0], r[1], r[2], r[3], r[4], r[5], r[6]};
+  }
+
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, double expand_eps, double project_eps,
+                               HiddenTransforms* transforms) {
+    transforms->restore();
+    const auto call = [&] {
+      return ffn_norm(inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], inputs[5], inputs[6], expand_eps,
+                      project_eps);
+    };
+    const auto [output, expand_mean, expand_var, project_mean, project_var, expanded, projected] =
+        below_autograd(call, transforms->grad_mode());
+    variable_list saved = inputs.vec();
+    saved.insert(saved.end(), {expanded, projected, expand_mean, expand_var, project_mean, project_var});
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["expand_eps"] = expand_eps;
+    ctx->saved_data["project_eps"] = project_eps;
+    ctx->mark_non_differentiable({expand_mean, expand_var, project_mean, project_var, expanded, projected});
+    ctx->set_materialize_grads(false);  // of these six
+    return {output, expand_mean, expand_var, project_mean, project_var, expanded, projected};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    constexpr size_t inputs = 7;
+    if (!grads[0].defined()) return variable_list(inputs + 3);
+    const variable_list saved = ctx->get_saved_variables();
+    const at::TensorList all(saved);
+    const auto gradients =
+        ffn_norm_backward(grads[0], saved[0], all.slice(1, inputs - 1), all.slice(inputs),
+                          ctx->saved_data["expand_eps"].toDouble(), ctx->saved_data["project_eps"].toDouble());
+    variable_list result = std::apply([](const auto&... gradient) { return variable_list{gradient...}; }, gradients);
+    result.resize(inputs + 3);  // of the epsilons and the transforms
+    return result;
+  }
+};
+
 /// The gradients come from torch's own operators, so they can be differentiated again.
 struct PackedConv {
   static constexpr const char* name = "packed_conv2d";
@@ -260,9 +359,11 @@ MOBILEMAMBA_LIBRARY_IMPL(Autograd, m) {
   m.impl("haar_conv2d", Differentiable<Haar, haar_conv2d>::call);
   m.impl("haar_conv2d_backward_weight", Differentiable<HaarBackwardWeight, haar_conv2d_backward_weight>::call);
   m.impl("depthwise_conv2d", Differentiable<Depthwise, depthwise_conv2d>::call);
+  m.impl("conv_norm", ConvNorm::call);
+  m.impl("ffn_norm", FfnNorm::call);
   m.impl("packed_conv2d", Differentiable<PackedConv, packed_conv2d>::call);
-  for (const char* name :
-       {"ffn_backward", "mrffi_backward", "bidirectional_scan_backward", "depthwise_conv2d_backward"})
+  for (const char* name : {"ffn_backward", "mrffi_backward", "bidirectional_scan_backward", "depthwise_conv2d_backward",
+                           "conv_norm_backward", "ffn_norm_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<refuse_second_derivative>());
 }
 

@@ -40,6 +40,26 @@ MOBILEMAMBA_LIBRARY(m) {
       "str activation) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
       tags);
   m.def(
+      "conv_norm(Tensor input, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor? residual=None, "
+      "int stride=1, str activation=\"none\", float eps=1e-5) -> (Tensor output, Tensor mean, Tensor var, "
+      "Tensor convolved)",
+      tags);
+  m.def(
+      "conv_norm_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor norm_weight, Tensor norm_bias, "
+      "Tensor convolved, Tensor mean, Tensor var, int stride, str activation, float eps, bool input_gradient) -> "
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_norm_weight, Tensor grad_norm_bias)",
+      tags);
+  m.def(
+      "ffn_norm(Tensor input, Tensor expand_weight, Tensor expand_norm_weight, Tensor expand_norm_bias, "
+      "Tensor project_weight, Tensor project_norm_weight, Tensor project_norm_bias, float expand_eps=1e-5, "
+      "float project_eps=1e-5) -> (Tensor output, Tensor expand_mean, Tensor expand_var, Tensor project_mean, "
+      "Tensor project_var, Tensor expanded, Tensor projected)",
+      tags);
+  m.def(
+      "ffn_norm_backward(Tensor grad_output, Tensor input, Tensor[] parameters, Tensor[] saved, float expand_eps, "
+      "float project_eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
       "packed_conv2d(Tensor input, Tensor weight, Tensor bias, Tensor? residual=None, int kernel_size=1, "
       "int stride=1, str activation=\"none\") -> Tensor",
       tags);

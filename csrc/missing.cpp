@@ -16,9 +16,10 @@ void no_kernel(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }  // namespace
 
 MOBILEMAMBA_LIBRARY_IMPL(CUDA, m) {
-  for (const char* name : {"bidirectional_scan", "bidirectional_scan_backward", "haar_conv2d",
-                           "haar_conv2d_backward_weight", "depthwise_conv2d", "depthwise_conv2d_backward",
-                           "packed_conv2d", "ffn", "ffn_backward", "mrffi", "mrffi_backward"})
+  for (const char* name :
+       {"bidirectional_scan", "bidirectional_scan_backward", "haar_conv2d", "haar_conv2d_backward_weight",
+        "depthwise_conv2d", "depthwise_conv2d_backward", "conv_norm", "conv_norm_backward", "ffn_norm",
+        "ffn_norm_backward", "packed_conv2d", "ffn", "ffn_backward", "mrffi", "mrffi_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<no_kernel>());
 }
 

@@ -60,6 +60,46 @@ MOBILEMAMBA_API at::Tensor packed_conv2d(const at::Tensor& input, const at::Tens
                                          int64_t kernel_size = 1, int64_t stride = 1,
                                          std::string_view activation = "none");
 
+/// What conv_norm returns: the output, and what its gradients need: mean and unbiased variance of each channel, in the
+/// accumulator type, and the convolution's output. These three have no gradients.
+using ConvNormResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+/// Convolution and batch normalisation in training: activation(norm(convolution)) + residual, where norm has the mean
+/// and the variance of each channel over the batch. Zero padding of k / 2. input (B, in, H, W); weight (out, in, k, k),
+/// or (in, 1, k, k) for a depthwise convolution; norm_weight and norm_bias (out); residual of the output's shape;
+/// activation "none" or "relu". The output is (B, out, ceil(H / stride), ceil(W / stride)), channels-last in memory.
+MOBILEMAMBA_API ConvNormResult conv_norm(const at::Tensor& input, const at::Tensor& weight,
+                                         const at::Tensor& norm_weight, const at::Tensor& norm_bias,
+                                         const std::optional<at::Tensor>& residual = std::nullopt, int64_t stride = 1,
+                                         std::string_view activation = "none", double eps = 1e-5);
+
+/// The gradients of conv_norm's input (empty without `input_gradient`), weight, norm_weight and norm_bias. The gradient
+/// of the residual is grad_output.
+using ConvNormGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+MOBILEMAMBA_API ConvNormGradients conv_norm_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                                     const at::Tensor& weight, const at::Tensor& norm_weight,
+                                                     const at::Tensor& norm_bias, const at::Tensor& convolved,
+                                                     const at::Tensor& mean, const at::Tensor& var, int64_t stride,
+                                                     std::string_view activation, double eps, bool input_gradient);
+
+/// What ffn_norm returns: the output; mean and unbiased variance of the hidden channels and of the output's, in the
+/// accumulator type; and the two products before their norms. Only the output has gradients.
+using FfnNormResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+/// The feed-forward layer in training: input + norm(project(ReLU(norm(expand(input))))), where each norm has the mean
+/// and the variance of each channel over the batch. input (B, C, H, W); expand_weight (F, C, 1, 1); project_weight
+/// (C, F, 1, 1); the norms' weights and biases (F) and (C). Returns (B, C, H, W), channels-last in memory.
+MOBILEMAMBA_API FfnNormResult ffn_norm(const at::Tensor& input, const at::Tensor& expand_weight,
+                                       const at::Tensor& expand_norm_weight, const at::Tensor& expand_norm_bias,
+                                       const at::Tensor& project_weight, const at::Tensor& project_norm_weight,
+                                       const at::Tensor& project_norm_bias, double expand_eps = 1e-5,
+                                       double project_eps = 1e-5);
+
+/// The gradients of ffn_norm's input and of its six parameters, which are `parameters` in their order. `saved` are the
+/// products before their norms, then the means and variances in the order of the result.
+using FfnNormGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+MOBILEMAMBA_API FfnNormGradients ffn_norm_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                                   at::TensorList parameters, at::TensorList saved, double expand_eps,
+                                                   double project_eps);
+
 /// The packed form of a weight (out, in, k, k).
 MOBILEMAMBA_API at::Tensor pack_conv2d_weight(const at::Tensor& weight);
 

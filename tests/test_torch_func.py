@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from test_conv_norm import arguments_of as conv_norm_arguments
 from test_ffn import arguments_of as ffn_arguments
+from test_ffn_norm import arguments_of as ffn_norm_arguments
 from test_mrffi import arguments_of as mrffi_arguments
 from test_operators import depthwise_arguments, haar_arguments, scan_arguments
 from test_packed_conv import arguments_of as packed_arguments
@@ -28,11 +30,17 @@ def depthwise(*arguments: Tensor) -> Tensor:
     return ops.depthwise_conv2d(*arguments, 2, "silu")
 
 
+def conv_norm(*arguments: Tensor) -> Tensor:
+    return ops.conv_norm(*arguments, 2, "relu")[0]
+
+
 # For each operator: the function, its arguments, and which of them have a batch.
 OPERATORS: dict[str, tuple[Callable[..., Tensor], list[Tensor], tuple[int, ...]]] = {
     "bidirectional_scan": (ops.bidirectional_scan, scan_arguments(2, 5, 6, 2, 2), (0, 1, 3, 4)),
     "haar_conv2d": (ops.haar_conv2d, haar_arguments(2, 3, 5, 4, 3), (0,)),
     "depthwise_conv2d": (depthwise, depthwise_arguments(2, 3, 5, 4, 3, 2), (0, 3)),
+    "conv_norm": (conv_norm, conv_norm_arguments(2, 3, 4, 5, 4, 3, 2), (0, 4)),
+    "ffn_norm": (lambda *x: ops.ffn_norm(*x)[0], ffn_norm_arguments(2, 3, 4, 2, 3), (0,)),
     "packed_conv2d": (packed_conv("relu", 2), packed_arguments(2, 3, 5, 4, 3, 3, 2), (0, 3)),
     "ffn": (ops.ffn, ffn_arguments(2, 3, 4, 3, 5), (0, 1)),
     "mrffi": (mrffi, mrffi_arguments(2, 2, 3, 3, 2, 1, 4, 2, 1, 3, 3), (0, 1)),
@@ -141,7 +149,7 @@ def test_parameters_that_a_function_captures_keep_their_gradients(name):
 
 FORWARD_MODE = r"forward-mode derivatives \(jvp, jacfwd, hessian\) are not implemented; use reverse mode"
 TWICE = "second derivatives are not implemented; the operator is differentiable once"
-ONCE = {"bidirectional_scan", "depthwise_conv2d", "ffn", "mrffi"}
+ONCE = {"bidirectional_scan", "conv_norm", "depthwise_conv2d", "ffn", "ffn_norm", "mrffi"}
 
 
 @EACH

@@ -5,6 +5,7 @@
 #include "cpu/gate_kernels.h"
 #include "cpu/haar_kernels.h"
 #include "cpu/kernels.h"
+#include "cpu/norm_kernels.h"
 #include "cpu/packed_conv_kernels.h"
 #include "cpu/scan_kernels.h"
 
@@ -47,6 +48,10 @@ constinit const Kernels kernels = {
     table_entry<DepthwiseBackwardInputKernel, DepthwiseBackwardInput>(),
     table_entry<DepthwiseBackwardWeightKernel, DepthwiseBackwardWeight>(),
     table_entry<GateForwardKernel, GateForward>(),
+    table_entry<NormStatisticsKernel, NormStatistics>(),
+    table_entry<NormForwardKernel, NormForward>(),
+    table_entry<NormBackwardSumsKernel, NormBackwardSums>(),
+    table_entry<NormBackwardInputKernel, NormBackwardInput>(),
     {PackedConvKernel<float>::Task::count, packed_conv_scratch_bytes, run_packed_conv},
     {PackedConvKernel<float>::Task::count, packed_conv_scratch_bytes, run_packed_conv},
 };

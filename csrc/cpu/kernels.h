@@ -10,6 +10,7 @@
 #include "kernels/depthwise.h"
 #include "kernels/gate.h"
 #include "kernels/haar.h"
+#include "kernels/norm.h"
 #include "kernels/packed_conv.h"
 #include "kernels/scan.h"
 
@@ -35,6 +36,10 @@ struct Kernels {
   Kernel<DepthwiseBackwardInput> depthwise_backward_input;
   Kernel<DepthwiseBackwardWeight> depthwise_backward_weight;
   Kernel<GateForward> gate_forward;
+  Kernel<NormStatistics> norm_statistics;
+  Kernel<NormForward> norm_forward;
+  Kernel<NormBackwardSums> norm_backward_sums;
+  Kernel<NormBackwardInput> norm_backward_input;
   Kernel<PackedConvForward> packed_conv;
   Kernel<PackedConvForward> packed_conv_bfloat16;
 };

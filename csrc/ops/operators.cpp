@@ -55,6 +55,37 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward(const a
   return op.call(grad_output, input, weight, bias, stride, activation);
 }
 
+ConvNormResult conv_norm(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& norm_weight,
+                         const at::Tensor& norm_bias, const std::optional<at::Tensor>& residual, int64_t stride,
+                         std::string_view activation, double eps) {
+  static const auto op = operator_named<decltype(conv_norm)>("mobilemamba::conv_norm");
+  return op.call(input, weight, norm_weight, norm_bias, residual, stride, activation, eps);
+}
+
+ConvNormGradients conv_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                                     const at::Tensor& norm_weight, const at::Tensor& norm_bias,
+                                     const at::Tensor& convolved, const at::Tensor& mean, const at::Tensor& var,
+                                     int64_t stride, std::string_view activation, double eps, bool input_gradient) {
+  static const auto op = operator_named<decltype(conv_norm_backward)>("mobilemamba::conv_norm_backward");
+  return op.call(grad_output, input, weight, norm_weight, norm_bias, convolved, mean, var, stride, activation, eps,
+                 input_gradient);
+}
+
+FfnNormResult ffn_norm(const at::Tensor& input, const at::Tensor& expand_weight, const at::Tensor& expand_norm_weight,
+                       const at::Tensor& expand_norm_bias, const at::Tensor& project_weight,
+                       const at::Tensor& project_norm_weight, const at::Tensor& project_norm_bias, double expand_eps,
+                       double project_eps) {
+  static const auto op = operator_named<decltype(ffn_norm)>("mobilemamba::ffn_norm");
+  return op.call(input, expand_weight, expand_norm_weight, expand_norm_bias, project_weight, project_norm_weight,
+                 project_norm_bias, expand_eps, project_eps);
+}
+
+FfnNormGradients ffn_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, at::TensorList parameters,
+                                   at::TensorList saved, double expand_eps, double project_eps) {
+  static const auto op = operator_named<decltype(ffn_norm_backward)>("mobilemamba::ffn_norm_backward");
+  return op.call(grad_output, input, parameters, saved, expand_eps, project_eps);
+}
+
 at::Tensor packed_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                          const std::optional<at::Tensor>& residual, int64_t kernel_size, int64_t stride,
                          std::string_view activation) {

@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import depthwise_conv2d, ffn, pack_conv2d_weight, packed_conv2d, patch_embedding, patch_merging
+from ..ops import (
+    conv_norm,
+    depthwise_conv2d,
+    ffn,
+    ffn_norm,
+    pack_conv2d_weight,
+    packed_conv2d,
+    patch_embedding,
+    patch_merging,
+)
 from . import checks
 
 __all__ = [
@@ -226,10 +235,41 @@ class ConvNorm(nn.Module):
         nn.init.constant_(self.norm.weight, norm_init)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self._trains_as_one(x):
+                return self._train_as_one(x, residual, self.activation)
         y = self.norm(self.conv(x))
         if self.activation == "relu":
             y = y.relu()
         return y if residual is None else y + residual
+
+    @torch.jit.unused
+    def _trains_as_one(self, x: Tensor) -> bool:
+        """Whether one operator may stand for both layers: on a CPU, where it is faster, with statistics of a batch."""
+        conv, norm = self.conv, self.norm
+        if isinstance(x, torch.fx.Proxy) or not (are_plain(nn.Conv2d, conv) and are_plain(nn.BatchNorm2d, norm)):
+            return False
+        if norm.weight is None or norm.momentum is None or not (norm.training or norm.running_mean is None):
+            return False
+        stride = conv.stride[0]
+        positions = x.size(0) * ((x.size(2) + stride - 1) // stride) * ((x.size(3) + stride - 1) // stride)
+        return x.is_cpu and positions > 1
+
+    @torch.jit.unused
+    def _train_as_one(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        conv, norm = self.conv, self.norm
+        y, mean, var = conv_norm(x, conv.weight, norm.weight, norm.bias, residual, conv.stride[0], activation, norm.eps)
+        self._track(mean, var)
+        return y
+
+    @torch.jit.unused
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        """Update the running statistics with those of a batch, ``(C_out,)``; the variance is unbiased."""
+        norm = self.norm
+        if norm.running_mean is not None and norm.running_var is not None and norm.training:
+            norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)  # type: ignore[arg-type]
+            norm.running_var.lerp_(var.to(norm.running_var.dtype), norm.momentum)  # type: ignore[arg-type]
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of one convolution that does the same with the running statistics."""
@@ -303,6 +343,9 @@ class ResidualDepthwise(ConvNorm):
         super().__init__(dim, dim, kernel=3, groups=dim, norm_init=0.0)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if not torch.jit.is_scripting():
+            if self._trains_as_one(x):
+                return self._train_as_one(x, x, "none")
         return x + self.norm(self.conv(x))
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -320,7 +363,36 @@ class FFN(nn.Module):
         self.project: nn.Module = ConvNorm(2 * dim, dim, norm_init=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self._trains_as_one(x):
+                return self._train_as_one(x)
         return self.project(self.expand(x), x)
+
+    @torch.jit.unused
+    def _trains_as_one(self, x: Tensor) -> bool:
+        """As that of its layers."""
+        layers = (self.expand, self.project)
+        return are_plain(ConvNorm, *layers) and all(layer._trains_as_one(x) for layer in layers)  # type: ignore[operator]
+
+    @torch.jit.unused
+    def _train_as_one(self, x: Tensor) -> Tensor:
+        expand, project = self.expand, self.project
+        assert isinstance(expand, ConvNorm)
+        assert isinstance(project, ConvNorm)
+        y, expand_mean, expand_var, project_mean, project_var = ffn_norm(
+            x,
+            expand.conv.weight,
+            expand.norm.weight,
+            expand.norm.bias,
+            project.conv.weight,
+            project.norm.weight,
+            project.norm.bias,
+            expand.norm.eps,
+            project.norm.eps,
+        )
+        expand._track(expand_mean, expand_var)
+        project._track(project_mean, project_var)
+        return y
 
     def fold(self) -> nn.Module:
         assert isinstance(self.expand, DenseConv2d)

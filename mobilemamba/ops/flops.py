@@ -60,6 +60,26 @@ def depthwise_conv2d_backward(grad_output: Shape, input: Shape, weight: Shape, *
     return 2 * depthwise_conv2d(input, weight, out_val=grad_output)  # type: ignore[call-arg]
 
 
+@register_flop_formula(NATIVE.conv_norm)
+def conv_norm(input: Shape, weight: Shape, *_: Any, out_shape: list[Shape], **__: Any) -> int:
+    return 2 * prod(out_shape[0]) * prod(weight[1:])
+
+
+@register_flop_formula(NATIVE.conv_norm_backward)
+def conv_norm_backward(grad_output: Shape, input: Shape, weight: Shape, *args: Any, **__: Any) -> int:
+    return (2 if args[-1] else 1) * 2 * prod(grad_output) * prod(weight[1:])
+
+
+@register_flop_formula(NATIVE.ffn_norm)
+def ffn_norm(input: Shape, expand_weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * 2 * prod(input) * expand_weight[0]
+
+
+@register_flop_formula(NATIVE.ffn_norm_backward)
+def ffn_norm_backward(grad_output: Shape, input: Shape, parameters: list[Shape], *_: Any, **__: Any) -> int:
+    return 2 * ffn_norm(input, parameters[0])
+
+
 @register_flop_formula(NATIVE.packed_conv2d)
 def packed_conv2d(
     input: Shape,

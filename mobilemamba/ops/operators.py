@@ -18,8 +18,10 @@ __all__ = [
     "MRFFI_WEIGHTS",
     "backbone",
     "bidirectional_scan",
+    "conv_norm",
     "depthwise_conv2d",
     "ffn",
+    "ffn_norm",
     "haar_conv2d",
     "mrffi",
     "pack_conv2d_weight",
@@ -134,6 +136,98 @@ def depthwise_conv2d(
             argument and both values.
     """
     return torch.ops.mobilemamba.depthwise_conv2d(input, weight, bias, residual, stride, activation)
+
+
+def conv_norm(
+    input: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    activation: str = "none",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolution and batch normalisation in training: ``activation(norm(conv(input))) + residual``.
+
+    The norm has the mean and the variance of each channel over the batch and its positions. The convolution has zero
+    padding of ``k // 2`` on every side and no bias. On CPUs matrix products and the passes of the norm share the work;
+    on CUDA the operator is composed of torch's.
+
+    Args:
+        input: ``(batch, in_channels, height, width)``; float16, bfloat16, float32 or float64, any strides;
+            channels-last, or a slice of its channels, is the fast layout.
+        weight: ``(out_channels, in_channels, k, k)``, or ``(channels, 1, k, k)`` for a depthwise convolution of at
+            least 2 channels; ``k`` odd; in the dtype of ``input``.
+        norm_weight, norm_bias: ``(out_channels,)``, in the dtype of ``input``, or float32 beside 16 bits.
+        residual: added last; of the output's shape, in the dtype of ``input``.
+        stride: of the convolution, at least 1.
+        activation: ``"none"`` or ``"relu"``.
+        eps: added to the variance.
+
+    Returns:
+        The output ``(batch, out_channels, ceil(height / stride), ceil(width / stride))`` in the dtype of ``input``,
+        channels-last in memory; then ``(out_channels,)`` each the mean and the unbiased variance, for running
+        statistics, in float32 (float64 for float64), without gradients. Differentiable once, in reverse mode, in every
+        tensor argument; deterministic where torch's convolution is. For the backward pass it keeps the input and the
+        convolution's output; the norm and the activation are computed again.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, stride or activation is not an expected one, or the output has a single
+            position; the message names the argument and both values.
+    """
+    y, mean, var, _convolved = torch.ops.mobilemamba.conv_norm(
+        input, weight, norm_weight, norm_bias, residual, stride, activation, eps
+    )
+    return y, mean, var
+
+
+def ffn_norm(
+    input: Tensor,
+    expand_weight: Tensor,
+    expand_norm_weight: Tensor,
+    expand_norm_bias: Tensor,
+    project_weight: Tensor,
+    project_norm_weight: Tensor,
+    project_norm_bias: Tensor,
+    expand_eps: float = 1e-5,
+    project_eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The feed-forward layer in training: ``input + norm(project(relu(norm(expand(input)))))``.
+
+    Each norm has the mean and the variance of each channel over the batch and its positions.
+
+    Args:
+        input: ``(batch, channels, height, width)``; float16, bfloat16, float32 or float64; channels-last is the fast
+            layout.
+        expand_weight, project_weight: ``(hidden, channels, 1, 1)`` and ``(channels, hidden, 1, 1)``, in the dtype of
+            ``input``.
+        expand_norm_weight, expand_norm_bias: ``(hidden,)``; the project norm's: ``(channels,)``. In the dtype of
+            ``input``, or float32 beside 16 bits.
+        expand_eps, project_eps: added to the variances.
+
+    Returns:
+        The output, of the input's shape and dtype, channels-last in memory; then, as :func:`conv_norm` returns them,
+        mean and unbiased variance of the hidden channels and of the output's. Differentiable once, in reverse mode, in
+        every tensor argument; deterministic. For the backward pass it keeps the input and the two products; the norms
+        and the activation are computed again.
+
+    Raises:
+        RuntimeError: a shape, dtype or device is not the expected one, or the input has a single position; the message
+            names the argument and both values.
+    """
+    y, expand_mean, expand_var, project_mean, project_var, _expanded, _projected = torch.ops.mobilemamba.ffn_norm(
+        input,
+        expand_weight,
+        expand_norm_weight,
+        expand_norm_bias,
+        project_weight,
+        project_norm_weight,
+        project_norm_bias,
+        expand_eps,
+        project_eps,
+    )
+    return y, expand_mean, expand_var, project_mean, project_var
 
 
 def pack_conv2d_weight(weight: Tensor) -> Tensor:
