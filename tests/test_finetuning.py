@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import mobilemamba
 from mobilemamba import weights
-from mobilemamba.models import MobileMamba
+from mobilemamba.models import MobileMamba, layers
 from mobilemamba.training import freeze, freeze_norms, moving_average
 from mobilemamba.weights import adapt_channels
 
@@ -61,7 +61,7 @@ def test_frozen_parts_act_as_in_evaluation(model: MobileMamba) -> None:
     freeze(model, "all-but-head")
     x = torch.randn(4, 1, 16, 16)
     evaluated = model.eval().forward_features(x)
-    assert torch.equal(model.train().forward_features(x), evaluated)  # no stochastic depth either
+    torch.testing.assert_close(model.train().forward_features(x), evaluated)  # no stochastic depth either
 
 
 def test_freeze_refuses_other_parts(model: MobileMamba) -> None:
@@ -75,6 +75,25 @@ def test_frozen_norms_keep_statistics_and_weights(model: MobileMamba) -> None:
     assert not any(".norm." in name for name in changed if not name.startswith("head."))
     assert {name.split(".")[0] for name in changed} == {"patch_embed", "stages", "head"}
     assert "head.labels.norm.running_mean" in changed
+
+
+def test_gradients_with_frozen_norms_are_those_of_the_layers(monkeypatch) -> None:
+    """On a CPU a frozen norm becomes a factor of the weight before it."""
+    model = mobilemamba.nano(pretrained=True).double().train()
+    freeze_norms(model)
+    x = torch.randn(2, 1, 28, 28, dtype=torch.float64, requires_grad=True)
+    calls = []
+    folded = layers.ConvNorm._train_folded
+    monkeypatch.setattr(layers.ConvNorm, "_train_folded", lambda *args: (calls.append(args), folded(*args))[1])
+    gradients = []
+    for folds in (True, False):
+        if not folds:
+            monkeypatch.setattr(layers.ConvNorm, "_trains_folded", lambda *_: False)
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients.append(torch.autograd.grad(model(x).square().sum(), [x, *learning]))
+    assert len(calls) == sum(isinstance(layer, layers.ConvNorm) for layer in model.modules())
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
 
 
 def test_frozen_models_are_models(model: MobileMamba) -> None:
