@@ -455,3 +455,47 @@ def test_moving_average():
     average.n_averaged.fill_(10_000)
     step(3.0, 11.0, 8)
     assert average.module.weight.tolist() == pytest.approx([(2 / 11 + 9 / 11 * 3 + 3) / 2] * 2)
+
+
+def test_float16_scales_the_loss_and_skips_what_overflows(tmp_path, small_digits, monkeypatch):
+    scales, weights = [], []
+    loss, step = Run.loss, Run.train_step
+
+    def overflowing(run, images, targets):
+        value = loss(run, images, targets)
+        return value * math.inf if not scales else value
+
+    def watched(run, *batch):
+        result = step(run, *batch)
+        scales.append(run.scaler.get_scale())
+        weights.append(run.model.head.linear.weight.detach().clone())
+        return result
+
+    monkeypatch.setattr(Run, "loss", overflowing)
+    monkeypatch.setattr(Run, "train_step", watched)
+    initial = Run(replace(ONE_EPOCH, precision="float16"), small_digits, torch.device("cpu")).model.head.linear.weight
+    train(replace(ONE_EPOCH, precision="float16"), tmp_path)
+    assert scales == [2.0**15, 2.0**15]
+    assert torch.equal(weights[0], initial)
+    assert not torch.equal(weights[1], initial)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["scaler"]["scale"] == 2.0**15
+
+
+def test_events_for_tensorboard(tmp_path, small_digits):
+    reason = "needs tensorboard: pip install 'mobilemamba[train]'"
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason=reason)
+    train(replace(ONE_EPOCH, epochs=2), tmp_path)
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    written = [entry["ema_accuracy"] for entry in entries(tmp_path) if "loss" in entry]
+    assert [event.value for event in events.Scalars("ema_accuracy")] == pytest.approx(written)
+
+
+@pytest.mark.full
+def test_compiled_training_has_the_same_losses(tmp_path, small_digits):
+    train(ONE_EPOCH, tmp_path / "eager")
+    train(replace(ONE_EPOCH, compile=True), tmp_path / "compiled")
+    losses = [
+        [entry["loss"] for entry in entries(tmp_path / name) if "loss" in entry] for name in ("eager", "compiled")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -26,6 +26,8 @@ __all__ = ["MAX_WORKERS", "default_workers", "evaluation_batches", "training_bat
 
 MAX_WORKERS = 8  # by default
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # that the trainer answers
+
 Loaded = tuple[Tensor, Tensor, dict[int, str], str]  # images, labels, bad images by index, why the batch failed
 
 
@@ -144,7 +146,11 @@ def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # otherwise the loader draws a number from the caller's generator
     )
-    iterator = [iter(loader)]  # the only reference: without it the iterator ends its workers
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the workers ignore them
+    try:
+        iterator = [iter(loader)]  # the only reference: without it the iterator ends its workers
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     # An iteration that is open while Python exits ends its workers before multiprocessing waits for them (Finalize, in
     # its processes) and before torch does (atexit, in any other process).
     end = Finalize(None, iterator.clear, exitpriority=10)
@@ -172,8 +178,9 @@ def start_worker(worker: int) -> None:
 
     Pillow's warnings (EXIF data cut short, for one) do not name the file, and every worker would repeat them.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     warnings.filterwarnings("ignore", module="PIL")
 
 

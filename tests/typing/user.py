@@ -80,6 +80,6 @@ def files(model: MobileMamba) -> None:
 
 
 def run() -> None:
-    config = training.TrainConfig(model="nano", data="folder:images", image_size=64, lr=1e-3, amp=True)
+    config = training.TrainConfig(data="folder:images", image_size=64, precision="bfloat16", widths=(96, 192, 256))
     assert_type(training.train(config, Path("runs/mine"), device="cuda", resume=True), float)
     assert_type(config.image_size, int | None)
