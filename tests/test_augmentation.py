@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mobilemamba.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Preprocessing, seed_generators
 
@@ -100,10 +100,13 @@ def test_rand_augment(notation):
 
 
 @pytest.mark.usefixtures("libraries")
-def test_the_published_steps_are_those_of_timm():
+def test_the_published_steps_are_those_of_timm(monkeypatch):
     """From the same state of the generators, the pixels and the erased rectangles are timm's, up to rounding."""
     from timm.data import create_transform
 
+    of_pillow = ImageOps.posterize
+    before_pillow_13 = lambda image, bits: of_pillow(image, bits) if bits else image.point(lambda _: 0)  # noqa: E731
+    monkeypatch.setattr(ImageOps, "posterize", before_pillow_13)  # timm calls it
     published = create_transform(
         32,
         is_training=True,
@@ -124,10 +127,10 @@ def test_the_published_steps_are_those_of_timm():
         images, _ = erase(RGB.normalize(transform(image))[None], torch.tensor([0]))
         return images[0]
 
-    results = drawn(ours, photo()), drawn(published, photo())
+    results = drawn(ours, photo(), 60), drawn(published, photo(), 60)
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
-    assert len({result.sum().item() for result in results[0]}) == 30
+    assert len({result.sum().item() for result in results[0]}) > 55
 
 
 @pytest.mark.usefixtures("libraries")

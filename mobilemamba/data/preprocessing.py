@@ -148,13 +148,12 @@ class Preprocessing:
         from PIL import Image
 
         image = self.convert(image)
-        image = image.crop(centre_box(image.size, *(min(side, 16 * min(image.size)) for side in image.size)))
+        image = centre(image, *(min(side, 16 * min(image.size)) for side in image.size))
         short = min(image.size)
         if short < 1:
             raise ValueError(f"image: expected at least one pixel, got {image.width} x {image.height}")
         size = (int(self.resize * image.width / short), int(self.resize * image.height / short))
-        image = image.resize(size, Image.Resampling[self.interpolation.upper()])
-        return image.crop(centre_box(size, self.crop, self.crop))
+        return centre(image.resize(size, Image.Resampling[self.interpolation.upper()]), self.crop, self.crop)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """``(pixels / 255 - mean) / std`` for each channel: uint8 ``(..., channels, H, W)`` -> float32."""
@@ -204,10 +203,12 @@ def to_tensor(image: "Image.Image") -> Tensor:
     return torch.frombuffer(planes, dtype=torch.uint8).view(-1, image.height, image.width)
 
 
-def centre_box(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the centre rectangle of an image of ``size``, rounded as torchvision does."""
-    left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
-    return left, top, left + width, top + height
+def centre(image: "Image.Image", width: int, height: int) -> "Image.Image":
+    """The centre rectangle of an image, rounded as torchvision does; the image itself if it has this size."""
+    if image.size == (width, height):
+        return image
+    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_mode(image: "Image.Image", mode: str) -> "Image.Image":

