@@ -298,6 +298,24 @@ def test_bad_images_are_named_once_and_skipped(tmp_path, capfd, workers):
 BAD = ("a/1.png", "b/2.png")
 
 
+class MostlyBad(InMemory):
+    skip = True
+
+    def image(self, i: int) -> Image.Image:
+        if i < 6:
+            raise OSError(f"{i}.png: cannot be read")
+        return super().image(i)
+
+
+def test_images_that_several_workers_meet_are_named_once(monkeypatch, capfd):
+    """Each worker looks for a good image, and meets the same bad ones."""
+    monkeypatch.setattr(MostlyBad, "bad", {})
+    part = MostlyBad(split(8).pixels, split(8).labels)
+    images = torch.cat([images for images, _ in epoch(part, batch_size=1, workers=2)])
+    assert sorted(images[:, 0, 7, 7].tolist()) == [6] * 7 + [7]
+    assert sorted(capfd.readouterr().err.splitlines()) == [f"skipped: {i}.png: cannot be read" for i in range(6)]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_is_one_error_with_its_name(tmp_path, workers):
     loaded = folder(tmp_path / "data")
