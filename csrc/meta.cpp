@@ -51,7 +51,7 @@ ConvNormResult norm(const at::Tensor& input, const at::Tensor& weight, const at:
                     std::string_view activation, double eps) {
   const ConvNormArguments arguments{input, weight, norm_weight, norm_bias, stride, activation, eps};
   arguments.check(residual);
-  return {arguments.output(), arguments.per_channel(), arguments.per_channel(), arguments.output()};
+  return {arguments.output(), arguments.per_channel(), arguments.per_channel(), arguments.kept(arguments.output())};
 }
 
 ConvNormGradients norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,

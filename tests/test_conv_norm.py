@@ -22,6 +22,8 @@ SHAPES = [
     (2, 38, 0, 4, 4, 5, 1),  # rows that the kernels join
     (3, 12, 0, 3, 3, 1, 1),
     (2, 1, 1, 3, 3, 3, 1),
+    (2, 24, 12, 60, 60, 3, 2),  # a dense convolution whose images are in parts
+    (9, 3, 5, 6, 5, 3, 1),  # and one with several images in a part
 ]
 
 
@@ -108,6 +110,16 @@ def test_takes_any_strides_and_a_slice_of_channels():
         torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.parametrize(("shape", "images"), [((4, 16, 16, 8, 8, 1, 1), 2), ((4, 16, 0, 8, 8, 3, 1), 1)], ids=str)
+def test_what_is_kept_for_the_backward_pass(shape, images):
+    """The input; of a product also its output. By torch the norm's output would be kept for the ReLU."""
+    arguments = [x.requires_grad_() for x in arguments_of(*shape)]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        ops.conv_norm(*arguments, 1, "relu")
+    assert sum(x.nbytes for x in kept if x.dim() == 4 and x.size(2) == 8) == images * arguments[0].nbytes
+
+
 SMALL = {"pointwise": (2, 2, 3, 2, 1, 1, 1), "depthwise": (2, 2, 0, 3, 1, 3, 2), "dense": (2, 2, 3, 3, 1, 3, 2)}
 
 
@@ -127,7 +139,7 @@ def test_gradcheck_and_opcheck(kind):
         torch.library.opcheck(torch.ops.mobilemamba.conv_norm_backward, backward)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[4], SHAPES[5]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[4], SHAPES[5], (1, 24, 12, 60, 60, 3, 2)], ids=str)
 def test_bit_equal_for_any_number_of_threads(shape):
     arguments = [x.requires_grad_() for x in arguments_of(*shape, dtype=torch.float32)]
     results = []

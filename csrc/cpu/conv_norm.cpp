@@ -68,6 +68,10 @@ class RowsOfImage {
   at::Tensor weight_;
 };
 
+at::Tensor convolve_depthwise(const ConvNormArguments& a) {
+  return depthwise.depthwise_conv2d({a.input, a.weight, std::nullopt, a.stride, "none"}, std::nullopt);
+}
+
 /// Whether torch's convolution computes it: the sums of overlapping patches would be rounded to 16 bits.
 bool by_torch(const ConvNormArguments& a) {
   return !a.depthwise() && !a.pointwise() && accumulate_type(a.input.scalar_type()) != a.input.scalar_type();
@@ -86,9 +90,7 @@ ConvNormResult forward(const ConvNormArguments& a, const std::optional<at::Tenso
     const auto rows_of = [&](int64_t first, int64_t size, std::byte* scratch) { return x.of(first, size, scratch); };
     moments = multiply(Parts(rows, x.in(), channels, layout.part_rows()), 0, rows_of, x.weight(), positions(convolved));
   } else {
-    convolved = a.depthwise()
-                    ? depthwise.depthwise_conv2d({a.input, a.weight, std::nullopt, a.stride, "none"}, std::nullopt)
-                    : convolve_with_torch(a);
+    convolved = a.depthwise() ? convolve_depthwise(a) : convolve_with_torch(a);
     const at::Tensor sums = layout.sums(rows);
     run(kernels().norm_statistics,
         {layout.sizes(rows), layout.rows(convolved.const_data_ptr()), sums.mutable_data_ptr()});
@@ -98,14 +100,15 @@ ConvNormResult forward(const ConvNormArguments& a, const std::optional<at::Tenso
   const at::Tensor added = residual ? residual->contiguous(at::MemoryFormat::ChannelsLast) : at::Tensor();
   run(kernels().norm_forward,
       norm.forward(0, rows, residual ? added.const_data_ptr() : nullptr, output.mutable_data_ptr()));
-  return {output, layout.to_tensor(moments.mean), layout.to_tensor(moments.var), convolved};
+  return {output, layout.to_tensor(moments.mean), layout.to_tensor(moments.var), a.kept(convolved)};
 }
 
 ConvNormGradients backward(const at::Tensor& grad_output, const ConvNormArguments& a, const at::Tensor& convolved,
                            const at::Tensor& mean, const at::Tensor& var, bool wants_input) {
   a.check_backward(grad_output, convolved, mean, var);
   const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast), grad_rows = positions(grad);
-  const at::Tensor before = convolved.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor before =
+      a.depthwise() ? convolve_depthwise(a) : convolved.contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t channels = before.size(1), rows = before.numel() / channels;
   const bool whole_images = !a.pointwise() && !a.depthwise();
   Norm norm(positions(before), {channels_of(mean), channels_of(var)}, a.norm_weight, a.norm_bias, a.eps,

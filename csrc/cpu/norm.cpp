@@ -10,9 +10,6 @@
 namespace mobilemamba::cpu {
 namespace {
 
-/// Channels of whole vectors of every instruction set.
-constexpr int64_t whole_vectors = 16;
-
 /// f(data) with the elements of a contiguous tensor of float32 or float64.
 template <typename F>
 auto with_elements(const at::Tensor& x, const F& f) {
@@ -32,7 +29,7 @@ PerChannel channels_of(const at::Tensor& parameter) {
 }
 
 NormLayout::NormLayout(at::ScalarType type, int64_t unit, int64_t channels)
-    : type_(type), channels_(channels), joined_(whole_vectors / std::gcd(channels, whole_vectors)) {
+    : type_(type), channels_(channels), joined_(most_joined / std::gcd(channels, most_joined)) {
   if (unit % joined_ != 0) joined_ = 1;
 }
 

@@ -19,6 +19,9 @@ PerChannel channels_of(const at::Tensor& parameter);
 /// vectors, the kernels see several rows as one.
 class NormLayout {
  public:
+  /// The most rows that the kernels see as one. 16 elements are whole vectors of every instruction set.
+  static constexpr int64_t most_joined = 16;
+
   /// The number of rows is a multiple of `unit`.
   NormLayout(at::ScalarType type, int64_t unit, int64_t channels);
 

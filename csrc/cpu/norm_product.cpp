@@ -25,21 +25,26 @@ int64_t round_up(int64_t x, int64_t multiple) {
 
 }  // namespace
 
-Parts::Parts(int64_t rows, int64_t group, int64_t part)
-    : rows_(rows), group_(group), part_(part), groups_(ceil_div(rows, group)), parts_of_group_(ceil_div(group, part)) {}
+Parts::Parts(int64_t rows, int64_t group, int64_t part, bool of_images)
+    : rows_(rows),
+      group_(group),
+      part_(part),
+      groups_(ceil_div(rows, group)),
+      parts_of_group_(ceil_div(group, part)),
+      of_images_(of_images) {}
 
 Parts::Parts(int64_t rows, int64_t in, int64_t out, int64_t multiple)
-    : Parts(rows, rows, round_up(std::min(part_elements / (in + out), ceil_div(rows, least_parts)), multiple)) {}
+    : Parts(rows, rows, round_up(std::min(part_elements / (in + out), ceil_div(rows, least_parts)), multiple), false) {}
 
 Parts Parts::of_images(int64_t images, int64_t rows_of_image, int64_t in, int64_t out) {
-  const int64_t wanted = std::max<int64_t>(1, part_elements / (in + out));
+  const int64_t wanted = round_up(part_elements / (in + out), NormLayout::most_joined);
   const int64_t together = std::clamp<int64_t>(wanted / rows_of_image, 1, ceil_div(images, least_parts));
   const int64_t group = together * rows_of_image;
-  return {images * rows_of_image, group, ceil_div(group, ceil_div(group, std::max(wanted, rows_of_image / 16)))};
+  return {images * rows_of_image, group, std::min(group, wanted), true};
 }
 
 int64_t Parts::begin(int64_t slab, int64_t slabs) const {
-  return groups_ > 1 ? groups_ * slab / slabs * parts_of_group_ : parts_of_group_ * slab / slabs;
+  return of_images_ ? groups_ * slab / slabs * parts_of_group_ : parts_of_group_ * slab / slabs;
 }
 
 void for_parts(int64_t count, size_t scratch_bytes, c10::function_ref<void(int64_t, std::byte*)> f) {
@@ -67,7 +72,7 @@ at::Tensor weight_gradient(const Parts& parts, size_t scratch_bytes, ProductRows
   const int64_t out = weight.size(0), in = weight.size(1);
   // the partial sums take at most half of the memory of input and output
   const int64_t most = std::clamp<int64_t>(parts.rows() * (in + out) / (2 * in * out), 2, most_slabs);
-  const int64_t slabs = std::min(parts.count(), most);
+  const int64_t slabs = std::min(parts.most_slabs(), most);
   const at::Tensor sums = at::empty({slabs, out, in}, weight.options().dtype(accumulate_type(weight.scalar_type())));
   for_parts(slabs, scratch_bytes, [&](int64_t slab, std::byte* scratch) {
     at::Tensor sum = sums[slab];

@@ -16,7 +16,7 @@ class Parts {
  public:
   /// All parts but the last have a multiple of `multiple` rows.
   Parts(int64_t rows, int64_t in, int64_t out, int64_t multiple);
-  /// Whole images, or parts of one image.
+  /// Whole images, or parts of one image; all but an image's last part have a multiple of NormLayout::most_joined rows.
   static Parts of_images(int64_t images, int64_t rows_of_image, int64_t in, int64_t out);
 
   int64_t rows() const { return rows_; }
@@ -27,12 +27,15 @@ class Parts {
     const int64_t group_end = std::min(rows_, (i / parts_of_group_ + 1) * group_);
     return std::max<int64_t>(0, std::min(part_, group_end - first(i)));
   }
-  /// The first part of each of `slabs` ranges. No image is in two of them.
+  /// Slabs are ranges of parts. No image is in two of them.
+  int64_t most_slabs() const { return of_images_ ? groups_ : parts_of_group_; }
+  /// The first part of a slab.
   int64_t begin(int64_t slab, int64_t slabs) const;
 
  private:
-  Parts(int64_t rows, int64_t group, int64_t part);
+  Parts(int64_t rows, int64_t group, int64_t part, bool of_images);
   int64_t rows_, group_, part_, groups_, parts_of_group_;
+  bool of_images_;
 };
 
 /// Calls f(i, scratch) for i in [0, count) on torch's threads, below autograd.

@@ -187,8 +187,9 @@ struct ScanBackwardKernel {
   struct Scratch {
     Acc* rows;     // (2, L, R + 2N)
     V* grad_u;     // (vectors, L): of direction 0
-    V *x, *dt;     // (chunk): step size before and after softplus
-    V *h, *decay;  // (chunk, N): h before the position, and the decay there
+    V *x, *dt;     // (chunk): step size before softplus, later softplus' derivative there; and after softplus
+    V* grad_x;     // (chunk)
+    V *h, *decay;  // (chunk + 1, N): h before the position; (chunk, N): the decay there
     V* grad_rows;  // (chunk, R + 2N): summed over the vectors of a group
     Channels channels[vectors_per_group];
     size_t bytes;
@@ -203,7 +204,8 @@ struct ScanBackwardKernel {
       grad_u = take(vectors_per_group * p.length);
       x = take(chunk_length);
       dt = take(chunk_length);
-      h = take(chunk_length * p.state);
+      grad_x = take(chunk_length);
+      h = take((chunk_length + 1) * p.state);
       decay = take(chunk_length * p.state);
       grad_rows = take(chunk_length * p.rows());
       for (Channels& c : channels) {
@@ -237,8 +239,13 @@ struct ScanBackwardKernel {
     const int64_t chunks = ceil_div(p.length, chunk_length);
     Acc* grad_rows = static_cast<Acc*>(p.grad_rows) + ((batch * p.groups() + group) * 2 + k) * p.length * p.rows();
 
-    for (int64_t v = 0, c = first; c < last; ++v, c += V::size)
-      start(p, s, s.channels[v], batch, k, c, static_cast<int>(min(V::size, last - c)));
+    for (int64_t v = 0, c = first; c < last; ++v, c += V::size) {
+      const int count = static_cast<int>(min(V::size, last - c));
+      if (count == V::size)
+        start(p, s, s.channels[v], batch, k, c, V::size);
+      else
+        start(p, s, s.channels[v], batch, k, c, count);
+    }
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
       const int64_t begin = chunk * chunk_length, length = min(chunk_length, p.length - begin);
       for (int64_t i = 0; i < length * p.rows(); ++i)
@@ -264,29 +271,51 @@ struct ScanBackwardKernel {
   static int64_t position(const ScanForward& p, int64_t k, int64_t i) { return k == 0 ? i : p.length - 1 - i; }
 
   /// Loads the parameters, clears the sums, and computes the states at the seams.
-  static void start(const ScanBackward& p, Scratch& s, Channels& channels, int64_t batch, int64_t k, int64_t c,
-                    int count) {
+  __attribute__((always_inline)) static void start(const ScanBackward& p, Scratch& s, Channels& channels, int64_t batch,
+                                                   int64_t k, int64_t c, int count) {
     const ChannelParams<Acc> params(p, k, c, count);
-    const T* u = static_cast<const T*>(p.u) + batch * p.u_batch + c;
     channels.grad_bias = channels.grad_D = V(Acc(0));
     for (int64_t r = 0; r < p.rank; ++r)
       channels.grad_weight[r] = V(Acc(0));
     for (int64_t n = 0; n < p.state; ++n) {
       channels.A[n] = params.A(n);
-      channels.carry[n] = channels.grad_A[n] = s.h[n] = V(Acc(0));
+      channels.carry[n] = channels.grad_A[n] = channels.seams[n] = V(Acc(0));
     }
-    for (int64_t i = 0; i < p.length; ++i) {
-      if (i % chunk_length == 0) {
-        for (int64_t n = 0; n < p.state; ++n)
-          channels.seams[i / chunk_length * p.state + n] = s.h[n];
-        if (i + chunk_length >= p.length) break;  // the states after the last seam are not needed here
-      }
-      const int64_t t = position(p, k, i);
-      const Acc* row = s.rows + (k * p.length + t) * p.rows();
-      const V dt = softplus(params.step_size(row));
-      const V dt_u = dt * load(u + t * p.u_position, count);
+    for (int64_t chunk = 0; (chunk + 1) * chunk_length < p.length; ++chunk) {
+      V* const seam = channels.seams + chunk * p.state;
+      compute_states(p, s, params, channels.A, seam, batch, k, c, count, chunk * chunk_length, chunk_length, p.state);
       for (int64_t n = 0; n < p.state; ++n)
-        s.h[n] = scan_step(s.h[n], exp_nonpositive(dt * channels.A[n]), dt_u, row[p.rank + n]);
+        seam[p.state + n] = s.h[chunk_length * p.state + n];
+    }
+  }
+
+  /// Step sizes, decays and states of the `length` positions that direction k visits from the one at `begin` on, where
+  /// the states are `h`. Each step of the formula runs over all positions before the next step, as in the forward
+  /// pass: only the states depend on the position before.
+  __attribute__((always_inline)) static void compute_states(const ScanBackward& p, Scratch& s,
+                                                            const ChannelParams<Acc>& params, const V* A, const V* h,
+                                                            int64_t batch, int64_t k, int64_t c, int count,
+                                                            int64_t begin, int64_t length, int64_t state) {
+    const T* u = static_cast<const T*>(p.u) + batch * p.u_batch + c;
+    const Acc* const first = s.rows + (k * p.length + position(p, k, begin)) * p.rows();
+    const int64_t next = k == 0 ? p.rows() : -p.rows();
+    int64_t done = 0;
+    for (; done + 4 <= length; done += 4)
+      params.template step_size<4>(first + done * next, next, s.x + done);
+    for (; done < length; ++done)
+      s.x[done] = params.step_size(first + done * next);
+    for (int64_t i = 0; i < length; ++i)
+      s.dt[i] = softplus(s.x[i]);
+    for (int64_t n = 0; n < state; ++n) {
+      V h_n = h[n];
+      for (int64_t i = 0; i < length; ++i)
+        s.decay[i * state + n] = exp_nonpositive(s.dt[i] * A[n]);
+      for (int64_t i = 0; i < length; ++i) {
+        s.h[i * state + n] = h_n;
+        const V dt_u = s.dt[i] * load(u + position(p, k, begin + i) * p.u_position, count);
+        h_n = scan_step(h_n, s.decay[i * state + n], dt_u, first[i * next + p.rank + n]);
+      }
+      s.h[length * state + n] = h_n;
     }
   }
 
@@ -300,25 +329,14 @@ struct ScanBackwardKernel {
     const T* u = static_cast<const T*>(p.u) + batch * p.u_batch + c;
     const T* grad_y = static_cast<const T*>(p.grad_y) + batch * p.grad_y_batch + c;
     T* grad_u = static_cast<T*>(p.grad_u) + batch * p.length * p.channels + c;
+    const auto row_of = [&](int64_t i) { return s.rows + (k * p.length + position(p, k, begin + i)) * p.rows(); };
 
-    for (int64_t n = 0; n < state; ++n)
-      s.h[n] = channels.seams[chunk * state + n];
-    for (int64_t i = 0; i < length; ++i) {
-      const int64_t t = position(p, k, begin + i);
-      const Acc* row = s.rows + (k * p.length + t) * p.rows();
-      s.x[i] = params.step_size(row);
-      s.dt[i] = softplus(s.x[i]);
-      const V dt_u = s.dt[i] * load(u + t * p.u_position, count);
-      for (int64_t n = 0; n < state; ++n) {
-        s.decay[i * state + n] = exp_nonpositive(s.dt[i] * channels.A[n]);
-        if (i + 1 < length)
-          s.h[(i + 1) * state + n] = scan_step(s.h[i * state + n], s.decay[i * state + n], dt_u, row[p.rank + n]);
-      }
-    }
+    compute_states(p, s, params, channels.A, channels.seams + chunk * state, batch, k, c, count, begin, length, state);
+    for (int64_t i = 0; i < length; ++i)
+      s.x[i] = sigmoid(s.x[i]);
     for (int64_t i = length - 1; i >= 0; --i) {
       const int64_t t = position(p, k, begin + i);
-      const Acc* row = s.rows + (k * p.length + t) * p.rows();
-      const Acc *b_row = row + p.rank, *c_row = b_row + state;
+      const Acc *b_row = row_of(i) + p.rank, *c_row = b_row + state;
       V* grad_rows = s.grad_rows + i * p.rows();
       const V u_t = load(u + t * p.u_position, count), grad_y_t = load(grad_y + t * p.grad_y_position, count);
       ScanStepGradient<V> grad = {params.D * grad_y_t, V(Acc(0))};
@@ -329,17 +347,39 @@ struct ScanBackwardKernel {
         grad_rows[p.rank + n] = grad_rows[p.rank + n] + first_lanes(grad_B, count);
         grad_rows[p.rank + state + n] = grad_rows[p.rank + state + n] + first_lanes(grad_C, count);
       }
-      const V grad_x = grad.dt * sigmoid(s.x[i]);
-      channels.grad_bias = channels.grad_bias + grad_x;
+      s.grad_x[i] = first_lanes(grad.dt * s.x[i], count);
+      channels.grad_bias = channels.grad_bias + s.grad_x[i];
       channels.grad_D = channels.grad_D + grad_y_t * u_t;
-      for (int64_t r = 0; r < p.rank; ++r) {
-        channels.grad_weight[r] = channels.grad_weight[r] + grad_x * row[r];
-        grad_rows[r] = grad_rows[r] + params.W(r) * first_lanes(grad_x, count);
-      }
       if (k == 0)
         s.grad_u[v * p.length + t] = grad.u;
       else
         store(grad_u + t * p.channels, s.grad_u[v * p.length + t] + grad.u, count);
+    }
+    int64_t done = 0;
+    for (; done + 4 <= length; done += 4)
+      add_step_sizes<4>(p, s, params, channels, row_of(done), k, done);
+    for (; done < length; ++done)
+      add_step_sizes<1>(p, s, params, channels, row_of(done), k, done);
+  }
+
+  /// Gradients of delta and dt_weight at `positions` positions, which share each load of a weight.
+  template <int positions>
+  __attribute__((always_inline)) static void add_step_sizes(const ScanBackward& p, Scratch& s,
+                                                            const ChannelParams<Acc>& params, Channels& channels,
+                                                            const Acc* row, int64_t k, int64_t i) {
+    const int64_t next = k == 0 ? p.rows() : -p.rows();
+    V grad_x[positions];
+    for (int j = 0; j < positions; ++j)
+      grad_x[j] = s.grad_x[i + j];
+    for (int64_t r = 0; r < p.rank; ++r) {
+      const V w = params.W(r);
+      V sum = channels.grad_weight[r];
+      for (int j = 0; j < positions; ++j) {
+        V& grad_row = s.grad_rows[(i + j) * p.rows() + r];
+        sum = sum + grad_x[j] * row[j * next + r];
+        grad_row = grad_row + w * grad_x[j];
+      }
+      channels.grad_weight[r] = sum;
     }
   }
 

@@ -63,13 +63,17 @@ void ConvNormArguments::check_backward(const at::Tensor& grad_output, const at::
   const Checks check("conv_norm_backward", "input", input);
   const std::vector<c10::SymInt> sizes = output_sizes(*this);
   check.like_main("grad_output", grad_output, sizes, conv_output_layout);
-  check.like_main("convolved", convolved, sizes, conv_output_layout);
+  if (!depthwise()) check.like_main("convolved", convolved, sizes, conv_output_layout);
   check.parameter("mean", mean, {sizes[1]}, "(out_channels)");
   check.parameter("var", var, {sizes[1]}, "(out_channels)");
 }
 
 at::Tensor ConvNormArguments::output() const {
   return at::empty_symint(output_sizes(*this), input.options(), at::MemoryFormat::ChannelsLast);
+}
+
+at::Tensor ConvNormArguments::kept(const at::Tensor& convolved) const {
+  return depthwise() ? at::empty({0}, input.options()) : convolved;
 }
 
 at::Tensor ConvNormArguments::per_channel() const {
@@ -123,7 +127,7 @@ ConvNormResult conv_norm_composed(const ConvNormArguments& a, const std::optiona
   const auto [var, mean] = at::var_mean(convolved.to(sums), at::IntArrayRef{0, 2, 3}, true);
   at::Tensor y = conv_norm_output_composed(a, convolved, mean, var);
   if (residual) y += *residual;
-  return {y.to(a.input.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast), mean, var, convolved};
+  return {y.to(a.input.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast), mean, var, a.kept(convolved)};
 }
 
 ConvNormGradients conv_norm_backward_composed(const at::Tensor& grad_output, const ConvNormArguments& a,
@@ -131,7 +135,7 @@ ConvNormGradients conv_norm_backward_composed(const at::Tensor& grad_output, con
                                               const at::Tensor& var, bool input_gradient) {
   a.check_backward(grad_output, convolved, mean, var);
   const at::ScalarType sums = accumulate_type(a.input.scalar_type());
-  const at::Tensor x = convolved.to(sums);
+  const at::Tensor x = (a.depthwise() ? convolve_with_torch(a) : convolved).to(sums);
   const double positions = static_cast<double>(x.numel() / x.size(1));
   const at::Tensor inverse = (var.to(sums) * ((positions - 1) / positions) + a.eps).rsqrt();
   const at::Tensor normalized = (x - as_channels(mean.to(sums))) * as_channels(inverse);

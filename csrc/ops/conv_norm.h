@@ -23,6 +23,9 @@ struct ConvNormArguments {
 
   /// Uninitialised: the output, or the convolution's output.
   at::Tensor output() const;
+  /// What is kept of the convolution's output for the backward pass: nothing of a depthwise one, which is computed
+  /// again.
+  at::Tensor kept(const at::Tensor& convolved) const;
   /// Uninitialised: a value for each output channel, in the accumulator type.
   at::Tensor per_channel() const;
   /// Uninitialised.

@@ -258,9 +258,13 @@ class ConvNorm(nn.Module):
         return x.is_cpu and positions > 1
 
     @torch.jit.unused
-    def _train_as_one(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    def _train_as_one(self, x: Tensor, residual: Tensor | None, activation: str, scale: Tensor | None = None) -> Tensor:
+        """``scale``, ``(C_out,)``, multiplies the norm's output."""
         conv, norm = self.conv, self.norm
-        y, mean, var = conv_norm(x, conv.weight, norm.weight, norm.bias, residual, conv.stride[0], activation, norm.eps)
+        weight, bias = norm.weight, norm.bias
+        if scale is not None:
+            weight, bias = weight * scale, bias * scale
+        y, mean, var = conv_norm(x, conv.weight, weight, bias, residual, conv.stride[0], activation, norm.eps)
         self._track(mean, var)
         return y
 
@@ -322,8 +326,25 @@ class PatchEmbedding(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.vmap has no memory formats
+        if not torch.jit.is_scripting():
+            return self._with_relu(x)
         for layer in self:
             x = layer(x)
+        return x
+
+    @torch.jit.unused
+    def _with_relu(self, x: Tensor) -> Tensor:
+        """The layers in their order; a convolution that trains as one operator applies the ReLU after it."""
+        layers = list(self)
+        i = 0
+        while i < len(layers):
+            layer, i = layers[i], i + 1
+            relu = i < len(layers) and type(layers[i]) is nn.ReLU and are_plain(nn.ReLU, layers[i])
+            if relu and type(layer) is ConvNorm and are_plain(ConvNorm, layer) and layer._trains_as_one(x):
+                x = layer._train_as_one(x, None, "relu")
+                i += 1
+            else:
+                x = layer(x)
         return x
 
     def fold(self) -> nn.Module:

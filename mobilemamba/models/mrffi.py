@@ -58,6 +58,10 @@ class SS2D(nn.Module):
         nn.init.uniform_(self.x_proj, -(self.inner**-0.5), self.inner**-0.5)  # nn.Linear's default
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(self._gated(x))
+
+    def _gated(self, x: Tensor) -> Tensor:
+        """All but the last projection: ``(B, C, H, W) -> (B, inner, H, W)``."""
         batch, _, height, width = x.shape
         u, z = self.in_proj(x).split(self.inner, dim=1)
         u = self._convolved(u)
@@ -66,7 +70,7 @@ class SS2D(nn.Module):
         delta, B, C = projected.split([self.rank, self.d_state, self.d_state], dim=2)
         y = bidirectional_scan(u.flatten(2), delta, self.A_log, B, C, self.D, self.dt_weight, self.dt_bias)
         y = self.norm(y.transpose(1, 2)) * F.silu(z.flatten(2).transpose(1, 2))
-        return self.out_proj(y.transpose(1, 2).view(batch, self.inner, height, width))
+        return y.transpose(1, 2).view(batch, self.inner, height, width)
 
     def _convolved(self, u: Tensor) -> Tensor:
         conv = self.conv
@@ -111,10 +115,20 @@ class WaveletMamba(nn.Module):
         self.wavelet = HaarConv2d(dim, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self._trains_as_one(x):
+                gated = self.ss2d._gated(x)
+                return self.ss2d.out_proj._train_as_one(gated, self.wavelet(x), "none", self.base_scale)
         y = self.ss2d(x)
         if self.base_scale is not None:
             y = y * self.base_scale[:, None, None]
         return y + self.wavelet(x)
+
+    @torch.jit.unused
+    def _trains_as_one(self, x: Tensor) -> bool:
+        """Whether the operator of the last projection may apply the scale and add the wavelet part."""
+        ss2d = self.ss2d
+        return are_plain(SS2D, ss2d) and are_plain(ConvNorm, ss2d.out_proj) and ss2d.out_proj._trains_as_one(x)
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
@@ -156,8 +170,18 @@ class MultiKernelDepthwise(nn.Module):
         split = x.split(self.widths, dim=1)
         parts: list[Tensor] = []
         for i, group in enumerate(self.groups):
+            if not torch.jit.is_scripting():
+                if self._trains_as_one(group, split[i]):
+                    parts.append(group[2](group[0]._train_as_one(split[i], None, "relu")))  # type: ignore[index]
+                    continue
             parts.append(group(split[i]))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    @torch.jit.unused
+    def _trains_as_one(self, group: nn.Sequential, x: Tensor) -> bool:
+        """Whether the operator of the group's first convolution may apply the ReLU."""
+        plain = are_plain(nn.Sequential, group) and are_plain(ConvNorm, group[0]) and are_plain(nn.ReLU, group[1])
+        return plain and group[0]._trains_as_one(x)  # type: ignore[operator]
 
     def folded(self, like: Tensor) -> list[nn.Parameter]:
         """Of folded groups: kernels, biases, scales and shifts, for all channels together.
