@@ -213,7 +213,9 @@ def test_train_then_classify(folder, capsys, monkeypatch):
     pytest.importorskip("sklearn")
     plain = ("--no-flip", "--shift", "0", "--erase", "0")
     options = ("--data", "digits", "--epochs", "1", "--batch-size", "512")
-    code, out, err = run(capsys, "train", *options, *plain, "--out", "run")
+    threads = torch.get_num_threads()
+    code, out, err = run(capsys, "train", *options, *plain, "--out", "run", "--threads", "1", "--save-every", "7")
+    torch.set_num_threads(threads)
     assert (code, err) == (0, "")
     assert out.splitlines()[1].startswith("epoch 1/1  loss ")
     assert out.splitlines()[-1].startswith("test accuracy ")
@@ -222,12 +224,18 @@ def test_train_then_classify(folder, capsys, monkeypatch):
 
     code, _, err = run(capsys, "train", "--out", "run", "--resume", "--data", "folder:.")
     assert (code, err.partition("error: ")[2]) == (2, "run/last.pt: the run has other data: digits (now folder:.)\n")
-    configs = []
-    monkeypatch.setattr(cli.train, "train", lambda config, *_, **__: configs.append(config) or 0.5)
+    configs, arguments = [], []
+    monkeypatch.setattr(
+        cli.train, "train", lambda config, *_, **how: (configs.append(config), arguments.append(how), 0.5)[2]
+    )
     resume = ("train", "--out", "run", "--resume")
     assert run(capsys, *resume)[0] == run(capsys, *resume, "--epochs", "2", "--flip")[0] == 0
     config = TrainConfig(data="digits", epochs=1, batch_size=512, flip=False, shift=0, erase=0.0)
     assert configs == [config, replace(config, epochs=2, flip=True)]
+    as_before = {"device": "cpu", "threads": 1, "workers": None, "save_every": 7.0, "resume": True}
+    assert arguments == [as_before, as_before]
+    assert run(capsys, *resume, "--threads", "2", "--save-every", "1")[0] == 0
+    assert arguments[-1] == {**as_before, "threads": 2, "save_every": 1.0}
 
 
 def test_train_shows_what_a_recipe_comes_to(capsys):
@@ -239,7 +247,8 @@ def test_train_shows_what_a_recipe_comes_to(capsys):
     assert rows["rand-augment"] == ["rand-m9-mstd0.5-inc1", "of the recipe"]
     assert rows["model"] == ["t2", "given"]
     assert rows["lr"] == ["1.0", "given"]
-    assert rows["distill-weight"] == ["5.0", "of the recipe"]
+    assert rows["lr"] == ["1.0", "given"]
+    assert rows["temperature"] == ["1.0", "of the recipe"]
     assert rows["half"] == ["no"]
 
 
@@ -344,6 +353,10 @@ REFUSALS = {
     "no teacher": (
         ("train", "--recipe", "published-1000", "--out", "new"),
         "the recipe published-1000 distils: expected --teacher",
+    ),
+    "fine-tuning of what": (
+        ("train", "--recipe", "fine-tune", "--data", "digits", "--out", "new"),
+        "the recipe fine-tune: expected --model, the network whose weights it starts from",
     ),
     "minutes": (("train", "--save-every", "0", "--out", "new"), "--save-every: expected minutes above 0, got '0'"),
     "workers": (("train", "--workers", "-1", "--out", "new"), "--workers: expected at least 0, got -1"),

@@ -16,12 +16,13 @@ from mobilemamba.training.distillation import Teacher, hard_loss, soft_loss
 from mobilemamba.training.loop import Run
 
 STUDENT = weights.entry("nano").preprocessing
+LABELS = weights.entry("nano").labels
 PLAIN = {"flip": False, "shift": 0, "erase": 0.0}
 CPU = torch.device("cpu")
 
 
 def opened(teacher: str | Path, **options) -> Teacher:
-    return open_teacher(TrainConfig(teacher=str(teacher), **options), STUDENT, 10, CPU)
+    return open_teacher(TrainConfig(teacher=str(teacher), **options), STUDENT, LABELS, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_a_network_of_timm(monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, num_classes=10))
     student = Preprocessing(resize=64, crop=64)
-    teacher = open_teacher(TrainConfig(teacher="resnet10t.c3_in1k"), student, 10, CPU)
+    teacher = open_teacher(TrainConfig(teacher="resnet10t.c3_in1k"), student, LABELS, CPU)
     assert (teacher.size, teacher.mean) == (176, (0.485, 0.456, 0.406))
     assert teacher(torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
@@ -110,8 +111,7 @@ def small(monkeypatch) -> DataSet:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (16, 1, 28, 28), dtype=torch.uint8, generator=generator)
     part = InMemory(pixels, torch.arange(16) % 10)
-    names = tuple(map(str, range(10)))
-    dataset = DataSet(part, part, names, STUDENT)
+    dataset = DataSet(part, part, LABELS, STUDENT)
     monkeypatch.setattr(data, "load", lambda *_: dataset)
     return dataset
 
@@ -161,9 +161,16 @@ def test_refusals(options, kind, message):
     if "timm" in message:
         pytest.importorskip("timm", reason="needs timm: pip install 'mobilemamba[train]'", exc_type=ImportError)
     with pytest.raises(kind, match=message):
-        open_teacher(TrainConfig(**options), STUDENT, 10, CPU)
+        open_teacher(TrainConfig(**options), STUDENT, LABELS, CPU)
 
 
-def test_other_classes_are_refused():
-    with pytest.raises(ValueError, match=r"teacher nano: expected logits for the 7 classes of the data, got .*\[10\]"):
-        open_teacher(TrainConfig(teacher="nano"), STUDENT, 7, CPU)
+def test_other_classes_are_refused(tmp_path):
+    digits = tuple(map(str, range(10)))
+    message = (
+        r"teacher nano: expected the 10 classes of the data, 0, 1, 2 and 7 more; it knows 10, T-shirt/top, trouser, "
+    )
+    with pytest.raises(ValueError, match=message):
+        open_teacher(TrainConfig(teacher="nano"), STUDENT, digits, CPU)
+    torch.jit.script(mobilemamba.nano()).save(tmp_path / "teacher.pt")
+    with pytest.raises(ValueError, match=r"expected logits for the 7 classes of the data, got the shape \[10\]"):
+        open_teacher(TrainConfig(teacher=str(tmp_path / "teacher.pt")), STUDENT, digits[:7], CPU)

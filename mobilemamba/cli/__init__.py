@@ -45,13 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             args = make_parser().parse_args(argv)
             program = f"mobilemamba {args.command}"
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                program += f" (process {os.environ.get('RANK')})"
             return COMMANDS[args.command].run(args) or 0
         finally:
             if sys.stdout:
                 sys.stdout.flush()  # here, where an error still is one line
     except BrokenPipeError:
         discard_output()
-        if program.endswith("train"):
+        if " train" in program:
             print(f"{program}: stopped: the reader of its output has gone{RESUME}", file=sys.stderr)
         return 141
     except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError) as error:
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted{RESUME if program.endswith('train') else ''}", file=sys.stderr)
+        print(f"\n{program}: interrupted{RESUME if ' train' in program else ''}", file=sys.stderr)
         return 130
 
 

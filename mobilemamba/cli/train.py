@@ -4,16 +4,17 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 import typing
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data.loading import MAX_WORKERS
-from ..training import EXIT_CODE, RECIPES, Interrupted, TrainConfig, recipe, stored_config, train
-from .options import Parser, add_device_option, checked_device, per_channel, positive, whole
+from ..training import EXIT_CODE, RECIPES, Interrupted, TrainConfig, recipe, stored_config, stored_how, train
+from .options import Parser, add_device_option, checked_device, one_line, per_channel, positive, whole
+
+LOST = re.compile("connection|peer|gloo|nccl|timed out", re.IGNORECASE)
 
 HELP = "Train a model, or fine-tune one. A run that was stopped continues with --resume."
 
@@ -66,12 +67,13 @@ def add_options(parser: Parser) -> None:
     resume = "continue the run in DIR with its options; only --data, --epochs and --on-bad-image may be others"
     parser.add_argument("--resume", action="store_true", help=resume)
     save = "minutes between two stored states: what a run that is killed can lose (default: 10)"
-    parser.add_argument("--save-every", type=positive_minutes, default=10.0, metavar="MINUTES", help=save)
+    parser.add_argument("--save-every", type=positive_minutes, metavar="MINUTES", help=save)
     workers = (
         f"processes that decode images (default: one for each CPU, at most {MAX_WORKERS}; none for data in memory)"
     )
     parser.add_argument("--workers", type=whole, metavar="N", help=workers)
     add_device_option(parser)
+    parser.set_defaults(device=None)  # with --resume, what is not given is as before
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
 
 
@@ -101,17 +103,24 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.recipe == "published-1000" and not config.teacher:
         raise ValueError("the recipe published-1000 distils: expected --teacher")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.recipe == "fine-tune" and "model" not in given:
+        raise ValueError("the recipe fine-tune: expected --model, the network whose weights it starts from")
+    how: dict[str, Any] = {"device": "cpu", "threads": None, "workers": None, "save_every": 10.0}
+    how |= stored_how(args.out) if args.resume else {}
+    how |= {name: value for name in how if (value := getattr(args, name)) is not None}
+    checked_device(how["device"])
     with contextlib.ExitStack() as stack:
         if os.environ.get("RANK", "0") != "0":  # of several processes, the first one speaks
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
-            options = {"workers": args.workers, "save_every": args.save_every}
-            accuracy = train(config, args.out, checked_device(args.device), args.resume, **options)
+            accuracy = train(config, args.out, resume=args.resume, **how)
         except Interrupted as stop:
             if os.environ.get("RANK", "0") == "0":
                 print(f"mobilemamba train: stopped by {stop}; continue with --resume", file=sys.stderr)
             return EXIT_CODE
+        except RuntimeError as error:  # of gloo or NCCL
+            if os.environ.get("WORLD_SIZE", "1") == "1" or not LOST.search(str(error)):
+                raise
+            raise ValueError(f"another process of the run has ended ({one_line(error):.120})") from error
         print(f"test accuracy {accuracy:.2%} of {args.out / 'model.pt'}")
     return 0

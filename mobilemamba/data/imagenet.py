@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["IMAGENET_LABELS", "IMAGENET_SYNSETS"]
+__all__ = ["IMAGENET_LABELS", "IMAGENET_NAMES", "IMAGENET_SYNSETS"]
 
 _ROWS = [
     line.split("\t")
@@ -14,3 +14,6 @@ IMAGENET_SYNSETS = tuple(synset for synset, _ in _ROWS)
 
 #: Short names, all different. Source: torchvision 0.29.1, torchvision.models._meta._IMAGENET_CATEGORIES.
 IMAGENET_LABELS = tuple(label for _, label in _ROWS)
+
+#: The short name of each WordNet id.
+IMAGENET_NAMES = dict(zip(IMAGENET_SYNSETS, IMAGENET_LABELS, strict=True))

@@ -16,7 +16,7 @@ from .datasets import ON_BAD_IMAGE, load
 from .folder import ImageFiles, listing, visible
 from .ground_truth import SYNSET, read_ground_truth
 from .image_files import describe_skipped, find_images
-from .imagenet import IMAGENET_LABELS, IMAGENET_SYNSETS
+from .imagenet import IMAGENET_LABELS, IMAGENET_NAMES
 from .preprocessing import Preprocessing
 from .splits import Split
 from .tar import Place, TarImages, find_in_tar
@@ -24,7 +24,6 @@ from .tar import Place, TarImages, find_in_tar
 __all__ = ["load_split"]
 
 PARTS = ("train", "val", "test")
-NAMES = dict(zip(IMAGENET_SYNSETS, IMAGENET_LABELS, strict=True))
 
 
 def load_split(
@@ -165,8 +164,8 @@ def _class_numbers(names: Iterable[str], classes: Sequence[str] | int, spec: str
     """
     found = sorted(set(names))
     count = classes if isinstance(classes, int) else len(classes)
-    labels = () if isinstance(classes, int) else tuple(NAMES.get(name, name) for name in classes)
-    if not labels and count == len(NAMES) and all(map(SYNSET.fullmatch, found)):
+    labels = () if isinstance(classes, int) else tuple(IMAGENET_NAMES.get(name, name) for name in classes)
+    if not labels and count == len(IMAGENET_NAMES) and all(map(SYNSET.fullmatch, found)):
         labels = IMAGENET_LABELS
     if not labels and not numbered:
         raise ValueError(f"{spec}: the model does not know the names of its {count} classes; state them (--labels)")
@@ -176,7 +175,7 @@ def _class_numbers(names: Iterable[str], classes: Sequence[str] | int, spec: str
         raise ValueError(f"labels: expected names that differ, got '{twice}' twice")
     if numbered:
         index |= {name: int(name) for name in found if name.isdecimal() and name not in index and int(name) < count}
-    numbers = {name: index.get(NAMES.get(name, name), -1) for name in found}
+    numbers = {name: index.get(IMAGENET_NAMES.get(name, name), -1) for name in found}
     if unknown := [name for name, number in numbers.items() if number < 0]:
         known = f"such as {listing(list(labels))}" if labels else f"from 0 to {count - 1}"
         raise ValueError(f"{spec}: expected the model's {count} classes, {known}; got {listing(unknown)}")

@@ -8,7 +8,7 @@ from .interruption import EXIT_CODE, Interrupted
 from .loop import train
 from .optimization import learning_rate, moving_average, parameter_groups
 from .recipes import RECIPES, recipe
-from .state import stored_config
+from .state import stored_config, stored_how
 
 __all__ = [
     "EXIT_CODE",
@@ -26,5 +26,6 @@ __all__ = [
     "parameter_groups",
     "recipe",
     "stored_config",
+    "stored_how",
     "train",
 ]

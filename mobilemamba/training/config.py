@@ -1,5 +1,6 @@
 """The options of a training run that determine its result."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -13,8 +14,8 @@ __all__ = ["CHANGEABLE", "TrainConfig"]
 
 T = TypeVar("T")
 
-#: The options that may differ when a run is resumed. The data may be elsewhere, but must be the same.
-CHANGEABLE = ("data", "epochs", "on_bad_image")
+#: The options that may differ when a run is resumed. Data and teacher may be elsewhere, but must be the same.
+CHANGEABLE = ("data", "epochs", "on_bad_image", "teacher")
 
 DISTILL = ("soft", "hard")
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
@@ -86,7 +87,7 @@ class TrainConfig:
     teacher_size: int | None = option(None, "height and width of the teacher's images (default: what it states)")
     distill: str = option("soft", "soft: KL divergence; hard: the teacher's class, on a second head (DeiT)", DISTILL)
     temperature: float = option(1.0, "temperature of the soft loss")
-    distill_weight: float = option(5.0, "weight of the teacher's loss")
+    distill_weight: float | None = option(None, "weight of the teacher's loss (default: 5 for soft, 1 for hard)")
 
     precision: str = option("float32", "type of the activations; float16 scales the loss", PRECISIONS)
     compile: bool = option(False, "torch.compile")
@@ -104,14 +105,37 @@ class TrainConfig:
             value, choices = getattr(self, option.name), option.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{option.name} must be {' or '.join(choices)}, got {value}")
+        self.check_used()
+        if self.teacher and self.distill_weight is None:
+            object.__setattr__(self, "distill_weight", 5.0 if self.distill == "soft" else 1.0)
         for name in ("epochs", "batch_size", "accumulate", "lr", "clip_grad", "temperature"):
-            self.check(name, "positive", getattr(self, name) > 0)
-        for name in ("warmup_epochs", "weight_decay", "shift", "color_jitter", "mixup", "cutmix", "distill_weight"):
-            self.check(name, "at least 0", getattr(self, name) >= 0)
+            self.check(name, "positive", 0 < getattr(self, name) < math.inf)
+        for name in ("warmup_epochs", "weight_decay", "shift", "color_jitter", "mixup", "cutmix"):
+            self.check(name, "at least 0", 0 <= getattr(self, name) < math.inf)
+        self.check("distill_weight", "at least 0", 0 <= (self.distill_weight or 0) < math.inf)
+        self.check("warmup_epochs", f"at most the {self.epochs} epochs", self.warmup_epochs <= self.epochs)
         for name in ("label_smoothing", "ema_decay", "drop_path", "crop_scale", "erase", "mix_prob", "mix_switch"):
             self.check(name, "from 0 to 1", 0 <= getattr(self, name) <= 1)
         self.check("seed", "from 0 up to 2**40", 0 <= self.seed < 2**40)
         self.check("widths", "three numbers", self.widths is None or len(self.widths) == 3)
+
+    def check_used(self) -> None:
+        """Refuse options that would have no effect."""
+        mixes, distils = self.mixup > 0 or self.cutmix > 0, self.teacher is not None
+        conditions = {
+            "mix_prob": ("--mixup or --cutmix", mixes),
+            "mix_switch": ("--mixup and --cutmix", self.mixup > 0 and self.cutmix > 0),
+            "interpolation": ("--crop-scale or --rand-augment", self.crop_scale > 0 or self.rand_augment != ""),
+            "distill": ("--teacher", distils),
+            "distill_weight": ("--teacher", distils),
+            "temperature": ("--teacher and --distill soft", distils and self.distill == "soft"),
+            **{f"teacher_{name}": ("--teacher", distils) for name in ("mean", "std", "size")},
+            "grad_checkpointing": ("a run without --compile, which decides what to recompute", not self.compile),
+        }
+        for option in fields(self):
+            needed, used = conditions.get(option.name, ("", True))
+            if not used and getattr(self, option.name) != option.default:
+                raise ValueError(f"{option.name} is for {needed}; it would have no effect")
 
     def check(self, name: str, expected: str, holds: bool) -> None:
         if not holds:

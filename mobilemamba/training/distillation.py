@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 from .. import weights, zoo
 from ..data import Preprocessing
 from ..models import PRESETS
+from ..weights.checkpoint import shorten
 from .config import TrainConfig
+from .finetuning import same_classes
 
 __all__ = ["Teacher", "hard_loss", "open_teacher", "soft_loss"]
 
 SUFFIXES = (".pt", ".pt2", ".pth", ".safetensors", ".ts", ".torchscript")
+RECORDS = ("crop", "mean", "std", "labels")
 RECORD = "mobilemamba."  # start of the names of the text records that export() writes into a file
 
 
@@ -68,8 +72,12 @@ class Teacher:
         return logits
 
 
-def open_teacher(config: TrainConfig, student: Preprocessing, classes: int, device: torch.device) -> Teacher:
+def open_teacher(config: TrainConfig, student: Preprocessing, labels: Sequence[str], device: torch.device) -> Teacher:
     """The teacher of ``config``, checked with two images.
+
+    Args:
+        student: preprocessing of the images that the student gets.
+        labels: classes of the data.
 
     Raises:
         ValueError: the source is unknown, or the teacher has other classes or image channels than the data.
@@ -77,7 +85,12 @@ def open_teacher(config: TrainConfig, student: Preprocessing, classes: int, devi
         ImportError: the source is a name, and timm is not installed.
     """
     assert config.teacher is not None
-    module, stated = open_module(config.teacher, device)
+    module, stated, known = open_module(config.teacher, device)
+    if known and not same_classes(known, labels):
+        raise ValueError(
+            f"teacher {config.teacher}: expected the {len(labels)} classes of the data, {shorten(list(labels), 3)}; "
+            f"it knows {len(known)}, {shorten(list(known), 3)}"
+        )
     size, mean, std = stated or (None, student.mean, student.std)
     mean, std, size = config.teacher_mean or mean, config.teacher_std or std, config.teacher_size or size
     if not len(mean) == len(std) == student.channels:
@@ -89,21 +102,22 @@ def open_teacher(config: TrainConfig, student: Preprocessing, classes: int, devi
     teacher = Teacher(module, size, mean, std, student)
     try:
         logits = teacher(torch.zeros(2, student.channels, student.crop, student.crop, device=device))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"teacher {config.teacher} does not take these images: {error!s:.200}") from error
-    if logits.shape != (2, classes):
+    if logits.shape != (2, len(labels)):
         raise ValueError(
-            f"teacher {config.teacher}: expected logits for the {classes} classes of the data, got the shape "
+            f"teacher {config.teacher}: expected logits for the {len(labels)} classes of the data, got the shape "
             f"{list(logits.shape[1:])}"
         )
     return teacher
 
 
 Stated = tuple[int | None, tuple[float, ...], tuple[float, ...]]
+Opened = tuple[nn.Module, Stated | None, Sequence[str] | None]
 
 
-def open_module(source: str, device: torch.device) -> tuple[nn.Module, Stated | None]:
-    """The network of ``source``, and size, mean and std of its images where they are known."""
+def open_module(source: str, device: torch.device) -> Opened:
+    """The network of ``source``; where they are known, size, mean and std of its images, and its classes."""
     path = Path(os.path.expanduser(source))
     preset, _, variant = source.partition(":")
     if preset in PRESETS and variant in ("", "plain", "distilled"):
@@ -116,41 +130,45 @@ def open_module(source: str, device: torch.device) -> tuple[nn.Module, Stated | 
     if path.suffix == ".pt2":
         return exported_model(path, names, device)
     if any(name.endswith("/constants.pkl") for name in names):
-        records = {RECORD + key: "" for key in ("crop", "mean", "std")}
-        return torch.jit.load(str(path), device, _extra_files=records).eval(), stated_by(records)
+        records = {RECORD + key: "" for key in RECORDS}
+        return torch.jit.load(str(path), device, _extra_files=records).eval(), *stated_by(records)
     return own_model(path, device)
 
 
-def own_model(source: weights.Source, device: torch.device) -> tuple[nn.Module, Stated | None]:
+def own_model(source: weights.Source, device: torch.device) -> Opened:
     model, stored = zoo.open_model(source)
     known = stored.preprocessing
-    return model.eval().fuse().to(device), None if known is None else (known.crop, known.mean, known.std)
+    stated = None if known is None else (known.crop, known.mean, known.std)
+    return model.eval().fuse().to(device), stated, stored.labels
 
 
-def timm_model(name: str, device: torch.device) -> tuple[nn.Module, Stated | None]:
+def timm_model(name: str, device: torch.device) -> Opened:
     try:
         import timm
     except ImportError as error:
         raise ImportError(f"teacher {name}: a name needs timm: pip install 'mobilemamba[train]'") from error
     if not timm.is_model(name):
         raise ValueError(f"teacher: expected a file, a preset or a model of timm, got '{name}'")
-    model = timm.create_model(name, pretrained=True).eval().to(device)
+    try:
+        model = timm.create_model(name, pretrained=True).eval().to(device)
+    except RuntimeError as error:
+        raise ValueError(f"teacher {name}: {error}") from error
     facts: dict[str, Any] = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined, no-untyped-call]
-    return model, (facts["input_size"][1], facts["mean"], facts["std"])
+    return model, (facts["input_size"][1], facts["mean"], facts["std"]), None
 
 
-def exported_model(path: Path, names: list[str], device: torch.device) -> tuple[nn.Module, Stated | None]:
+def exported_model(path: Path, names: list[str], device: torch.device) -> Opened:
     """A ``.pt2`` file: an exported program, or a package that AOTInductor compiled."""
     if not any("/aotinductor/" in name for name in names):
-        records = {RECORD + key: "" for key in ("crop", "mean", "std")}
+        records = {RECORD + key: "" for key in RECORDS}
         program = torch.export.load(path, extra_files=records)
-        return program.module().to(device), stated_by(records)
+        return program.module().to(device), *stated_by(records)
     package = torch._inductor.aoti_load_package(str(path), device_index=device.index or -1)
     with zipfile.ZipFile(path) as archive:
         extra = {Path(name).name: name for name in names if RECORD in name}
         records = {key: archive.read(name).decode() for key, name in extra.items()}
     dtype = getattr(torch, records.get(f"{RECORD}dtype", "float32"))
-    return Compiled(package, dtype), stated_by(records)
+    return Compiled(package, dtype), *stated_by(records)
 
 
 class Compiled(nn.Module):
@@ -169,10 +187,10 @@ class Compiled(nn.Module):
         return logits
 
 
-def stated_by(records: dict[str, Any]) -> Stated | None:
-    """Size, mean and std from the text records of an exported file; None if it is not one of this package."""
+def stated_by(records: dict[str, Any]) -> tuple[Stated | None, Sequence[str] | None]:
+    """Size, mean and std, and the classes, from the text records of an exported file of this package."""
     texts = {key: value.decode() if isinstance(value, bytes) else value for key, value in records.items()}
     if not texts.get(f"{RECORD}crop"):
-        return None
+        return None, None
     mean, std = (tuple(map(float, texts[RECORD + key].split())) for key in ("mean", "std"))
-    return int(texts[f"{RECORD}crop"]), mean, std
+    return (int(texts[f"{RECORD}crop"]), mean, std), texts.get(f"{RECORD}labels", "").splitlines()

@@ -1,15 +1,59 @@
-"""Freezes parts of a model, for fine-tuning."""
+"""Fine-tuning: a model with pretrained weights for the classes of a data set, and frozen parts."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import weights
+from ..data import Preprocessing
+from ..data.imagenet import IMAGENET_NAMES
 from ..models import MobileMamba
 from ..models.layers import DropPath
 
-__all__ = ["FREEZABLE", "FrozenBatchNorm", "freeze", "freeze_norms"]
+__all__ = ["FREEZABLE", "FrozenBatchNorm", "freeze", "freeze_norms", "same_classes", "start_from"]
 
 #: What :func:`freeze` takes.
 FREEZABLE = ("none", "stem", "stages", "all-but-head")
+
+
+def same_classes(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether both are the same classes in the same order. ImageNet's may be names or WordNet ids."""
+    return [IMAGENET_NAMES.get(label, label) for label in one] == [IMAGENET_NAMES.get(label, label) for label in other]
+
+
+def start_from(
+    pretrained: str, model: MobileMamba, preset: str, labels: Sequence[str], preprocessing: Preprocessing
+) -> Preprocessing:
+    """Load pretrained weights into ``model``, and give it a new head if they know other classes.
+
+    What is not as in the weights is said on stderr, a line each.
+
+    Args:
+        pretrained: ``"plain"``, ``"distilled"``, or the path of a checkpoint.
+        labels, preprocessing: of the data.
+
+    Returns:
+        ``preprocessing`` with the mean and std that the weights were trained with.
+
+    Raises:
+        OSError, ValueError: as :func:`mobilemamba.weights.load_pretrained`.
+    """
+    source = True if pretrained == "plain" else pretrained
+    stored = weights.load_pretrained(model, preset, source, allow_head_mismatch=True)
+    if stored.labels and len(stored.labels) == len(labels) and not same_classes(stored.labels, labels):
+        model.reset_classifier(len(labels))
+        print(f"{stored.path}: its {len(labels)} classes are others; replaced by a new head", file=sys.stderr)
+    known = stored.preprocessing
+    if known is None or (known.mean, known.std) == (preprocessing.mean, preprocessing.std):
+        return preprocessing
+    print(
+        f"{stored.path}: images are normalised as for these weights: mean {known.mean}, std {known.std}",
+        file=sys.stderr,
+    )
+    return replace(preprocessing, mean=known.mean, std=known.std)
 
 
 class FrozenBatchNorm(_BatchNorm):

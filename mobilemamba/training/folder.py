@@ -41,6 +41,11 @@ class RunFolder:
             if not resume and file.exists():
                 raise FileExistsError(f"{file} exists, without the state of its run: choose another folder")
 
+    def forget(self) -> None:
+        """Remove the state and the log of a run that ended before its first step: another may start here."""
+        for file in (self.last, self.log):
+            file.unlink(missing_ok=True)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder if it is missing, and keep other processes from training in it while this one does.

@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: it finishes the step at hand, stores its state, and can be continued."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
@@ -21,11 +22,18 @@ class Interruption:
     """While it is entered, :data:`SIGNALS` only set ``number``. A second Ctrl-C raises KeyboardInterrupt.
 
     Args:
-        patient: a second Ctrl-C changes nothing either. torchrun sends one after the terminal's.
+        launched: torchrun started this process. Its end is a signal too, and a second Ctrl-C changes nothing: torchrun
+            sends one after the terminal's.
     """
 
-    def __init__(self, patient: bool = False) -> None:
-        self.number, self.patient = 0, patient
+    def __init__(self, launched: bool = False) -> None:
+        self.number, self.launched, self.parent = 0, launched, os.getppid()
+
+    def asked(self) -> int:
+        """The number of the signal that asks for the end, or 0."""
+        if self.launched and os.getppid() != self.parent:
+            self.number = signal.SIGTERM
+        return self.number
 
     def __enter__(self) -> "Interruption":
         self.before: dict[signal.Signals, Any] = {number: signal.signal(number, self.receive) for number in SIGNALS}
@@ -38,6 +46,6 @@ class Interruption:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        if self.number and number == signal.SIGINT and not self.patient:
+        if self.number and number == signal.SIGINT and not self.launched:
             raise KeyboardInterrupt
         self.number = number

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -56,18 +57,21 @@ def epoch_of(line: str) -> float:
 def progress(batches: Iterable[Item], describe: Callable[[int, int, float], str], total: int) -> Iterator[Item]:
     """Iterate over ``batches``. On a terminal, also show a line that is rewritten twice a second.
 
+    Of the processes that torchrun started, the first one shows it.
+
     Args:
         describe: the text of the line, from the number of batches done, the number of all batches and the seconds.
         total: the number of all batches.
     """
     start = shown = time.perf_counter()
+    shows = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     for done, batch in enumerate(batches, 1):
         yield batch
         now = time.perf_counter()
-        if sys.stderr.isatty() and now - shown > 0.5:
+        if shows and now - shown > 0.5:
             shown = now
             print(f"\r{describe(done, total, now - start)}\033[K", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
+    if shows:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 

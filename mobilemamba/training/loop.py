@@ -9,10 +9,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from signal import Signals
+from signal import SIGTERM, Signals
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from ..zoo import create_model
 from .config import TrainConfig
 from .distillation import hard_loss, open_teacher, soft_loss
 from .evaluation import evaluate
-from .finetuning import freeze, freeze_norms
+from .finetuning import freeze, freeze_norms, start_from
 from .folder import RunFolder
 from .interruption import Interrupted, Interruption
 from .log import Log, clock, memory, progress
@@ -46,6 +46,7 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     *,
+    threads: int | None = None,
     workers: int | None = None,
     save_every: float = 10.0,
 ) -> float:
@@ -61,6 +62,7 @@ def train(
         resume: continue from ``last.pt``. The options must be those of the run (:func:`stored_config`), except that the
             data may be elsewhere and the number of epochs may be larger: the learning rate then follows the schedule
             of the new number.
+        threads: CPU threads of each process of the run; None leaves them as they are.
         workers: processes that decode images, for each process of the run. 0: this process decodes. None:
             :func:`mobilemamba.data.default_workers`.
         save_every: minutes between two stored states. The state is also stored at the start, after the training part of
@@ -77,15 +79,20 @@ def train(
         FloatingPointError: the loss or its gradient is not finite. ``last.pt`` keeps the state that was stored last.
         Interrupted: SIGINT, SIGTERM or SIGUSR1 stopped the run; its state after the latest step is stored.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     with joined(device) as (processes, place):
         folder, first = RunFolder(out), processes.rank == 0
         if first:
             folder.check(resume)
         dataset = open_data(config, resume)
-        if workers is None:
-            workers = data.default_workers(dataset.train, processes.here)
-        run = Run(config, dataset, place, processes, workers, resume)
-        with folder.locked() if first else nullcontext(), Interruption(patient=processes.count > 1) as run.interruption:
+        run = Run(config, dataset, place, processes, resume)
+        run.how = {"device": device, "threads": threads, "workers": workers, "save_every": save_every}
+        run.workers = data.default_workers(dataset.train, processes.here) if workers is None else workers
+        with ExitStack() as stack:
+            if first:
+                stack.enter_context(folder.locked())
+            run.interruption = stack.enter_context(Interruption(launched=processes.count > 1))
             if first:
                 folder.check(resume)  # another process may have trained here since
             if resume:
@@ -93,6 +100,7 @@ def train(
             save: Callable[[], None] = (lambda: run.save(folder.last)) if first else (lambda: None)
             if not resume:
                 save()  # before the first epoch: a folder that cannot be written costs no epoch
+                stack.callback(lambda: folder.forget() if first and not run.epoch and not run.step else None)
             log = Log(folder.log, run.epoch) if first else None
             write: Callable[[dict[str, Any]], None] = log.write if log else (lambda entry: None)
             write({"config": asdict(config), **run.facts(), "epoch": run.epoch})
@@ -104,7 +112,8 @@ def train(
                 for _ in run.train_epoch():
                     if run.asked_to_stop:
                         save()
-                        raise Interrupted(f"{Signals(run.interruption.number or 15).name} after {run.position()}")
+                        processes.wait()  # torchrun kills the first process while it writes if others have ended
+                        raise Interrupted(f"{Signals(run.interruption.asked() or SIGTERM).name} after {run.position()}")
                     if time.monotonic() - saved > 60 * save_every:
                         save()
                         saved = time.monotonic()
@@ -141,34 +150,34 @@ class Run:
         dataset: data.DataSet,
         device: torch.device,
         processes: Processes = ALONE,
-        workers: int = 0,
         resume: bool = False,
     ) -> None:
-        self.config, self.dataset, self.device = config, dataset, device
-        self.processes, self.workers = processes, workers
+        self.config, self.dataset, self.device, self.processes = config, dataset, device, processes
         self.interruption, self.asked_to_stop = Interruption(), False
+        self.workers = 0
+        self.how: dict[str, Any] = {}  # the arguments of train() that are stored
         self.fingerprint = dataset.fingerprint()
         self.batch_size = batch_size(config, len(dataset.train.labels), processes.count * config.accumulate)
         self.steps_per_epoch = len(dataset.train.labels) // self.batch_size
-        augmentation = config.augmentation
-        self.transform = augmentation.image_transform(dataset.preprocessing)
-        self.mix = augmentation.batch_transform(len(dataset.labels))
+        self.preprocessing = dataset.preprocessing
+        self.mix = config.augmentation.batch_transform(len(dataset.labels))
         self.model_args = ModelOptions(num_classes=len(dataset.labels), in_chans=dataset.preprocessing.channels)
         self.model_args.update(config.model_options)  # type: ignore[typeddict-item]
         self.epoch = self.step = 0  # epochs done, and steps of the next one
-        self.total, self.seconds = 0.0, 0.0  # of these steps: sum of the losses, and time
+        self.total, self.skipped, self.seconds = 0.0, 0, 0.0  # of these: sum of the losses, steps without one, time
         self.entry: dict[str, Any] = {}  # the latest epoch's line of the log, without its accuracy
         torch.manual_seed(config.seed)
-        start: bool | str = not resume and (config.pretrained or False)
-        start = True if start == "plain" else start
-        model = create_model(config.model, start, allow_head_mismatch=True, **self.model_args)
+        model = create_model(config.model, **self.model_args)
+        if config.pretrained and not resume:
+            args = (model, config.model, dataset.labels, dataset.preprocessing)
+            self.preprocessing = start_from(config.pretrained, *args)
         self.model: MobileMamba = model.to(device)
         self.ema = moving_average(self.model, config.ema_decay)
+        if config.sync_batchnorm and processes.count > 1:
+            synchronize_norms(self.model, device)
         freeze(self.model, config.freeze)
         if config.freeze_norm:
             freeze_norms(self.model)
-        if config.sync_batchnorm and processes.count > 1:
-            synchronize_norms(self.model, device)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=config.lr, fused=True)
@@ -178,9 +187,15 @@ class Run:
             self.network = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
         if config.compile:
             self.network.compile()
+        if not resume:
+            self.prepare()
+
+    def prepare(self) -> None:
+        """Make what depends on the preprocessing of the images, which may be that of pretrained weights."""
+        self.transform = self.config.augmentation.image_transform(self.preprocessing)
         self.teacher = None
-        if config.teacher:
-            self.teacher = open_teacher(config, dataset.preprocessing, len(dataset.labels), device)
+        if self.config.teacher:
+            self.teacher = open_teacher(self.config, self.preprocessing, self.dataset.labels, self.device)
 
     def train_epoch(self) -> Iterator[None]:
         """Pass over the training images that are left in this epoch, in its random order. Yields after each step."""
@@ -205,15 +220,17 @@ class Run:
         self.epoch += 1
         self.entry = {
             "epoch": self.epoch,
-            "loss": round(self.total / self.steps_per_epoch, 5),
+            "loss": round(self.total / max(1, self.steps_per_epoch - self.skipped), 5),
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": round(self.steps_per_epoch * self.batch_size / self.seconds, 1),
             "seconds": round(self.seconds, 1),
         }
-        self.step, self.total, self.seconds = 0, 0.0, 0.0
+        self.step, self.total, self.skipped, self.seconds = 0, 0.0, 0, 0.0
 
     def train_step(self, images: Tensor, labels: Tensor) -> float:
         """One step of the optimizer and of the moving average; returns the loss, averaged over all processes.
+
+        In float16 a forward or a backward pass may overflow. The step changes nothing then but the scale of the loss.
 
         Args:
             images: augmented, uint8 ``(B, C, H, W)``: this process's share of the batch.
@@ -227,9 +244,11 @@ class Run:
         warmup = round(config.warmup_epochs * self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config.epochs * self.steps_per_epoch, warmup, config.lr)
-        normal = self.dataset.preprocessing.normalize(images.to(self.device, non_blocking=True))
+        normal = self.preprocessing.normalize(images.to(self.device, non_blocking=True))
         normal, targets = self.mix(normal, labels.to(self.device, non_blocking=True))
         self.optimizer.zero_grad()
+        scales = self.scaler.is_enabled()
+        statistics = [buffer.clone() for buffer in self.model.buffers()] if scales else []
         losses: list[Tensor] = []
         for part in zip(normal.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True):
             last = len(losses) == config.accumulate - 1
@@ -240,17 +259,22 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.learning, config.clip_grad)
         value, norms, signals = self.processes.sum(
-            torch.stack([torch.stack(losses).sum(), norm, norm.new_tensor(self.interruption.number)])
+            torch.stack([torch.stack(losses).sum(), norm, norm.new_tensor(self.interruption.asked())])
         ).tolist()
         self.asked_to_stop = signals > 0
         finite = math.isfinite(value) and math.isfinite(norms)
-        if not finite and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):  # else the scale is halved
+        if not finite and not (scales and self.scaler.get_scale() > 1):  # otherwise the scale is halved
             raise FloatingPointError(
                 f"loss {value / self.processes.count} with gradient norm {norm.item()} at {self.position()}; expected "
                 "finite values: try a lower --lr or a longer --warmup-epochs"
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if not finite:
+            for buffer, before in zip(self.model.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+            self.skipped += 1
+            return 0.0
         self.ema.update_parameters(self.model)
         return value / self.processes.count
 
@@ -263,10 +287,10 @@ class Run:
         own, other = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         loss = F.cross_entropy(own.float(), targets)
         if aims is not None:
+            assert config.distill_weight is not None  # TrainConfig fills it in
             hard = config.distill == "hard"
-            return loss + config.distill_weight * (
-                hard_loss(other, aims) if hard else soft_loss(other, aims, config.temperature)
-            )
+            term = hard_loss(other, aims) if hard else soft_loss(other, aims, config.temperature)
+            return loss + config.distill_weight * term
         return loss if own is other else (loss + F.cross_entropy(other.float(), targets)) / 2
 
     def evaluate_epoch(self) -> dict[str, Any]:
@@ -288,7 +312,7 @@ class Run:
         result = evaluate(
             model,
             self.dataset.test,
-            self.dataset.preprocessing,
+            self.preprocessing,
             max(1, self.config.batch_size // self.processes.count),
             workers=self.workers,
             share=self.processes.share,
@@ -300,7 +324,7 @@ class Run:
         steps, step = self.steps_per_epoch, self.step
         left = seconds / done * (steps * (self.config.epochs - self.epoch) - step)
         return (
-            f"epoch {self.epoch + 1}  step {step}/{steps}  loss {self.total / step:.3f}  "
+            f"epoch {self.epoch + 1}  step {step}/{steps}  loss {self.total / max(1, step - self.skipped):.3f}  "
             f"{done * self.batch_size / seconds:.0f} images/s  {memory(self.device)}  {clock(left)} left"
         )
 
@@ -314,6 +338,7 @@ class Run:
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "torch": str(torch.__version__),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "cpu": torch.backends.cpu.get_cpu_capability(),
             "processes": self.processes.count,
             "threads": torch.get_num_threads(),
         }
@@ -324,7 +349,7 @@ class Run:
             "preset": self.config.model,
             "model_args": {name: value for name, value in self.model_args.items() if name != "drop_path_rate"},
             "labels": list(self.dataset.labels),
-            "preprocessing": self.dataset.preprocessing.to_dict(),
+            "preprocessing": self.preprocessing.to_dict(),
         }
 
     def save(self, path: Path) -> None:
@@ -339,7 +364,10 @@ class Run:
             "epoch": self.epoch,
             "step": self.step,
             "total": self.total,
+            "skipped": self.skipped,
             "seconds": self.seconds,
+            "bad": {part: getattr(self.dataset, part).bad for part in ("train", "test")},
+            "how": self.how,
             "entry": self.entry,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
@@ -356,6 +384,9 @@ class Run:
         """
         state = read_state(path)
         try:
+            if self.config.pretrained:
+                stored = data.Preprocessing.from_dict(state["meta"].get("preprocessing"))
+                self.preprocessing = replace(self.preprocessing, mean=stored.mean, std=stored.std)
             check_same(state, self.config, self.meta(), self.fingerprint)
             weights.load_into(self.model, state["model"])
             weights.load_into(self.ema.module, state["ema"])
@@ -363,14 +394,22 @@ class Run:
             raise ValueError(f"{path}: {error}") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        for name in ("epoch", "step", "total", "seconds", "entry"):
+        for name in ("epoch", "step", "total", "skipped", "seconds", "entry"):
             setattr(self, name, state[name])
+        for part, bad in state["bad"].items():
+            getattr(self.dataset, part).bad.update(bad)
         self.ema.n_averaged.fill_(self.epoch * self.steps_per_epoch + self.step)
+        self.prepare()
         if (before := state["config"]["epochs"]) != self.config.epochs:
             print(f"{self.config.epochs} epochs instead of {before}: the learning rate follows the longer schedule")
         now = self.facts()
-        if differing := [f"{key} {was} (now {now[key]})" for key, was in state["facts"].items() if was != now[key]]:
-            print(f"the run goes on, but not bit for bit: {', '.join(differing)}")
+        reasons = [f"{key} {was} (now {now[key]})" for key, was in state["facts"].items() if was != now[key]]
+        if self.device.type == "cuda":
+            reasons.append("a GPU adds in no fixed order")
+        if self.processes.count > 2:
+            reasons.append("three or more processes add gradients in another order in their first step")
+        if reasons:
+            print(f"the run goes on, but not bit for bit: {', '.join(reasons)}")
 
     def export(self, path: Path) -> float:
         """Store the moving average for inference; returns the test accuracy of the stored weights, read back."""
@@ -378,7 +417,7 @@ class Run:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in self.ema.module.state_dict().items()}
             if self.config.half:  # vectors (biases, BatchNorm) are a small share and stay float32
                 tensors = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
-            stored = weights.Checkpoint(tensors, **{**self.meta(), "preprocessing": self.dataset.preprocessing})
+            stored = weights.Checkpoint(tensors, **{**self.meta(), "preprocessing": self.preprocessing})
             weights.save(path, stored)
             weights.load_into(self.ema.module, weights.read(path).state_dict, source=path)
         return self.accuracy()
@@ -398,7 +437,15 @@ def batch_size(config: TrainConfig, images: int, parts: int) -> int:
         raise ValueError(
             f"batch_size: expected a multiple of {parts}, the processes times --accumulate, got {config.batch_size}"
         )
-    size = min(config.batch_size, images) // parts * parts
+    if (config.mixup or config.cutmix) and config.batch_size // parts * config.accumulate % 2:
+        raise ValueError(
+            "batch_size: mixup and cutmix need an even number of images in each process, got "
+            f"{config.batch_size // parts * config.accumulate}"
+        )
+    even = 2 * parts // math.gcd(2, config.accumulate) if config.mixup or config.cutmix else parts
+    size = min(config.batch_size, images) // even * even
+    if size < config.batch_size:
+        print(f"batches of {size} images instead of {config.batch_size}: the data have no more")
     if size < 2 * parts:
         raise ValueError(f"BatchNorm needs at least 2 images in each part of a batch, got {size} in {parts} parts")
     return size

@@ -46,6 +46,10 @@ class Processes:
             distributed.all_gather_object(found, items)
         return len(set.union(*found))
 
+    def wait(self) -> None:
+        """Return when every process is here."""
+        self.sum(torch.zeros(()))
+
     def first_says(self, holds: bool) -> bool:
         """Whether ``holds`` is true in the first process."""
         return bool(self.sum(torch.tensor(float(holds and self.rank == 0))))
@@ -79,6 +83,8 @@ def joined(device: str) -> Iterator[tuple[Processes, torch.device]]:
     if count == 1:
         yield ALONE, place
         return
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE is {count}, without {', '.join(missing)}: start several processes by torchrun")
     if place.type == "cuda":
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if place.index is not None:

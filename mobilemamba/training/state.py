@@ -9,7 +9,7 @@ from ..weights.formats import TRAINING_FORMAT, VERSION, load_torch
 from .config import CHANGEABLE, TrainConfig
 from .folder import RunFolder
 
-__all__ = ["check_same", "read_state", "stored_config"]
+__all__ = ["check_same", "read_state", "stored_config", "stored_how"]
 
 PARTS = {
     "config": dict,
@@ -19,7 +19,10 @@ PARTS = {
     "epoch": int,
     "step": int,
     "total": float,
+    "skipped": int,
     "seconds": float,
+    "bad": dict,
+    "how": dict,
     "entry": dict,
     "model": dict,
     "ema": dict,
@@ -67,6 +70,16 @@ def stored_config(out: Path, **changes: Any) -> TrainConfig:
     if kinds[0] != kinds[1]:
         raise ValueError(f"{folder.last}: the run has other data: {options['data']} (now {changes['data']})")
     return TrainConfig(**{**options, **changes})
+
+
+def stored_how(out: Path) -> dict[str, Any]:
+    """The arguments of :func:`train` that do not determine the result, as the run in ``out`` had them.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`stored_config`.
+    """
+    how: dict[str, Any] = read_state(RunFolder(out).last)["how"]
+    return how
 
 
 def check_same(state: dict[str, Any], config: TrainConfig, meta: dict[str, Any], data: dict[str, Any]) -> None:
