@@ -6,45 +6,54 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/zero.h>
+
+#include <algorithm>
 
 #include "cpu/team.h"
 
 namespace mobilemamba::cpu {
 namespace {
 
-/// Elements of a part's input and output: 768 KiB in float32, which the L3 cache holds for each thread. With fewer,
-/// torch's product packs the weight too often.
+/// Elements of a part's input and output: 768 KiB in float32, which the L3 cache holds for each thread.
 constexpr int64_t part_elements = 3 << 16;
-/// The least number of parts, unless they would be smaller than a block; the most partial sums of a weight's gradient.
+/// With fewer rows in a part, torch's product spends too much of its time on packing the weight.
+constexpr int64_t part_least_rows = 256;
+/// The least number of parts, unless they would be too small; the most partial sums of a weight's gradient.
 constexpr int64_t least_parts = 4, most_slabs = 8;
 
-int64_t round_up(int64_t x, int64_t multiple) {
-  return multiple * std::max<int64_t>(1, ceil_div(x, multiple));
+int64_t rows_of_part(int64_t rows, int64_t in, int64_t out) {
+  return std::max(part_least_rows, std::min(part_elements / (in + out), rows / least_parts));
 }
 
 }  // namespace
 
-Parts::Parts(int64_t rows, int64_t group, int64_t part, bool of_images)
-    : rows_(rows),
-      group_(group),
-      part_(part),
-      groups_(ceil_div(rows, group)),
-      parts_of_group_(ceil_div(group, part)),
-      of_images_(of_images) {}
-
-Parts::Parts(int64_t rows, int64_t in, int64_t out, int64_t multiple)
-    : Parts(rows, rows, round_up(std::min(part_elements / (in + out), ceil_div(rows, least_parts)), multiple), false) {}
-
-Parts Parts::of_images(int64_t images, int64_t rows_of_image, int64_t in, int64_t out) {
-  const int64_t wanted = round_up(part_elements / (in + out), NormLayout::most_joined);
-  const int64_t together = std::clamp<int64_t>(wanted / rows_of_image, 1, ceil_div(images, least_parts));
-  const int64_t group = together * rows_of_image;
-  return {images * rows_of_image, group, std::min(group, wanted), true};
+Parts::Parts(int64_t rows, int64_t in, int64_t out, int64_t multiple) {
+  // an even number of parts of about equal size, for two threads; the last one has the rows after the last multiple
+  const int64_t units = rows / multiple, pairs = rows / (2 * rows_of_part(rows, in, out));
+  const int64_t parts = std::clamp<int64_t>(2 * std::max<int64_t>(1, pairs), 1, std::max<int64_t>(1, units));
+  for (int64_t i = 0; i < parts; ++i)
+    bounds_.push_back(units * i / parts * multiple);
+  bounds_.push_back(rows);
 }
 
-int64_t Parts::begin(int64_t slab, int64_t slabs) const {
-  return of_images_ ? groups_ * slab / slabs * parts_of_group_ : parts_of_group_ * slab / slabs;
+Parts Parts::of_images(int64_t images, int64_t rows_of_image, int64_t in, int64_t out) {
+  constexpr int64_t multiple = NormLayout::most_joined;
+  const int64_t wanted = ceil_div(rows_of_part(images * rows_of_image, in, out), multiple) * multiple;
+  const int64_t together = std::clamp<int64_t>(wanted / rows_of_image, 1, ceil_div(images, least_parts));
+  const int64_t of_image = together > 1 ? 1 : ceil_div(rows_of_image, wanted);
+  std::vector<int64_t> bounds;
+  for (int64_t first = 0; first < images; first += together)
+    for (int64_t i = 0; i < of_image; ++i)
+      bounds.push_back(first * rows_of_image + i * wanted);
+  bounds.push_back(images * rows_of_image);
+  return {std::move(bounds), of_image};
+}
+
+int64_t Parts::largest() const {
+  int64_t most = 0;
+  for (int64_t i = 0; i < count(); ++i)
+    most = std::max(most, size(i));
+  return most;
 }
 
 void for_parts(int64_t count, size_t scratch_bytes, c10::function_ref<void(int64_t, std::byte*)> f) {
@@ -76,19 +85,16 @@ at::Tensor weight_gradient(const Parts& parts, size_t scratch_bytes, ProductRows
   const at::Tensor sums = at::empty({slabs, out, in}, weight.options().dtype(accumulate_type(weight.scalar_type())));
   for_parts(slabs, scratch_bytes, [&](int64_t slab, std::byte* scratch) {
     at::Tensor sum = sums[slab];
-    bool empty = true;
-    for (int64_t i = parts.begin(slab, slabs); i < parts.begin(slab + 1, slabs); ++i) {
-      if (parts.size(i) == 0) continue;
+    const int64_t begin = parts.begin(slab, slabs), end = parts.begin(slab + 1, slabs);
+    for (int64_t i = begin; i < end; ++i) {
       const auto [grad, x] = rows_of(parts.first(i), parts.size(i), scratch);
       if (sum.scalar_type() != x.scalar_type())
-        empty ? sum.copy_(at::mm(grad.t(), x)) : sum.add_(at::mm(grad.t(), x));
-      else if (empty)
+        i == begin ? sum.copy_(at::mm(grad.t(), x)) : sum.add_(at::mm(grad.t(), x));
+      else if (i == begin)
         at::mm_out(sum, grad.t(), x);
       else
         sum.addmm_(grad.t(), x);
-      empty = false;
     }
-    if (empty) sum.zero_();
   });
   return slabs == 1 ? sums[0] : sums.sum(0);
 }

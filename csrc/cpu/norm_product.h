@@ -4,7 +4,8 @@
 
 #include <c10/util/FunctionRef.h>
 
-#include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "cpu/norm.h"
 
@@ -19,23 +20,21 @@ class Parts {
   /// Whole images, or parts of one image; all but an image's last part have a multiple of NormLayout::most_joined rows.
   static Parts of_images(int64_t images, int64_t rows_of_image, int64_t in, int64_t out);
 
-  int64_t rows() const { return rows_; }
-  int64_t count() const { return groups_ * parts_of_group_; }
-  int64_t largest() const { return part_; }
-  int64_t first(int64_t i) const { return i / parts_of_group_ * group_ + i % parts_of_group_ * part_; }
-  int64_t size(int64_t i) const {
-    const int64_t group_end = std::min(rows_, (i / parts_of_group_ + 1) * group_);
-    return std::max<int64_t>(0, std::min(part_, group_end - first(i)));
-  }
+  int64_t rows() const { return bounds_.back(); }
+  int64_t count() const { return static_cast<int64_t>(bounds_.size()) - 1; }
+  int64_t first(int64_t i) const { return bounds_[i]; }
+  int64_t size(int64_t i) const { return bounds_[i + 1] - bounds_[i]; }
+  int64_t largest() const;
+
   /// Slabs are ranges of parts. No image is in two of them.
-  int64_t most_slabs() const { return of_images_ ? groups_ : parts_of_group_; }
+  int64_t most_slabs() const { return count() / of_image_; }
   /// The first part of a slab.
-  int64_t begin(int64_t slab, int64_t slabs) const;
+  int64_t begin(int64_t slab, int64_t slabs) const { return most_slabs() * slab / slabs * of_image_; }
 
  private:
-  Parts(int64_t rows, int64_t group, int64_t part, bool of_images);
-  int64_t rows_, group_, part_, groups_, parts_of_group_;
-  bool of_images_;
+  Parts(std::vector<int64_t> bounds, int64_t of_image) : bounds_(std::move(bounds)), of_image_(of_image) {}
+  std::vector<int64_t> bounds_;  // the first row of each part, then the number of rows
+  int64_t of_image_ = 1;         // parts that must be in one slab
 };
 
 /// Calls f(i, scratch) for i in [0, count) on torch's threads, below autograd.
