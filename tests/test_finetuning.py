@@ -12,6 +12,7 @@ import mobilemamba
 from mobilemamba import weights
 from mobilemamba.models import MobileMamba, layers
 from mobilemamba.training import freeze, freeze_norms, moving_average
+from mobilemamba.training.finetuning import same_classes, start_from
 from mobilemamba.weights import adapt_channels
 
 NANO = weights.entry("nano")
@@ -206,3 +207,25 @@ def test_channels_from_a_file_with_the_preprocessing(tmp_path, capsys) -> None:
 def test_a_new_head_is_said_in_one_line(options: dict, told: str, capsys) -> None:
     mobilemamba.create_model("nano", pretrained=True, allow_head_mismatch=True, **options)
     assert capsys.readouterr().err.partition("nano.pt: ")[2].strip() == told
+
+
+def test_start_from_weights_for_other_classes_and_other_images(tmp_path, capsys) -> None:
+    stored = weights.read(weights.locate(weights.entry("nano")))
+    ours = weights.entry("nano").preprocessing
+    known = replace(ours, mean=(0.0,), std=(1.0,))
+    weights.save(tmp_path / "nano.pt", replace(stored, labels=list("abcdefghij"), preprocessing=known))
+    for labels, lines in ((tuple("abcdefghij"), 1), (tuple("bacdefghij"), 2)):
+        model = mobilemamba.nano()
+        used = start_from(str(tmp_path / "nano.pt"), model, "nano", labels, ours)
+        assert used == known
+        told = capsys.readouterr().err
+        assert told.count("\n") == lines
+        assert told.endswith("nano.pt: images are normalised as for these weights: mean (0.0,), std (1.0,)\n")
+        assert ("its 10 classes are others; replaced by a new head" in told) == (lines == 2)
+        same = torch.equal(model.head.linear.weight, stored.state_dict["head.linear.weight"].float())
+        assert same == (lines == 1)
+
+
+def test_the_same_classes_may_be_called_by_wordnet_ids() -> None:
+    assert same_classes(["tench", "goldfish"], ["n01440764", "n01443537"])
+    assert not same_classes(["tench", "goldfish"], ["n01443537", "n01440764"])

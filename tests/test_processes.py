@@ -62,7 +62,15 @@ def losses(out: Path) -> list[float]:
 
 
 def test_two_processes_give_the_losses_of_one_and_end_together(tmp_path, digits):
-    options = {"data": "digits", "epochs": 3, "batch_size": 24, "lr": 2e-4, "sync_batchnorm": True, **PLAIN}
+    options = {
+        "data": "digits",
+        "epochs": 3,
+        "batch_size": 24,
+        "lr": 2e-4,
+        "sync_batchnorm": True,
+        "freeze": "stem",
+        **PLAIN,
+    }
     train(TrainConfig(**options), tmp_path / "one")
     script = tmp_path / "script.py"
     script.write_text(TRAIN)
@@ -76,7 +84,9 @@ def test_two_processes_give_the_losses_of_one_and_end_together(tmp_path, digits)
     first, *epochs = log(tmp_path / "two")  # one log
     assert first["processes"] == 2
     assert [entry["loss"] for entry in epochs] == pytest.approx(losses(tmp_path / "one")[:2], rel=1e-4)
-    assert torch.load(tmp_path / "two" / "last.pt", weights_only=True)["epoch"] == 2
+    state = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
+    assert state["epoch"] == 2
+    assert not state["model"]["patch_embed.0.norm.running_mean"].any()  # frozen, although norms are synchronised
 
 
 def test_synchronized_norms_of_one_process_are_those_of_torch():

@@ -17,7 +17,15 @@ from PIL import Image
 
 import mobilemamba
 from mobilemamba import data
-from mobilemamba.training import TrainConfig, learning_rate, moving_average, parameter_groups, stored_config, train
+from mobilemamba.training import (
+    TrainConfig,
+    learning_rate,
+    moving_average,
+    parameter_groups,
+    recipe,
+    stored_config,
+    train,
+)
 from mobilemamba.training.folder import RunFolder
 from mobilemamba.training.loop import Run
 
@@ -382,6 +390,32 @@ def test_a_state_of_another_run_is_refused(finished, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_that_ended_before_its_first_step_is_forgotten(tmp_path, small_digits, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+        with pytest.raises(torch.OutOfMemoryError):
+            train(ONE_EPOCH, tmp_path)
+    assert files(tmp_path) == [".lock"]
+    train(ONE_EPOCH, tmp_path)
+    assert files(tmp_path) == RUN
+
+
+def test_mixing_needs_pairs(small_digits, monkeypatch):
+    monkeypatch.setattr(data.Augmentation, "batch_transform", lambda *_: None)  # needs no library
+    with pytest.raises(ValueError, match=r"batch_size: mixup and cutmix need an even number of images .* got 25"):
+        Run(replace(ONE_EPOCH, batch_size=25, mixup=0.5), small_digits, torch.device("cpu"))
+
+
+def test_the_published_recipes():
+    """The configurations state 1.5e-3 for 512 images; the trainer of the authors scales it with the batch."""
+    plain, distilled = (TrainConfig(**recipe(name)) for name in ("published-300", "published-1000"))
+    assert (plain.lr, plain.batch_size, plain.warmup_epochs, plain.ema_decay) == (3e-3, 1024, 20, 0.9998)
+    assert (plain.epochs, distilled.epochs) == (300, 1000)
+    assert replace(distilled, teacher="nano").distill_weight == 5.0
+    rates = [learning_rate(step, 300, 20, plain.lr) for step in (0, 20, 300)]
+    assert rates == pytest.approx([3e-6, 3e-3, 3e-5])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_digits):
     with pytest.raises(FloatingPointError, match="expected finite values"):
         train(TrainConfig(epochs=2, batch_size=50, lr=1e30, warmup_epochs=0, **PLAIN), tmp_path)
@@ -396,6 +430,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_digits):
         ({"shift": -1}, "shift must be at least 0, got -1"),
         ({"widths": (96, 192)}, r"widths must be three numbers, got \(96, 192\)"),
         ({"mixup": math.nan}, "mixup must be at least 0, got nan"),
+        ({"warmup_epochs": 30.0}, "warmup_epochs must be at most the 20 epochs, got 30.0"),
+        ({"lr": math.inf}, "lr must be positive, got inf"),
+        ({"temperature": 2.0}, "temperature is for --teacher and --distill soft; it would have no effect"),
+        ({"teacher": "nano", "distill": "hard", "temperature": 2.0}, "temperature is for --teacher and --distill soft"),
+        ({"distill": "hard"}, "distill is for --teacher"),
+        ({"mix_prob": 0.5}, "mix_prob is for --mixup or --cutmix"),
+        ({"interpolation": "random"}, "interpolation is for --crop-scale or --rand-augment"),
+        ({"compile": True, "grad_checkpointing": True}, "grad_checkpointing is for a run without --compile"),
         ({"precision": "half"}, "precision must be float32 or bfloat16 or float16, got half"),
         ({"erase": 1.5}, "erase must be from 0 to 1, got 1.5"),
         ({"on_bad_image": "ignore"}, "on_bad_image must be fail or skip, got ignore"),
@@ -462,13 +504,14 @@ def test_float16_scales_the_loss_and_skips_what_overflows(tmp_path, small_digits
     loss, step = Run.loss, Run.train_step
 
     def overflowing(run, images, targets):
-        value = loss(run, images, targets)
-        return value * math.inf if not scales else value
+        return loss(run, images * math.inf if not scales else images, targets)
 
     def watched(run, *batch):
         result = step(run, *batch)
         scales.append(run.scaler.get_scale())
         weights.append(run.model.head.linear.weight.detach().clone())
+        assert all(tensor.isfinite().all() for tensor in run.model.state_dict().values())  # statistics too
+        assert all(tensor.isfinite().all() for tensor in run.ema.state_dict().values())
         return result
 
     monkeypatch.setattr(Run, "loss", overflowing)
@@ -479,6 +522,7 @@ def test_float16_scales_the_loss_and_skips_what_overflows(tmp_path, small_digits
     assert torch.equal(weights[0], initial)
     assert not torch.equal(weights[1], initial)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["scaler"]["scale"] == 2.0**15
+    assert math.isfinite(entries(tmp_path)[1]["loss"])
 
 
 def test_events_for_tensorboard(tmp_path, small_digits):

@@ -64,7 +64,7 @@ def add_options(parser: Parser) -> None:
         name, text = f"--{field.name.replace('_', '-')}", field.metadata["help"] + default
         parser.add_argument(name, default=argparse.SUPPRESS, help=text, **kind)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; made if missing")
-    resume = "continue the run in DIR with its options; only --data, --epochs and --on-bad-image may be others"
+    resume = "continue the run in DIR with its options; --data, --epochs, --teacher and --on-bad-image may be others"
     parser.add_argument("--resume", action="store_true", help=resume)
     save = "minutes between two stored states: what a run that is killed can lose (default: 10)"
     parser.add_argument("--save-every", type=positive_minutes, metavar="MINUTES", help=save)
