@@ -259,7 +259,8 @@ class ConvNorm(nn.Module):
     def _train_as_one(self, x: Tensor, residual: Tensor | None, activation: str, scale: Tensor | None = None) -> Tensor:
         """``scale``, ``(C_out,)``, multiplies the norm's output."""
         conv, norm = self.conv, self.norm
-        weight, bias = norm.weight, norm.bias
+        weight: Tensor = norm.weight
+        bias: Tensor = norm.bias
         if scale is not None:
             weight, bias = weight * scale, bias * scale
         y, mean, var = conv_norm(x, conv.weight, weight, bias, residual, conv.stride[0], activation, norm.eps)
