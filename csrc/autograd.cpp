@@ -106,7 +106,7 @@ struct Depthwise {
   }
 };
 
-/// Keeps the convolution's output, from which the norm and the activation are computed again, and not their results.
+/// Keeps the convolution's output, unless it is depthwise, and no result of the norm or the activation.
 struct ConvNorm : torch::autograd::Function<ConvNorm> {
   static ConvNormResult call(const Tensor& input, const Tensor& weight, const Tensor& norm_weight,
                              const Tensor& norm_bias, const std::optional<Tensor>& residual, int64_t stride,

@@ -61,7 +61,8 @@ MOBILEMAMBA_API at::Tensor packed_conv2d(const at::Tensor& input, const at::Tens
                                          std::string_view activation = "none");
 
 /// What conv_norm returns: the output, and what its gradients need: mean and unbiased variance of each channel, in the
-/// accumulator type, and the convolution's output. These three have no gradients.
+/// accumulator type, and the convolution's output, which is empty for a depthwise convolution: that is computed again.
+/// These three have no gradients.
 using ConvNormResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 /// Convolution and batch normalisation in training: activation(norm(convolution)) + residual, where norm has the mean
 /// and the variance of each channel over the batch. Zero padding of k / 2. input (B, in, H, W); weight (out, in, k, k),

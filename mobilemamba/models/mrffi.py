@@ -178,10 +178,10 @@ class MultiKernelDepthwise(nn.Module):
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     @torch.jit.unused
-    def _trains_as_one(self, group: nn.Sequential, x: Tensor) -> bool:
+    def _trains_as_one(self, group: Any, x: Tensor) -> bool:
         """Whether the operator of the group's first convolution may apply the ReLU."""
         plain = are_plain(nn.Sequential, group) and are_plain(ConvNorm, group[0]) and are_plain(nn.ReLU, group[1])
-        return plain and group[0]._trains_as_one(x)  # type: ignore[operator]
+        return plain and group[0]._trains_as_one(x)
 
     def folded(self, like: Tensor) -> list[nn.Parameter]:
         """Of folded groups: kernels, biases, scales and shifts, for all channels together.

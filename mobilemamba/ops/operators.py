@@ -169,8 +169,8 @@ def conv_norm(
         The output ``(batch, out_channels, ceil(height / stride), ceil(width / stride))`` in the dtype of ``input``,
         channels-last in memory; then ``(out_channels,)`` each the mean and the unbiased variance, for running
         statistics, in float32 (float64 for float64), without gradients. Differentiable once, in reverse mode, in every
-        tensor argument; deterministic where torch's convolution is. For the backward pass it keeps the input and the
-        convolution's output; the norm and the activation are computed again.
+        tensor argument; deterministic where torch's convolution is. For the backward pass it keeps the input and,
+        unless the convolution is depthwise, its output; the norm and the activation are computed again.
 
     Raises:
         RuntimeError: a shape, dtype, device, stride or activation is not an expected one, or the output has a single
