@@ -13,7 +13,7 @@ from mobilemamba.data import DataSet, Preprocessing
 from mobilemamba.data.splits import InMemory
 from mobilemamba.training import TrainConfig, open_teacher, train
 from mobilemamba.training.distillation import Teacher, hard_loss, soft_loss
-from mobilemamba.training.loop import Run
+from mobilemamba.training.run import Run
 
 STUDENT = weights.entry("nano").preprocessing
 LABELS = weights.entry("nano").labels

@@ -14,9 +14,9 @@ import torch
 import mobilemamba.data
 from mobilemamba.data import DataSet
 from mobilemamba.data.splits import InMemory
-from mobilemamba.training import EXIT_CODE, Interrupted, TrainConfig, finetuning, loop, train
-from mobilemamba.training.loop import Run
+from mobilemamba.training import EXIT_CODE, Interrupted, TrainConfig, finetuning, run, train
 from mobilemamba.training.processes import Processes, SyncBatchNorm, synchronize_norms
+from mobilemamba.training.run import Run
 
 pytest.importorskip("sklearn")
 PLAIN = {"flip": False, "shift": 0, "erase": 0.0}
@@ -28,7 +28,7 @@ import json, os, pathlib, signal, sys, torch
 import mobilemamba.data
 from mobilemamba.data.splits import InMemory
 from mobilemamba.training import TrainConfig, train
-from mobilemamba.training.loop import Run
+from mobilemamba.training.run import Run
 torch.set_num_threads(1)
 whole = mobilemamba.data.load("digits")
 part = InMemory(whole.train.pixels[:96], whole.train.labels[:96])
@@ -104,7 +104,7 @@ def test_synchronized_norms_of_one_process_are_those_of_torch():
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_parts_of_a_batch_have_its_gradient(tmp_path, digits, monkeypatch, accumulate):
     """With frozen norms, parts of a batch do not see each other."""
-    monkeypatch.setattr(loop, "freeze_norms", finetuning._freeze_norms)  # the head's too
+    monkeypatch.setattr(run, "freeze_norms", finetuning._freeze_norms)  # the head's too
     config = replace(CONFIG, pretrained="plain", freeze_norm=True, drop_path=0.0, epochs=1)
     train(config, tmp_path / "whole")
     train(replace(config, accumulate=accumulate), tmp_path / "parts")

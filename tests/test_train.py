@@ -27,7 +27,7 @@ from mobilemamba.training import (
     train,
 )
 from mobilemamba.training.folder import RunFolder
-from mobilemamba.training.loop import Run
+from mobilemamba.training.run import Run
 
 pytest.importorskip("sklearn")
 RUN = [".lock", "last.pt", "log.jsonl", "model.pt"]

@@ -171,7 +171,7 @@ class MultiKernelDepthwise(nn.Module):
         parts: list[Tensor] = []
         for i, group in enumerate(self.groups):
             if not torch.jit.is_scripting():
-                if self._trains_as_one(group, split[i]):  # type: ignore[arg-type]
+                if self._trains_as_one(group, split[i]):
                     parts.append(group[2](group[0]._train_as_one(split[i], None, "relu")))  # type: ignore[index]
                     continue
             parts.append(group(split[i]))

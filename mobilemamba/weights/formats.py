@@ -27,7 +27,7 @@ __all__ = ["TRAINING_FORMAT", "VERSION", "load_torch", "read", "save"]
 PathLike = str | os.PathLike[str]
 
 FORMAT = "mobilemamba"  # weights for inference
-TRAINING_FORMAT = "mobilemamba-training"  # the state of a training run, written by training/loop.py
+TRAINING_FORMAT = "mobilemamba-training"  # the state of a training run, written by training/run.py
 VERSION = 1
 
 
