@@ -71,8 +71,8 @@ def test_packed_conv(library, full):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["ffn", "mrffi"])
-def test_folded_layers(library, name, full):
+@pytest.mark.parametrize("name", ["ffn", "mrffi", "conv_norm", "ffn_norm"])
+def test_layers(library, name, full):
     processes.check(run_tests(library, name, "in_float64 or in_lower_precision or any_strides or refuses", full))
 
 
