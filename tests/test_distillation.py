@@ -52,7 +52,10 @@ def test_a_preset(images, logits, name):
     torch.testing.assert_close(opened(name)(images), logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "torchscript", "foreign torchscript", "exported"])
+EXPORTED = pytest.param("exported", marks=pytest.mark.full)  # takes 13 s
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "torchscript", "foreign torchscript", EXPORTED])
 def test_files(tmp_path, images, logits, kind):
     model = mobilemamba.nano(pretrained=True).eval()
     path, options = tmp_path / "teacher.pt", {}

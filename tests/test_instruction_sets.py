@@ -10,7 +10,7 @@ import torch
 
 from mobilemamba import _C
 
-FILES = ("operators", "packed_conv", "ffn", "mrffi")
+FILES = ("operators", "packed_conv", "conv_norm", "ffn", "ffn_norm", "mrffi")
 CAPABILITIES = {"default": "generic", "avx2": "avx2"}  # value of ATEN_CPU_CAPABILITY: the kernels that it chooses
 
 pytestmark = pytest.mark.full

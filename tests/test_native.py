@@ -81,7 +81,7 @@ def python(folder: Path, code: str, *arguments: object) -> subprocess.CompletedP
 
 def test_library_that_does_not_load(tmp_path: Path) -> None:
     package = tmp_path / "mobilemamba"
-    shutil.copytree(_native.LIBRARY.parent, package, ignore=shutil.ignore_patterns("*.so", "assets", "__pycache__"))
+    shutil.copytree(_native.LIBRARY.parent, package, ignore=shutil.ignore_patterns("*.so", "*.pt", "__pycache__"))
     (package / _native.LIBRARY.name).write_text("not a library")
     done = python(tmp_path, "import mobilemamba")
     assert done.returncode == 1

@@ -101,7 +101,7 @@ def test_synchronized_norms_of_one_process_are_those_of_torch():
     assert torch.equal(model(images), expected)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_parts_of_a_batch_have_its_gradient(tmp_path, digits, monkeypatch, accumulate):
     """With frozen norms, parts of a batch do not see each other."""
     monkeypatch.setattr(run, "freeze_norms", finetuning._freeze_norms)  # the head's too
