@@ -150,7 +150,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = distributed.get_world_size()
         var, mean = torch.var_mean(input.float(), dims, correction=0)
         mean, var = mean.double(), var.double()  # so the difference of squares below has no rounding error to speak of
-        mean, square = Sum.apply(torch.stack([mean, var + mean.square()])) / count  # type: ignore[no-untyped-call]
+        total: Any = Sum.apply
+        mean, square = total(torch.stack([mean, var + mean.square()])) / count
         var, mean = (square - mean.square()).float(), mean.float()
         with torch.no_grad():
             elements = input.numel() // input.size(1) * count
