@@ -177,6 +177,7 @@ def libraries() -> tuple[Any, Any]:
         from torchvision.transforms import v2
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit the torch
         raise ImportError(
-            f"augmentation needs timm and torchvision: pip install 'mobilemamba[train]' ({error})"
+            f"augmentation needs timm and torchvision: pip install 'mobilemamba[train]'; without it, "
+            f"train with --no-flip --shift 0 --erase 0 ({error})"
         ) from error
     return timm.data, v2
