@@ -19,6 +19,7 @@ from PIL import Image
 
 import mobilemamba
 from mobilemamba import cli, weights
+from mobilemamba.cli.images import ImageReader
 from mobilemamba.cli.options import checked_device
 from mobilemamba.data import Preprocessing
 from mobilemamba.data.image_files import read_ahead
@@ -131,7 +132,9 @@ def test_classify_takes_folders_and_patterns(folder, capsys, monkeypatch):
     refused = []
 
     def images(*args: str) -> list[str]:
-        return list(cli.classify.find(map(Path, args), refused.append))
+        reader = ImageReader("classify", str)
+        monkeypatch.setattr(reader, "refuse", refused.append)
+        return list(reader.paths(map(Path, args)))
 
     assert images("light.png", "D") == ["light.png", "D/a.PNG", "D/b.png", "D/sub/c.png"]
     assert capsys.readouterr().err == "mobilemamba classify: D: skipped files: 1 .txt\n"
@@ -154,9 +157,9 @@ def test_classify_takes_folders_and_patterns(folder, capsys, monkeypatch):
 
 
 def test_classify_prints_results_as_they_are_made(folder, capsys, monkeypatch):
-    monkeypatch.setattr(cli.classify, "print_tables", lambda results: [next(results), print("the first")])
+    monkeypatch.setattr(cli.classify, "print_tables", lambda results, _: [next(results), print("the first")])
     many = itertools.chain(["dark.png"] * 11, iter(lambda: pytest.fail("read too far ahead"), None))
-    monkeypatch.setattr(cli.classify, "find", lambda *_: many)
+    monkeypatch.setattr(ImageReader, "paths", lambda *_: many)
     assert run(capsys, "classify", "x", *OWN, "--batch-size", "4") == (0, "the first\n", "")
 
 

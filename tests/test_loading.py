@@ -191,6 +191,13 @@ def alive(process: int) -> bool:
         return False
 
 
+def ended(processes: list[int]) -> bool:
+    end = time.monotonic() + 20
+    while any(map(alive, processes)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(map(alive, processes))
+
+
 def test_workers_leave_signals_to_the_trainer_and_end_with_the_iteration():
     loader = data.training_batches(split(), noisy, batch_size=1, seed=0, epoch=0, workers=2)
     first = next(loader)
@@ -252,10 +259,34 @@ def test_workers_end_with_a_parent_that_was_killed(monkeypatch):
     assert all(map(alive, workers))
     parent.kill()
     parent.join()
-    end = time.monotonic() + 20
-    while any(map(alive, workers)) and time.monotonic() < end:
-        time.sleep(0.02)
-    assert not any(map(alive, workers))
+    assert ended(workers)
+
+
+def start_late(pipe) -> None:
+    parent = os.getppid()
+    pipe.send(os.getpid())
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    start_worker(0)
+    pipe.send("waits for work")
+
+
+def die_while_a_worker_starts(pipe) -> None:
+    multiprocessing.get_context("fork").Process(target=start_late, args=(pipe,)).start()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_starts_after_its_parent_was_killed_ends():
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    parent = context.Process(target=die_while_a_worker_starts, args=(theirs,))
+    parent.start()
+    theirs.close()
+    worker = ours.recv()
+    parent.join()
+    with pytest.raises(EOFError):
+        ours.recv()
+    assert ended([worker])
 
 
 def folder(root, on_bad_image="fail"):
@@ -352,8 +383,9 @@ def refusing(image: Image.Image) -> torch.Tensor:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_of_the_transform_name_the_image(workers):
-    with pytest.raises(RuntimeError, match=r"image \d+: TypeError: a step that does not work"):
+    with pytest.raises(RuntimeError, match=r"image \d+: TypeError: a step that does not work") as error:
         epoch(transform=broken, workers=workers)
+    assert not worker_ids(), f"workers are left while {error} is kept"
     with pytest.raises(ValueError, match=r"^image \d+: an image that a step refuses: mend the file"):
         epoch(transform=refusing, workers=workers)
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
+from traceback import clear_frames
 from typing import TYPE_CHECKING
 
 import torch
@@ -165,6 +166,9 @@ def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool
                 raise ValueError(failure)
             if len(labels):
                 yield pixels, labels
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # they hold the iterator as long as anybody holds the error
+        raise
     finally:
         end()
         atexit.unregister(end)
@@ -174,10 +178,19 @@ def start_worker(worker: int) -> None:
     """Leave signals to the process that trains, and say nothing of odd metadata.
 
     Ctrl-C and batch systems signal all processes of a job. The trainer finishes its step and saves its state, and needs
-    its workers until then. Then it tells them to end. If it dies, they notice within five seconds.
+    its workers until then. Then it tells them to end. If it dies, they notice within five seconds: torch's worker looks
+    whether it still has the parent that it had when it began to wait for work. A trainer that dies earlier is noticed
+    here.
 
     Pillow's warnings (EXIF data cut short, for one) do not name the file, and every worker would repeat them.
     """
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        # A forked worker asks for its parent, since the pipe that is_alive() watches may be open in other workers. The
+        # parent of a worker of a server is the server.
+        server = multiprocessing.get_start_method() == "forkserver"
+        if not (trainer.is_alive() if server else os.getppid() == trainer.pid):
+            raise SystemExit(1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
