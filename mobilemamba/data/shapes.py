@@ -1,8 +1,8 @@
 """Draws a data set for detectors and segmenters: coloured shapes on textured backgrounds, from a seed.
 
-``python -m mobilemamba.data.shapes DIR`` writes what ``coco:DIR`` and ``masks:DIR`` read: ``train.json`` and ``val.json``
-in COCO's format, ``images/train`` and ``images/val`` (JPEG), ``masks/train`` and ``masks/val`` (PNG with the class of
-each pixel, 0 for the background), and ``classes.txt`` with the names of these classes.
+``python -m mobilemamba.data.shapes DIR`` writes what ``coco:DIR`` and ``masks:DIR`` read: ``train.json`` and
+``val.json`` in COCO's format, ``images/train`` and ``images/val`` (JPEG), ``masks/train`` and ``masks/val`` (PNG with
+the class of each pixel, 0 for the background), and ``classes.txt`` with the names of these classes.
 
 A circle, a square, a triangle or a star has a random colour, size and rotation. A shape may hide at most half of
 another one. Boxes, areas and masks are those of the visible part.
@@ -113,7 +113,7 @@ def run_lengths(mask: "NDArray[np.bool_]") -> dict[str, Any]:
     """COCO's uncompressed run-length encoding: lengths of the runs of 0 and 1 in turn, down the columns."""
     flat = mask.T.ravel()
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    counts: list[int] = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
     return {"counts": [0, *counts] if flat[0] else counts, "size": list(mask.shape)}
 
 
