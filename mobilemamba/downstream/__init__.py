@@ -5,12 +5,17 @@ from typing import Any
 
 from torch import nn
 
+from .detectors import mask_rcnn, retinanet, ssdlite
 from .necks import FeaturePyramid
 
-__all__ = ["KINDS", "FeaturePyramid", "create_model"]
+__all__ = ["KINDS", "FeaturePyramid", "create_model", "mask_rcnn", "retinanet", "ssdlite"]
 
 #: The task and the function of each kind of model.
-KINDS: dict[str, tuple[str, Callable[..., nn.Module]]] = {}
+KINDS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
+    "mask_rcnn": ("detect", mask_rcnn),
+    "retinanet": ("detect", retinanet),
+    "ssdlite": ("detect", ssdlite),
+}
 
 
 def create_model(kind: str, backbone: Any = "b1", num_classes: int | None = None, **options: Any) -> nn.Module:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..models import checks
 
-__all__ = ["FeaturePyramid"]
+__all__ = ["FeaturePyramid", "WithNeck"]
 
 
 class FeaturePyramid(nn.Module):
@@ -76,3 +76,22 @@ class FeaturePyramid(nn.Module):
         for i, level in enumerate(levels):
             named[str(i)] = level
         return named
+
+
+class WithNeck(nn.Module):
+    """A feature extractor and its neck: images ``(B, C, H, W)`` -> the neck's maps.
+
+    Args:
+        body: module that returns the maps of its stages by name.
+        neck: module that takes and returns such maps.
+        out_channels: channels of the neck's maps; torchvision's detectors read it.
+        strides: of the neck's maps in pixels.
+    """
+
+    def __init__(self, body: nn.Module, neck: nn.Module, out_channels: int | list[int], strides: Sequence[int]) -> None:
+        super().__init__()
+        self.body, self.neck = body, neck
+        self.out_channels, self.strides = out_channels, list(strides)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.neck(self.body(x))
