@@ -131,19 +131,21 @@ class CocoImages:
             ValueError: as :meth:`objects`.
         """
         width, height = self.sizes[i]
-        objects = [each for each in self.objects(i) if learned(each)]
         number = {key: place for place, key in enumerate(self.category_ids, 1)}
-        boxes = torch.tensor([each["bbox"] for each in objects], dtype=torch.float32).view(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        limits = boxes.new_tensor([width, height, width, height])
+        objects, boxes = [], []
+        for each in self.objects(i):
+            x, y, w, h = each["bbox"]
+            box = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
+            if not each.get("iscrowd") and box[0] < box[2] and box[1] < box[3]:
+                objects.append(each)
+                boxes.append(box)
         target = {
-            "boxes": boxes.clamp_(min=0).minimum(limits),
+            "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
             "labels": torch.tensor([number[each["category_id"]] for each in objects], dtype=torch.int64),
         }
         if self.masks:
-            empty = torch.zeros(0, height, width, dtype=torch.uint8)
             masks = [torch.from_numpy(decode(each["segmentation"], height, width)) for each in objects]
-            target["masks"] = torch.stack(masks) if masks else empty
+            target["masks"] = torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
         return target
 
     def check(self) -> None:

@@ -5,10 +5,22 @@ from typing import Any
 
 from torch import nn
 
+from .checkpoint import DownstreamCheckpoint, open_model, read_checkpoint, save_model
 from .detectors import mask_rcnn, retinanet, ssdlite
 from .necks import FeaturePyramid
 
-__all__ = ["KINDS", "FeaturePyramid", "create_model", "mask_rcnn", "retinanet", "ssdlite"]
+__all__ = [
+    "KINDS",
+    "DownstreamCheckpoint",
+    "FeaturePyramid",
+    "create_model",
+    "mask_rcnn",
+    "open_model",
+    "read_checkpoint",
+    "retinanet",
+    "save_model",
+    "ssdlite",
+]
 
 #: The task and the function of each kind of model.
 KINDS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
