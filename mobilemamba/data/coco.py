@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,11 +166,9 @@ class CocoImages:
                 kept.append(i)
             else:
                 others.append(self.names[i])
-        names, ids, sizes, annotations = (
-            [values[i] for i in kept] for values in (self.names, self.ids, self.sizes, self.annotations)
-        )
-        rest = (self.category_ids, self.labels, self.masks, self.skip)
-        return CocoImages(self.file, self.folder, names, ids, sizes, annotations, *rest), others
+        parts = ("names", "ids", "sizes", "annotations")
+        selected: dict[str, Any] = {name: [getattr(self, name)[i] for i in kept] for name in parts}
+        return replace(self, **selected, bad={}), others
 
     def fingerprint(self) -> dict[str, list[Any]]:
         digest = hashlib.sha256(repr((self.names, self.category_ids, self.labels)).encode("utf-8", "surrogateescape"))

@@ -1,11 +1,10 @@
-"""Random changes of an image together with its boxes and masks, by torchvision, and how a segmenter's images are sized."""
+"""Random changes of an image together with its boxes and masks, by torchvision, and the size of a segmenter's image."""
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .mask_folder import IGNORED
@@ -137,7 +136,7 @@ class SegmentationTransform:
         functional = v2.functional
         pixels, mask = to_tensor(image), target["mask"]
         factor = random.uniform(*self.scale) if self.training else 1.0
-        size = list(fitted_size(*pixels.shape[-2:], self.size, factor))
+        size = list(fitted_size(pixels.shape[1], pixels.shape[2], self.size, factor))
         if tuple(size) != tuple(pixels.shape[-2:]):
             pixels = functional.resize(pixels, size, antialias=True)
         if not self.training:

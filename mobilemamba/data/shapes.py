@@ -135,7 +135,8 @@ def write(folder: Path, images: int = 2000, val_images: int = 500, size: int = 1
         raise ValueError(f"images: expected at least 1 drawing in each part, got {images} and {val_images}")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: expected an empty folder or none, got one with files")
-    for part, (name, count) in enumerate({"train": images, "val": val_images}.items()):
+    counts: list[tuple[str, int]] = [("train", images), ("val", val_images)]
+    for part, (name, count) in enumerate(counts):
         for kind in ("images", "masks"):
             (folder / kind / name).mkdir(parents=True, exist_ok=True)
         content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
@@ -146,15 +147,15 @@ def write(folder: Path, images: int = 2000, val_images: int = 500, size: int = 1
             Image.fromarray(picture).save(folder / "images" / name / f"{stem}.jpg", quality=92)
             classes = np.zeros((size, size), dtype=np.uint8)
             content["images"].append({"id": i + 1, "file_name": f"{stem}.jpg", "height": size, "width": size})
-            for kind, visible in shapes:
-                classes[visible] = kind + 1
+            for number, visible in shapes:
+                classes[visible] = number + 1
                 rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
                 left, top = int(columns[0]), int(rows[0])
                 content["annotations"].append(
                     {
                         "id": len(content["annotations"]) + 1,
                         "image_id": i + 1,
-                        "category_id": list(CATEGORIES)[kind],
+                        "category_id": list(CATEGORIES)[number],
                         "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
                         "area": int(visible.sum()),
                         "iscrowd": 0,

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ class Preparation:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
-    def __call__(self, image: "Union[Image.Image, PathLike]") -> Tensor:
+    def __call__(self, image: "Image.Image | PathLike") -> Tensor:
         """float32 ``(3, H, W)``.
 
         Raises:
@@ -48,7 +48,7 @@ class Preparation:
             image = open_image(image)
         pixels = to_tensor(to_mode(image, "RGB"))
         if self.size is not None:
-            size = fitted_size(*pixels.shape[-2:], self.size)
+            size = fitted_size(pixels.shape[1], pixels.shape[2], self.size)
             if size != tuple(pixels.shape[-2:]):
                 pixels = libraries()[1].functional.resize(pixels, list(size), antialias=True)
         return self.normalize(pixels)
@@ -191,7 +191,8 @@ def open_model(path: PathLike) -> tuple[nn.Module, DownstreamCheckpoint]:
     stored = read_checkpoint(path)
     model = create_model(stored.kind, stored.backbone, stored.num_classes, **stored.options)
     own, given = model.state_dict(), stored.state_dict
-    odd = [name for name in {**own, **given} if getattr(own.get(name), "shape", 0) != getattr(given.get(name), "shape", 1)]
+    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (own, given)]
+    odd = [name for name in {**own, **given} if shapes[0].get(name) != shapes[1].get(name)]
     if odd:
         raise ValueError(f"{path}: the weights do not fit a {stored.kind} on {stored.backbone}: {shorten(odd)}")
     model.load_state_dict(given)
