@@ -2,15 +2,16 @@
 
 from . import data, deploy, models, ops, training, weights
 from .deploy import export
-from .models import MRFFI, PRESETS, MobileMamba
+from .models import MRFFI, PRESETS, FeatureExtractor, MobileMamba
 from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d
-from .zoo import b1, b2, b4, create_model, list_models, nano, open_model, s6, t2, t4
+from .zoo import b1, b2, b4, create_model, feature_extractor, list_models, nano, open_model, s6, t2, t4
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MRFFI",
     "PRESETS",
+    "FeatureExtractor",
     "MobileMamba",
     "b1",
     "b2",
@@ -21,6 +22,7 @@ __all__ = [
     "deploy",
     "depthwise_conv2d",
     "export",
+    "feature_extractor",
     "haar_conv2d",
     "list_models",
     "models",

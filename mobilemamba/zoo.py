@@ -1,18 +1,32 @@
 """Makes models by name, with weights by name or from a file."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import Unpack
 
 from . import weights
-from .models import PRESETS, MobileMamba
+from .models import PRESETS, FeatureExtractor, MobileMamba
 from .models.options import ModelOptions, with_model_options
 from .models.presets import check_preset
 from .weights.files import sha256
 
-__all__ = ["b1", "b2", "b4", "convert", "create_model", "list_models", "nano", "open_model", "s6", "t2", "t4"]
+__all__ = [
+    "b1",
+    "b2",
+    "b4",
+    "convert",
+    "create_model",
+    "feature_extractor",
+    "list_models",
+    "nano",
+    "open_model",
+    "s6",
+    "t2",
+    "t4",
+]
 
 Pretrained = bool | str | os.PathLike[str]
 
@@ -52,6 +66,36 @@ def create_model(
     if pretrained is not False:
         weights.load_pretrained(model, name, pretrained, allow_head_mismatch)
     return model
+
+
+@with_model_options(without=("num_classes", "distillation"))
+def feature_extractor(
+    name: str,
+    pretrained: Pretrained = False,
+    *,
+    stages: Sequence[int] = (0, 1, 2),
+    norm_eval: bool = False,
+    frozen_stages: int = -1,
+    **options: Unpack[ModelOptions],
+) -> FeatureExtractor:
+    """Make a backbone for detection or segmentation by name: images -> ``OrderedDict`` of feature maps.
+
+    :class:`FeatureExtractor` documents the result, and how timm's list comes of it.
+
+    Args:
+        name, pretrained: as for :func:`create_model`. The head of the weights is left out.
+        stages, norm_eval, frozen_stages: as for :class:`FeatureExtractor`.
+        options: arguments of :class:`MobileMamba` that replace the preset's, but for those of the head.
+
+    Raises:
+        OSError, TypeError, ValueError: as for :func:`create_model`; an argument is out of its range.
+    """
+    for option in ("num_classes", "distillation"):
+        if option in options:
+            raise TypeError(f"feature_extractor: expected no {option}: feature maps come before the head")
+    options["num_classes"] = 0
+    model = create_model(name, pretrained, **options)
+    return FeatureExtractor(model, stages, norm_eval=norm_eval, frozen_stages=frozen_stages)
 
 
 @with_model_options(PRESETS["nano"])

@@ -1,4 +1,4 @@
-"""The command line: ``mobilemamba classify | evaluate | train | plot | export | convert | info``.
+"""The command line: ``mobilemamba classify | detect | segment | evaluate | train | plot | export | convert | info``.
 
 An error in the user's input is one line on stderr and exit code 2. Any other error shows its traceback.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import __version__
-from . import classify, convert, evaluate, export, info, plot, train
+from . import classify, convert, detect, evaluate, export, info, plot, segment, train
 from .options import Parser, one_line
 
 __all__ = ["main"]
@@ -19,6 +19,8 @@ __all__ = ["main"]
 #: A command is a module with HELP, add_options(parser) and run(args).
 COMMANDS = {
     "classify": classify,
+    "detect": detect,
+    "segment": segment,
     "evaluate": evaluate,
     "train": train,
     "plot": plot,

@@ -12,11 +12,13 @@ from typing import Any
 
 from ..data.loading import MAX_WORKERS
 from ..training import EXIT_CODE, RECIPES, Interrupted, TrainConfig, recipe, stored_config, stored_how, train
+from ..training.recipes import DEFAULT_RECIPES
+from ..training.tasks import MEASURES
 from .options import Parser, add_device_option, checked_device, one_line, per_channel, positive, whole
 
 LOST = re.compile("connection|peer|gloo|nccl|timed out", re.IGNORECASE)
 
-HELP = "Train a model, or fine-tune one. A run that was stopped continues with --resume."
+HELP = "Train a classifier, detector or segmenter, or fine-tune one. A run that was stopped continues with --resume."
 
 
 def several(text: str) -> tuple[int, ...]:
@@ -54,7 +56,7 @@ def add_options(parser: Parser) -> None:
         default = "" if field.default in (None, "") else f" (default: {shown(field.default)})"
         hint = types[field.name]
         kind: dict[str, Any] = {"type": TYPES.get(hint, hint)}
-        if hint is bool:
+        if hint in (bool, bool | None):
             kind = {"action": argparse.BooleanOptionalAction}
         elif choices := field.metadata["choices"]:
             kind["choices"] = choices
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("expected --out DIR, the folder of the run")
     if args.workers is not None and args.workers < 0:
         raise ValueError(f"--workers: expected at least 0, got {args.workers}")
-    chosen = {**recipe(args.recipe or "default"), **given}
+    chosen = {**recipe(args.recipe or DEFAULT_RECIPES[given.get("task", "classify")]), **given}
     config = stored_config(args.out, **given) if args.resume else TrainConfig(**chosen)
     if args.show:
         for name, value in dataclasses.asdict(config).items():
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") != "0":  # of several processes, the first one speaks
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
-            accuracy = train(config, args.out, resume=args.resume, **how)
+            result = train(config, args.out, resume=args.resume, **how)
         except Interrupted as stop:
             if os.environ.get("RANK", "0") == "0":
                 print(f"mobilemamba train: stopped by {stop}; continue with --resume", file=sys.stderr)
@@ -122,5 +124,5 @@ def run(args: argparse.Namespace) -> int:
             if os.environ.get("WORLD_SIZE", "1") == "1" or not LOST.search(str(error)):
                 raise
             raise ValueError(f"another process of the run has ended ({one_line(error):.120})") from error
-        print(f"test accuracy {accuracy:.2%} of {args.out / 'model.pt'}")
+        print(f"test {MEASURES[config.task]} {result:.2%} of {args.out / 'model.pt'}")
     return 0

@@ -7,11 +7,13 @@ from .layouts import load_split
 from .loading import default_workers, evaluation_batches, training_batches
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, open_image
 from .randomness import mixed_seed, preserved_generators, seed_generators
-from .splits import DataSet, Split
+from .splits import AnnotatedData, AnnotatedSplit, DataSet, Split
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AnnotatedData",
+    "AnnotatedSplit",
     "Augmentation",
     "DataSet",
     "Preprocessing",

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,9 @@ class ImageFiles:
     skip: bool = False
     bad: dict[int, str] = field(default_factory=dict, compare=False)
 
+    def __len__(self) -> int:
+        return len(self.names)
+
     def image(self, i: int) -> "Image.Image":
         return self._open(os.path.join(self.root, self.names[i]))
 
@@ -61,28 +65,7 @@ class ImageFiles:
         Raises:
             ValueError: some files are not complete images; the message names the first of them and says how many.
         """
-
-        def problems(names: list[str]) -> list[tuple[str, str]]:
-            found = []
-            for name in names:
-                path = os.path.join(self.root, name)
-                try:
-                    if not has_its_end(path):
-                        self._open(path)
-                except (OSError, ValueError) as error:
-                    found.append((path, str(error)))
-            return found
-
-        iterator = iter(self.names)
-        chunks = iter(lambda: list(itertools.islice(iterator, CHUNK)), [])
-        bad = [problem for chunk in read_ahead(problems, chunks, 4 * torch.get_num_threads()) for problem in chunk]
-        if bad:
-            others = ", ".join(path for path, _ in bad[1:NAMED]) + (" ..." if len(bad) > NAMED else "")
-            raise ValueError(
-                bad[0][1]
-                + (f"; {len(bad) - 1} more: {others}" if others else "")
-                + ": mend or remove bad images, or skip them with --on-bad-image skip"
-            )
+        check_files(self.root, self.names, self._open)
 
     def fingerprint(self) -> dict[str, list[Any]]:
         found = {}
@@ -91,6 +74,36 @@ class ImageFiles:
             digest = hashlib.sha256("\0".join(listed).encode("utf-8", "surrogateescape")).hexdigest()
             found[label] = [len(listed), digest]
         return found
+
+
+def check_files(root: str, names: list[str], read: Callable[[str], object]) -> None:
+    """Look at both ends of each JPEG, PNG and WebP file, and ``read`` those that look damaged, and other formats.
+
+    Raises:
+        ValueError: some files are not complete images; the message names the first of them and says how many.
+    """
+
+    def problems(names: list[str]) -> list[tuple[str, str]]:
+        found = []
+        for name in names:
+            path = os.path.join(root, name)
+            try:
+                if not has_its_end(path):
+                    read(path)
+            except (OSError, ValueError) as error:
+                found.append((path, str(error)))
+        return found
+
+    iterator = iter(names)
+    chunks = iter(lambda: list(itertools.islice(iterator, CHUNK)), [])
+    bad = [problem for chunk in read_ahead(problems, chunks, 4 * torch.get_num_threads()) for problem in chunk]
+    if bad:
+        others = ", ".join(path for path, _ in bad[1:NAMED]) + (" ..." if len(bad) > NAMED else "")
+        raise ValueError(
+            bad[0][1]
+            + (f"; {len(bad) - 1} more: {others}" if others else "")
+            + ": mend or remove bad images, or skip them with --on-bad-image skip"
+        )
 
 
 def load_folder(root: Path, size: int, skip: bool = False) -> DataSet:

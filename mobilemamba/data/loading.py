@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from traceback import clear_frames
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,21 +18,28 @@ from torch.utils.data import DataLoader, Dataset
 
 from .preprocessing import Preprocessing
 from .randomness import mixed_seed, preserved_generators, seed_generators
-from .splits import InMemory, Split
+from .splits import AnnotatedSplit, ImageSource, InMemory, Split
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["MAX_WORKERS", "default_workers", "evaluation_batches", "training_batches"]
+__all__ = [
+    "MAX_WORKERS",
+    "default_workers",
+    "evaluation_batches",
+    "training_batches",
+]
 
 MAX_WORKERS = 8  # by default
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # that the trainer answers
 
-Loaded = tuple[Tensor, Tensor, dict[int, str], str]  # images, labels, bad images by index, why the batch failed
+Target = dict[str, Tensor]
+Batch = tuple[Any, Any]  # images, and labels or targets
+Loaded = tuple[Any, Any, dict[int, str], str]  # images, labels or targets, bad images by index, why the batch failed
 
 
-def default_workers(split: Split, processes: int = 1) -> int:
+def default_workers(split: ImageSource, processes: int = 1) -> int:
     """Worker processes for ``split``: one for each CPU, at most :data:`MAX_WORKERS`; none for images in memory.
 
     Args:
@@ -44,8 +51,8 @@ def default_workers(split: Split, processes: int = 1) -> int:
 
 
 def training_batches(
-    split: Split,
-    transform: "Callable[[Image.Image], Tensor]",
+    split: Split | AnnotatedSplit,
+    transform: "Callable[[Image.Image], Tensor] | Callable[[Image.Image, Target], tuple[Tensor, Target]]",
     *,
     batch_size: int,
     seed: int,
@@ -54,8 +61,11 @@ def training_batches(
     share: tuple[int, int] = (0, 1),
     workers: int = 0,
     pin: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of one epoch: uint8 ``(b, C, H, W)`` and int64 ``(b,)``, with b = ``batch_size / world``.
+) -> Iterator[Batch]:
+    """The batches of one epoch, with b = ``batch_size / world`` images each.
+
+    Of images with classes: uint8 ``(b, C, H, W)`` and int64 ``(b,)``. Of images with targets (:class:`AnnotatedSplit`):
+    a list of b images, which may have different sizes, and a list of their targets.
 
     The order of the images depends on ``seed`` and ``epoch`` only, the random changes of an image on these and its
     index. So every number of workers and processes gives the same images, bit for bit. The last, incomplete batch is
@@ -65,7 +75,8 @@ def training_batches(
     image takes its place.
 
     Args:
-        transform: from a PIL image to uint8 ``(C, H, W)``, as :meth:`Augmentation.image_transform` returns.
+        transform: from a PIL image to uint8 ``(C, H, W)``, as :meth:`Augmentation.image_transform` returns. For
+            images with targets: from a PIL image and its target to uint8 ``(C, H, W)`` and the target that fits it.
             Workers that are not forked need one that can be pickled.
         batch_size: images in a batch of all processes together.
         first: batches of the epoch that are left out, because they were trained before.
@@ -77,9 +88,17 @@ def training_batches(
         ValueError: an argument is out of its range. In the iteration: an image is bad and bad images are not skipped,
             or none can be read; the message names the file.
     """
+    images = Images(split, transform, ("image", seed, epoch), dict(split.bad))
+    return load(images, in_random_order(images, batch_size, seed, epoch, first, share, workers), workers, pin)
+
+
+def in_random_order(
+    images: "Images", batch_size: int, seed: int, epoch: int, first: int, share: tuple[int, int], workers: int
+) -> Iterator[list[int]]:
+    """The indices of this process's batches of an epoch. Arguments and errors: :func:`training_batches`."""
     check_workers(share, workers)
     rank, world = share
-    count = len(split.labels)
+    count = len(images.split)
     if batch_size < 1 or batch_size % world:
         raise ValueError(f"batch_size: expected a positive multiple of the {world} processes, got {batch_size}")
     if batch_size > count:
@@ -88,26 +107,26 @@ def training_batches(
         raise ValueError(f"first: expected 0 to {count // batch_size}, the batches of an epoch, got {first}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed("order", seed, epoch)))
     shares = order[: count // batch_size * batch_size].view(-1, world, batch_size // world)[first:, rank]
-    images = Images(split, transform, ("image", seed, epoch), dict(split.bad))
-    return load(images, (batch.tolist() for batch in shares), workers, pin)
+    return (batch.tolist() for batch in shares)
 
 
 def evaluation_batches(
-    split: Split,
-    preprocessing: Preprocessing,
+    split: Split | AnnotatedSplit,
+    preprocessing: "Preprocessing | Callable[[Image.Image, Target], tuple[Tensor, Target]]",
     *,
     batch_size: int,
     share: tuple[int, int] = (0, 1),
     workers: int = 0,
     pin: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in order: uint8 ``(b, C, crop, crop)`` and int64 ``(b,)``.
+) -> Iterator[Batch]:
+    """Every image once, in order: uint8 ``(b, C, crop, crop)`` and int64 ``(b,)``, or lists of images and targets.
 
-    The last batch may be smaller. A bad image is skipped if ``split.skip`` says so: it is named on stderr and in
-    ``split.bad``, and its batch is smaller.
+    Each target also has ``index``, int64 ``()``: the image's place in the data. The last batch may be smaller. A bad
+    image is skipped if ``split.skip`` says so: it is named on stderr and in ``split.bad``, and its batch is smaller.
 
     Args:
-        preprocessing: resizes and crops the images (:meth:`Preprocessing.pixels`).
+        preprocessing: resizes and crops the images (:meth:`Preprocessing.pixels`). For images with targets: a
+            transform, as for :func:`training_batches`.
         batch_size: largest number of images in a batch of this process.
         share: rank and number of the processes that evaluate together: the images ``rank``, ``rank + number`` ... are
             those of this process.
@@ -117,12 +136,18 @@ def evaluation_batches(
         ValueError: an argument is out of its range. In the iteration: an image is bad and bad images are not skipped;
             the message names the file.
     """
+    transform = preprocessing.pixels() if isinstance(preprocessing, Preprocessing) else preprocessing
+    images = Images(split, transform, None, dict(split.bad))
+    return load(images, in_order(images, batch_size, share, workers), workers, pin)
+
+
+def in_order(images: "Images", batch_size: int, share: tuple[int, int], workers: int) -> Iterator[list[int]]:
+    """The indices of the batches of an evaluation. Arguments and errors: :func:`evaluation_batches`."""
     check_workers(share, workers)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected a positive number, got {batch_size}")
-    index = torch.arange(share[0], len(split.labels), share[1])
-    images = Images(split, preprocessing.pixels(), None, dict(split.bad))
-    return load(images, (batch.tolist() for batch in index.split(batch_size) if len(batch)), workers, pin)
+    index = torch.arange(share[0], len(images.split), share[1])
+    return (batch.tolist() for batch in index.split(batch_size) if len(batch))
 
 
 def check_workers(share: tuple[int, int], workers: int) -> None:
@@ -133,7 +158,7 @@ def check_workers(share: tuple[int, int], workers: int) -> None:
         raise ValueError(f"workers: expected 0 or more processes, got {workers}")
 
 
-def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def load(images: "Images", batches: Iterable[list[int]], workers: int, pin: bool) -> Iterator[Batch]:
     """The batches with these indices. Bad images that a worker reports are named here, once."""
     bad = images.split.bad
     if workers and multiprocessing.get_start_method() == "forkserver":  # Python's default since 3.14
@@ -207,8 +232,8 @@ class Images(Dataset[Loaded]):
         known: what is wrong with bad images, by index.
     """
 
-    split: Split
-    transform: "Callable[[Image.Image], Tensor]"
+    split: Split | AnnotatedSplit
+    transform: Callable[..., Any]
     key: tuple[int | str, ...] | None
     known: dict[int, str]
 
@@ -222,13 +247,18 @@ class Images(Dataset[Loaded]):
         found = {i: self.known[i] for i in self.known.keys() - before}
         if not images:
             return nothing, nothing, found, ""
-        return torch.stack([pixels for _, pixels in images]), self.split.labels[[i for i, _ in images]], found, ""
+        indices, items = map(list, zip(*images, strict=True))
+        if not hasattr(self.split, "target"):
+            return torch.stack(items), self.split.labels[indices], found, ""
+        pixels, targets = zip(*items, strict=True)
+        numbered = [{**target, "index": torch.tensor(i)} for i, target in zip(indices, targets, strict=True)]
+        return list(pixels), numbered, found, ""
 
-    def one(self, start: int) -> tuple[int, Tensor] | None:
-        """The index and pixels of image ``start``, or of its replacement."""
-        count = 1 if self.key is None else len(self.split.labels)
+    def one(self, start: int) -> tuple[int, Any] | None:
+        """The index of image ``start``, or of its replacement, and what the transform makes of it."""
+        count = 1 if self.key is None else len(self.split)
         for i in range(start, start + count):
-            i %= len(self.split.labels)
+            i %= len(self.split)
             if i in self.known:
                 continue
             try:
@@ -241,8 +271,10 @@ class Images(Dataset[Loaded]):
             raise BadImageError("expected images, got none that can be read")
         return None
 
-    def read(self, i: int, place: int) -> Tensor:
-        """The pixels of image ``i``. Its random changes depend on ``place``: a replacement has other ones than its own.
+    def read(self, i: int, place: int) -> Any:
+        """What the transform makes of image ``i`` and, in an :class:`AnnotatedSplit`, its target.
+
+        Its random changes depend on ``place``: a replacement has other ones than its own.
 
         Raises:
             ValueError, OSError: the image is bad.
@@ -252,10 +284,11 @@ class Images(Dataset[Loaded]):
         try:
             image = self.split.image(i)
             name = getattr(image, "filename", "") or name
+            arguments: tuple[Any, ...] = (image, self.split.target(i)) if hasattr(self.split, "target") else (image,)
             if self.key is not None:
                 seed_generators(*self.key, place)
             try:
-                return self.transform(image)
+                return self.transform(*arguments)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         except (OSError, ValueError):

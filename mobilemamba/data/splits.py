@@ -1,4 +1,4 @@
-"""A data set and its two parts, as training and evaluation see them."""
+"""A data set and its two parts, as training and evaluation see them: with a class or a target for each image."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,16 +14,13 @@ from .preprocessing import Preprocessing
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["DataSet", "InMemory", "Split"]
+__all__ = ["AnnotatedData", "AnnotatedSplit", "DataSet", "ImageSource", "InMemory", "Split"]
 
 
-class Split(Protocol):
-    """One part of a data set, for training or for testing."""
+class ImageSource(Protocol):
+    """Images for training or for testing."""
 
-    @property
-    def labels(self) -> Tensor:
-        """Class of each image, int64 ``(N,)``."""
-        ...
+    def __len__(self) -> int: ...
 
     @property
     def skip(self) -> bool:
@@ -48,9 +45,46 @@ class Split(Protocol):
         ...
 
 
+class Split(ImageSource, Protocol):
+    """One part of a data set in which every image has a class."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Class of each image, int64 ``(N,)``."""
+        ...
+
+
+class AnnotatedSplit(ImageSource, Protocol):
+    """One part of a data set in which every image has a target: boxes of objects, or a class for each pixel."""
+
+    def target(self, i: int) -> dict[str, Tensor]:
+        """The target of image ``i``: :class:`CocoImages` and :class:`MaskFolder` say what it has.
+
+        Raises:
+            ValueError, OSError: it is bad; the message names the file.
+        """
+        ...
+
+
+class TwoParts:
+    """What data sets of any kind have in common: the parts ``train`` and ``test``."""
+
+    train: ImageSource
+    test: ImageSource
+
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """The fingerprints of both parts."""
+        parts = {"train": self.train, "test": self.test}
+        return {f"{part}/{key}": value for part in parts for key, value in parts[part].fingerprint().items()}
+
+    def bad_images(self) -> set[str]:
+        """What is wrong with each image that could not be read so far, and was skipped."""
+        return {*self.train.bad.values(), *self.test.bad.values()}
+
+
 @dataclass(frozen=True)
-class DataSet:
-    """A data set for training.
+class DataSet(TwoParts):
+    """A data set for training classifiers.
 
     Args:
         train, test: the two parts.
@@ -76,14 +110,28 @@ class DataSet:
         )
         return "; ".join(filter(None, parts))
 
-    def fingerprint(self) -> dict[str, list[Any]]:
-        """The fingerprints of both parts."""
-        parts = {"train": self.train, "test": self.test}
-        return {f"{part}/{key}": value for part in parts for key, value in parts[part].fingerprint().items()}
 
-    def bad_images(self) -> set[str]:
-        """What is wrong with each image that could not be read so far, and was skipped."""
-        return {*self.train.bad.values(), *self.test.bad.values()}
+@dataclass(frozen=True)
+class AnnotatedData(TwoParts):
+    """A data set for training detectors or segmenters.
+
+    Args:
+        train, test: the two parts.
+        labels: names of the classes; those of objects are without the background.
+        notes: a text for each thing that is left out, such as images without objects.
+        category_ids: the data's own numbers of the classes, in the order of ``labels``.
+    """
+
+    train: AnnotatedSplit
+    test: AnnotatedSplit
+    labels: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    category_ids: tuple[int, ...] = ()
+
+    def describe(self) -> str:
+        """One line: the number of images and classes, and what is left out."""
+        counts = f"{len(self.train)} training images, {len(self.test)} test images, {len(self.labels)} classes"
+        return "; ".join((counts, *self.notes))
 
 
 @dataclass(frozen=True)
@@ -94,6 +142,9 @@ class InMemory:
     labels: Tensor
     skip: ClassVar[bool] = False
     bad: ClassVar[dict[int, str]] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def image(self, i: int) -> "Image.Image":
         from PIL import Image

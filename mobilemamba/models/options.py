@@ -2,7 +2,7 @@
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from typing_extensions import TypedDict
@@ -39,12 +39,13 @@ class _OfThePreset:
         return "<the preset's>"
 
 
-def with_model_options(preset: Mapping[str, Any] | None = None) -> Callable[[F], F]:
+def with_model_options(preset: Mapping[str, Any] | None = None, without: Collection[str] = ()) -> Callable[[F], F]:
     """Give a function that takes ``**options: Unpack[ModelOptions]`` a signature with every option, for ``help()``.
 
     Args:
         preset: the preset's arguments, shown as defaults. Arguments that the preset leaves out have the defaults of
             :class:`MobileMamba`. None: the preset is chosen at the call, so no default is known.
+        without: options that the function does not take.
     """
 
     def decorate(function: F) -> F:
@@ -58,6 +59,7 @@ def with_model_options(preset: Mapping[str, Any] | None = None) -> Callable[[F],
                 annotation=kinds[name],
             )
             for name, parameter in inspect.signature(MobileMamba).parameters.items()
+            if name not in without
         ]
         kept = [parameter for parameter in own.parameters.values() if parameter.kind != inspect.Parameter.VAR_KEYWORD]
         function.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]

@@ -4,14 +4,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from .. import weights
 from ..data import Preprocessing
 from ..data.imagenet import IMAGENET_NAMES
 from ..models import MobileMamba
-from ..models.layers import DropPath
+from ..models.frozen import FrozenBatchNorm, freeze_layers, freeze_statistics
 
 __all__ = ["FREEZABLE", "FrozenBatchNorm", "freeze", "freeze_norms", "same_classes", "start_from"]
 
@@ -56,16 +55,6 @@ def start_from(
     return replace(preprocessing, mean=known.mean, std=known.std)
 
 
-class FrozenBatchNorm(_BatchNorm):
-    """A BatchNorm that stays in evaluation mode: it normalises with its running statistics and never updates them."""
-
-    def train(self, mode: bool = True) -> "FrozenBatchNorm":
-        return super().train(False)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Every number of dimensions is right: it stands for the norms of one and of two."""
-
-
 def freeze(model: MobileMamba, part: str) -> None:
     """Keep a part of ``model`` as it is, in place: parameters, running statistics, and no stochastic depth in it.
 
@@ -84,11 +73,7 @@ def freeze(model: MobileMamba, part: str) -> None:
     if part in ("stages", "all-but-head"):
         frozen.append(model.stages)
     for module in frozen:
-        module.requires_grad_(False)
-        _freeze_norms(module)
-        for layer in module.modules():
-            if isinstance(layer, DropPath):
-                layer.rate = 0.0
+        freeze_layers(module)
 
 
 def freeze_norms(model: MobileMamba) -> None:
@@ -96,13 +81,5 @@ def freeze_norms(model: MobileMamba) -> None:
 
     The head's BatchNorm is trained: in a new head it has no statistics yet.
     """
-    _freeze_norms(model.patch_embed)
-    _freeze_norms(model.stages)
-
-
-def _freeze_norms(module: nn.Module) -> None:
-    for norm in module.modules():
-        if isinstance(norm, _BatchNorm):
-            # The class changes, not the module: references, names and hooks stay, and copies are frozen too.
-            norm.__class__ = FrozenBatchNorm
-            norm.requires_grad_(False).eval()
+    freeze_statistics(model.patch_embed, affine=True)
+    freeze_statistics(model.stages, affine=True)

@@ -1,4 +1,4 @@
-"""The training loop: from a data set to a checkpoint that ``classify`` reads, in one process or several.
+"""The training loop: from a data set to a checkpoint of a model, in one process or several.
 
 All random values depend only on the seed, the epoch, the step and the image. So a stored state needs no generators: a
 run that was stopped anywhere and continued gives the same bits as one that was not, on one machine with the same number
@@ -17,12 +17,15 @@ from typing import Any
 import torch
 
 from .. import data
+from ..data.coco import load_coco
+from ..data.mask_folder import load_masks
 from .config import TrainConfig
 from .folder import RunFolder
 from .interruption import Interrupted, Interruption
 from .log import Log
 from .processes import joined
 from .run import Run
+from .tasks import MEASURES
 
 __all__ = ["train"]
 
@@ -37,7 +40,9 @@ def train(
     workers: int | None = None,
     save_every: float = 10.0,
 ) -> float:
-    """Train a model and store it in the folder ``out``. Under torchrun, its processes train one model together.
+    """Train a classifier, detector or segmenter and store it in the folder ``out``.
+
+    Under torchrun, its processes train one model together.
 
     The run writes ``log.jsonl`` (one line per epoch), ``last.pt`` (the complete state) and, at the end, ``model.pt``
     (the moving average of the weights).
@@ -56,7 +61,7 @@ def train(
             each epoch, and when a signal stops the run.
 
     Returns:
-        The test accuracy of the stored weights, from 0 to 1.
+        The measure of the stored weights on the test images, from 0 to 1: accuracy, AP or mIoU.
 
     Raises:
         ValueError: an option or the data cannot be used, or ``last.pt`` was made with other options or data.
@@ -106,17 +111,25 @@ def train(
                         saved = time.monotonic()
                 save()
                 write(run.evaluate_epoch())
-            accuracy = run.export(folder.model)
+            measures = run.export(folder.model)
             bad = processes.count_different(dataset.bad_images())
-            write({"test_accuracy": accuracy, "file": folder.model.name, "bad_images": bad})
+            results = {f"test_{name}": value for name, value in measures.items()}
+            write({**results, "file": folder.model.name, "bad_images": bad})
     if bad and first:
         print(f"{bad} bad images were skipped; each is named above", file=sys.stderr)
-    return accuracy
+    return measures[MEASURES[config.task]]
 
 
-def open_data(config: TrainConfig, resume: bool) -> data.DataSet:
+def open_data(config: TrainConfig, resume: bool) -> data.DataSet | data.AnnotatedData:
+    dataset: data.DataSet | data.AnnotatedData
+    root, skip = Path(config.data.partition(":")[2]).expanduser(), config.on_bad_image == "skip"
     try:
-        dataset = data.load(config.data, config.image_size, config.on_bad_image)
+        if config.task == "detect":
+            dataset = load_coco(root, masks=config.kind == "mask_rcnn", skip=skip)
+        elif config.task == "segment":
+            dataset = load_masks(root, config.reduce_zero_label, skip)
+        else:
+            dataset = data.load(config.data, config.image_size, config.on_bad_image)
     except FileNotFoundError as error:
         hint = "; if the data have moved, say where with --data" if resume else ""
         raise FileNotFoundError(f"{error}{hint}") from error

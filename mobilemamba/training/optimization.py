@@ -4,43 +4,62 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-
-from ..models import MobileMamba
 
 __all__ = ["learning_rate", "moving_average", "parameter_groups"]
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def parameter_groups(model: MobileMamba, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for AdamW: first the parameters with weight decay, then those without.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, decay_vectors: bool = False, head_lr: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for AdamW: first the parameters with weight decay, then those without.
 
-    Parameters of one dimension (biases, norms) and those of ``model.no_weight_decay()`` have none. Frozen parameters
-    are in no group.
+    Parameters of one dimension (biases, norms) and those that a module's ``no_weight_decay()`` names have none. Frozen
+    parameters are in no group.
+
+    Args:
+        decay_vectors: parameters of one dimension have weight decay too.
+        head_lr: factor of the learning rate of parameters with ``head`` in their names. Where it is not 1, they are two
+            more groups. Each group has the factor as ``lr_scale``.
     """
-    exempt = model.no_weight_decay()
-    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+    exempt = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if hasattr(module, "no_weight_decay")
+        for name in module.no_weight_decay()
+    }
+    groups: list[list[Tensor]] = [[], [], [], []]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.dim() <= 1 or name in exempt].append(parameter)
-    return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
+            in_head = head_lr != 1 and "head" in name
+            groups[2 * in_head + ((parameter.dim() <= 1 and not decay_vectors) or name in exempt)].append(parameter)
+    return [
+        {"params": group, "weight_decay": 0.0 if i % 2 else weight_decay, "lr_scale": head_lr if i > 1 else 1.0}
+        for i, group in enumerate(groups[: 2 if head_lr == 1 else 4])
+    ]
 
 
-def learning_rate(step: int, steps: int, warmup: int, highest: float) -> float:
+def learning_rate(step: int, steps: int, warmup: int, highest: float, schedule: str = "cosine") -> float:
     """The learning rate of ``step`` (from 0) out of ``steps``.
 
     It rises linearly from ``highest / 1000`` to ``highest`` over ``warmup`` steps, then falls as a cosine to
-    ``highest / 100``.
+    ``highest / 100``. With the schedule ``"late-cosine"`` of the published detectors and segmenters it rises from
+    ``highest / 100000``, stays until half of the steps are done, and falls as a cosine to 0.
     """
+    if schedule == "late-cosine":
+        if step < warmup:
+            return highest * (1e-5 + (1 - 1e-5) * step / warmup)
+        return highest * (1 + math.cos(math.pi * max(0.0, 2 * step / max(1, steps) - 1))) / 2
     if step < warmup:
         return highest * (0.001 + 0.999 * step / warmup)
     progress = (step - warmup) / max(1, steps - warmup)
     return highest * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def moving_average(model: MobileMamba, decay: float) -> AveragedModel:
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of the parameters and the running statistics of ``model``.
 
     The decay of step t is at most ``(1 + t) / (10 + t)``, so that the first steps are soon forgotten.

@@ -5,12 +5,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 __all__ = ["ALONE", "Processes", "joined", "synchronize_norms"]
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,16 @@ class Processes:
             distributed.all_reduce(tensor)
         return tensor
 
+    def gather(self, item: Item) -> list[Item]:
+        """The ``item`` of each process, in the order of their ranks."""
+        found = [item] * self.count
+        if self.count > 1:
+            distributed.all_gather_object(found, item)
+        return found
+
     def count_different(self, items: set[str]) -> int:
         """The number of different items of all processes."""
-        found: list[set[str]] = [items] * self.count
-        if self.count > 1:
-            distributed.all_gather_object(found, items)
-        return len(set.union(*found))
+        return len(set.union(*self.gather(items)))
 
     def wait(self) -> None:
         """Return when every process is here."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["RECIPES", "recipe"]
+__all__ = ["DEFAULT_RECIPES", "RECIPES", "recipe"]
 
 _PUBLISHED: dict[str, Any] = {
     "model": "s6",
@@ -29,6 +29,35 @@ _PUBLISHED: dict[str, Any] = {
     "seed": 42,
 }
 
+_DETECTION: dict[str, Any] = {
+    "task": "detect",
+    "model": "b1",
+    "pretrained": "plain",
+    "epochs": 12,
+    "batch_size": 16,
+    "lr": 2e-4,
+    "schedule": "late-cosine",
+    "warmup_epochs": 500 * 16 / 117266,  # 500 steps on COCO's training images with objects
+    "weight_decay": 0.05,
+    "decay_vectors": True,
+    "clip_grad": 0.1,
+    "ema_decay": 0.0,
+}
+
+_SEGMENTATION: dict[str, Any] = {
+    **_DETECTION,
+    "task": "segment",
+    "model": "b4",
+    "kind": "deeplabv3",
+    "epochs": 127,  # 80,000 steps on ADE20K's 20,210 training images
+    "batch_size": 32,
+    "lr": 1.2e-4,
+    "warmup_epochs": 500 * 32 / 20210,
+    "scale": (0.5, 2.0),
+    "photometric": True,
+    "reduce_zero_label": True,
+}
+
 #: Options that differ from the defaults of :class:`TrainConfig`. The published ones are those of the configurations
 #: ``mobilemamba_*.py`` (plain) and ``mobilemamba_*s.py`` (distilled) of the authors' repository, and of arXiv
 #: 2411.15941. The teacher of the distilled models is TResNet-L v2 with
@@ -48,7 +77,36 @@ RECIPES: dict[str, dict[str, Any]] = {
         "crop_scale": 0.25,
         "erase": 0.0,
     },
+    # Random weights and small images: what the drawn shapes are trained with (docs/downstream.md)
+    "detect": {"task": "detect", "batch_size": 16, "lr": 1e-3, "ema_decay": 0.99},
+    "segment": {"task": "segment", "batch_size": 16, "lr": 1e-3, "ema_decay": 0.99, "photometric": True},
+    # The configurations for COCO and ADE20K of the authors' repository
+    "published-retinanet": {**_DETECTION, "kind": "retinanet"},
+    "published-mask-rcnn": {**_DETECTION, "kind": "mask_rcnn"},
+    "published-ssdlite": {
+        **_DETECTION,
+        "kind": "ssdlite",
+        "epochs": 600,  # 120 of a set that is repeated five times
+        "batch_size": 192,
+        "lr": 2.4e-3,
+        "warmup_epochs": 500 * 192 / 117266,
+        "photometric": True,
+        "iou_crop": True,
+    },
+    "published-semantic-fpn": {
+        **_SEGMENTATION,
+        "kind": "semantic_fpn",
+        "epochs": 253,  # 160,000 steps
+        "warmup_epochs": 1500 * 32 / 20210,
+        "clip_grad": 0.0,
+        "head_lr": 10.0,
+    },
+    "published-deeplabv3": _SEGMENTATION,
+    "published-pspnet": {**_SEGMENTATION, "kind": "pspnet"},
 }
+
+#: The recipe of each task where none is given.
+DEFAULT_RECIPES = {"classify": "default", "detect": "detect", "segment": "segment"}
 
 
 def recipe(name: str) -> dict[str, Any]:

@@ -4,32 +4,30 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import data, weights
 from ..models import MobileMamba
-from ..models.options import ModelOptions
 from ..weights.files import atomic_write, torch_save
 from ..weights.formats import TRAINING_FORMAT, VERSION
-from ..zoo import create_model
 from .config import TrainConfig
-from .distillation import hard_loss, open_teacher, soft_loss
-from .evaluation import evaluate
-from .finetuning import freeze, freeze_norms, start_from
+from .downstream_tasks import Detection, Segmentation
 from .interruption import Interruption
 from .log import clock, memory, progress
 from .optimization import learning_rate, moving_average, parameter_groups
 from .processes import ALONE, Processes, synchronize_norms
 from .state import check_same, read_state
+from .tasks import Classification, Task
 
 __all__ = ["Run"]
+
+TASKS: dict[str, type[Task]] = {"classify": Classification, "detect": Detection, "segment": Segmentation}
 
 
 class Run:
@@ -42,7 +40,7 @@ class Run:
     def __init__(
         self,
         config: TrainConfig,
-        dataset: data.DataSet,
+        dataset: data.DataSet | data.AnnotatedData,
         device: torch.device,
         processes: Processes = ALONE,
         resume: bool = False,
@@ -52,30 +50,27 @@ class Run:
         self.workers = 0
         self.how: dict[str, Any] = {}  # the arguments of train() that are stored
         self.fingerprint = dataset.fingerprint()
-        self.batch_size = batch_size(config, len(dataset.train.labels), processes.count * config.accumulate)
-        self.steps_per_epoch = len(dataset.train.labels) // self.batch_size
-        self.preprocessing = dataset.preprocessing
-        self.mix = config.augmentation.batch_transform(len(dataset.labels))
-        self.model_args = ModelOptions(num_classes=len(dataset.labels), in_chans=dataset.preprocessing.channels)
-        self.model_args.update(config.model_options)  # type: ignore[typeddict-item]
+        self.task = TASKS[config.task](config, dataset, device)
+        parts = processes.count * config.accumulate
+        self.batch_size = batch_size(config, len(dataset.train), parts, self.task)
+        self.steps_per_epoch = len(dataset.train) // self.batch_size
         self.epoch = self.step = 0  # epochs done, and steps of the next one
         self.total, self.skipped, self.seconds = 0.0, 0, 0.0  # of these: sum of the losses, steps without one, time
         self.entry: dict[str, Any] = {}  # the latest epoch's line of the log, without its accuracy
         torch.manual_seed(config.seed)
-        model = create_model(config.model, **self.model_args)
-        if config.pretrained and not resume:
-            args = (model, config.model, dataset.labels, dataset.preprocessing)
-            self.preprocessing = start_from(config.pretrained, *args)
-        self.model: MobileMamba = model.to(device)
+        self.model = self.task.create(resume).to(device)
         self.ema = moving_average(self.model, config.ema_decay)
         if config.sync_batchnorm and processes.count > 1:
             synchronize_norms(self.model, device)
-        freeze(self.model, config.freeze)
-        if config.freeze_norm:
-            freeze_norms(self.model)
-        self.model.set_grad_checkpointing(config.grad_checkpointing)
+        self.task.freeze(self.model)
+        for module in self.model.modules():
+            if isinstance(module, MobileMamba):
+                module.set_grad_checkpointing(config.grad_checkpointing)
         self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=config.lr, fused=True)
+        groups = parameter_groups(
+            self.model, config.weight_decay, decay_vectors=config.decay_vectors, head_lr=config.head_lr
+        )
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.network: nn.Module = self.model
         if processes.count > 1:
@@ -83,21 +78,14 @@ class Run:
         if config.compile:
             self.network.compile()
         if not resume:
-            self.prepare()
-
-    def prepare(self) -> None:
-        """Make what depends on the preprocessing of the images, which may be that of pretrained weights."""
-        self.transform = self.config.augmentation.image_transform(self.preprocessing)
-        self.teacher = None
-        if self.config.teacher:
-            self.teacher = open_teacher(self.config, self.preprocessing, self.dataset.labels, self.device)
+            self.task.prepare()
 
     def train_epoch(self) -> Iterator[None]:
         """Pass over the training images that are left in this epoch, in its random order. Yields after each step."""
         start, before = time.perf_counter(), self.seconds
         batches = data.training_batches(
             self.dataset.train,
-            self.transform,
+            self.task.transform,
             batch_size=self.batch_size,
             seed=self.config.seed,
             epoch=self.epoch,
@@ -107,8 +95,8 @@ class Run:
             pin=self.device.type == "cuda",
         )
         self.network.train()
-        for images, labels in progress(batches, self.describe, self.steps_per_epoch - self.step):
-            self.total += self.train_step(images, labels)
+        for images, targets in progress(batches, self.describe, self.steps_per_epoch - self.step):
+            self.total += self.train_step(images, targets)
             self.step += 1
             self.seconds = before + time.perf_counter() - start
             yield
@@ -122,14 +110,13 @@ class Run:
         }
         self.step, self.total, self.skipped, self.seconds = 0, 0.0, 0, 0.0
 
-    def train_step(self, images: Tensor, labels: Tensor) -> float:
+    def train_step(self, images: Any, targets: Any) -> float:
         """One step of the optimizer and of the moving average; returns the loss, averaged over all processes.
 
         In float16 a forward or a backward pass may overflow. The step changes nothing then but the scale of the loss.
 
         Args:
-            images: augmented, uint8 ``(B, C, H, W)``: this process's share of the batch.
-            labels: int64 ``(B,)``.
+            images, targets: this process's share of the batch, as :func:`training_batches` yields it.
         """
         config, step = self.config, self.epoch * self.steps_per_epoch + self.step
         key = ("step", config.seed, step, self.processes.rank)
@@ -137,22 +124,22 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.manual_seed(data.mixed_seed(*key))
         warmup = round(config.warmup_epochs * self.steps_per_epoch)
+        rate = learning_rate(step, config.epochs * self.steps_per_epoch, warmup, config.lr, config.schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.epochs * self.steps_per_epoch, warmup, config.lr)
-        normal = self.preprocessing.normalize(images.to(self.device, non_blocking=True))
-        normal, targets = self.mix(normal, labels.to(self.device, non_blocking=True))
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        parts = self.task.parts(images, targets)
         self.optimizer.zero_grad()
         scales = self.scaler.is_enabled()
         statistics = [buffer.clone() for buffer in self.model.buffers()] if scales else []
         losses: list[Tensor] = []
-        for part in zip(normal.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True):
+        for part in parts:
             last = len(losses) == config.accumulate - 1
             with nullcontext() if last or self.network is self.model else self.network.no_sync():  # type: ignore[operator]
                 loss = self.loss(*part) / config.accumulate
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.learning, config.clip_grad)
+        norm = nn.utils.clip_grad_norm_(self.learning, config.clip_grad or math.inf)
         value, norms, signals = self.processes.sum(
             torch.stack([torch.stack(losses).sum(), norm, norm.new_tensor(self.interruption.asked())])
         ).tolist()
@@ -173,46 +160,29 @@ class Run:
         self.ema.update_parameters(self.model)
         return value / self.processes.count
 
-    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of normalised images ``(B, C, H, W)`` with targets ``(B, classes)``."""
-        config = self.config
-        with torch.autocast(self.device.type, getattr(torch, config.precision), enabled=config.precision != "float32"):
-            outputs = self.network(images)
-            aims = self.teacher(images) if self.teacher else None
-        own, other = outputs if isinstance(outputs, tuple) else (outputs, outputs)
-        loss = F.cross_entropy(own.float(), targets)
-        if aims is not None:
-            assert config.distill_weight is not None  # TrainConfig fills it in
-            hard = config.distill == "hard"
-            term = hard_loss(other, aims) if hard else soft_loss(other, aims, config.temperature)
-            return loss + config.distill_weight * term
-        return loss if own is other else (loss + F.cross_entropy(other.float(), targets)) / 2
+    def loss(self, *part: Any) -> Tensor:
+        """The mean loss of a part of a batch, as :meth:`Task.parts` makes it."""
+        return self.task.loss(self.network, *part)
 
     def evaluate_epoch(self) -> dict[str, Any]:
-        """Measure the accuracy after the latest epoch; returns the epoch's line of the log."""
+        """Measure the model after the latest epoch; returns the epoch's line of the log."""
         start, epochs = time.perf_counter(), self.config.epochs
-        accuracy, entry = self.accuracy(), self.entry
+        measures, entry = self.measures(), self.entry
         left = clock((entry["seconds"] + time.perf_counter() - start) * (epochs - self.epoch))
+        told = "  ".join(f"{name} {value:.2%}" for name, value in measures.items())
         print(
-            f"epoch {self.epoch}/{epochs}  loss {entry['loss']:.4f}  test {accuracy:.2%}  "
+            f"epoch {self.epoch}/{epochs}  loss {entry['loss']:.4f}  {told}  "
             f"{entry['images_per_s']:.0f} images/s  {memory(self.device)}  {left} left",
             flush=True,
         )
-        return {**entry, "ema_accuracy": accuracy}
+        return {**entry, **{f"ema_{name}": value for name, value in measures.items()}}
 
-    def accuracy(self) -> float:
-        """The test accuracy of the moving average, from 0 to 1."""
-        model: MobileMamba = self.ema.module  # type: ignore[assignment]
+    def measures(self) -> dict[str, float]:
+        """The measures of the moving average on the test images, by name; that of the task comes first."""
+        model = self.ema.module
         self.processes.copy_from_first(model)
-        result = evaluate(
-            model,
-            self.dataset.test,
-            self.preprocessing,
-            max(1, self.config.batch_size // self.processes.count),
-            workers=self.workers,
-            share=self.processes.share,
-        )
-        return result.summed(self.processes.sum).top1
+        size = max(1, self.config.batch_size // self.processes.count)
+        return self.task.evaluate(model, size, self.workers, self.processes)
 
     def describe(self, done: int, total: int, seconds: float) -> str:
         """The progress line of the terminal, after ``done`` steps that took ``seconds``."""
@@ -238,21 +208,12 @@ class Run:
             "threads": torch.get_num_threads(),
         }
 
-    def meta(self) -> dict[str, Any]:
-        """The facts about the model that go into every checkpoint."""
-        return {
-            "preset": self.config.model,
-            "model_args": {name: value for name, value in self.model_args.items() if name != "drop_path_rate"},
-            "labels": list(self.dataset.labels),
-            "preprocessing": self.preprocessing.to_dict(),
-        }
-
     def save(self, path: Path) -> None:
         """Write the state to ``path``. If that fails, an older file at ``path`` stays as it was."""
         state = {
             "format": TRAINING_FORMAT,
             "version": VERSION,
-            "meta": self.meta(),
+            "meta": self.task.meta(),
             "config": asdict(self.config),
             "data": self.fingerprint,
             "facts": self.facts(),
@@ -279,10 +240,9 @@ class Run:
         """
         state = read_state(path)
         try:
-            if self.config.pretrained:
-                stored = data.Preprocessing.from_dict(state["meta"].get("preprocessing"))
-                self.preprocessing = replace(self.preprocessing, mean=stored.mean, std=stored.std)
-            check_same(state, self.config, self.meta(), self.fingerprint)
+            if state["config"].get("task", "classify") == self.config.task:  # otherwise check_same() refuses
+                self.task.restore(self.model, state["meta"])
+            check_same(state, self.config, self.task.meta(), self.fingerprint)
             weights.load_into(self.model, state["model"])
             weights.load_into(self.ema.module, state["ema"])
         except ValueError as error:
@@ -294,7 +254,7 @@ class Run:
         for part, bad in state["bad"].items():
             getattr(self.dataset, part).bad.update(bad)
         self.ema.n_averaged.fill_(self.epoch * self.steps_per_epoch + self.step)
-        self.prepare()
+        self.task.prepare()
         if (before := state["config"]["epochs"]) != self.config.epochs:
             print(f"{self.config.epochs} epochs instead of {before}: the learning rate follows the longer schedule")
         now = self.facts()
@@ -306,19 +266,17 @@ class Run:
         if reasons:
             print(f"the run goes on, but not bit for bit: {', '.join(reasons)}")
 
-    def export(self, path: Path) -> float:
-        """Store the moving average for inference; returns the test accuracy of the stored weights, read back."""
+    def export(self, path: Path) -> dict[str, float]:
+        """Store the moving average for inference; returns the measures of the stored weights, read back."""
         if self.processes.rank == 0:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in self.ema.module.state_dict().items()}
             if self.config.half:  # vectors (biases, BatchNorm) are a small share and stay float32
                 tensors = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
-            stored = weights.Checkpoint(tensors, **{**self.meta(), "preprocessing": self.preprocessing})
-            weights.save(path, stored)
-            weights.load_into(self.ema.module, weights.read(path).state_dict, source=path)
-        return self.accuracy()
+            weights.load_into(self.ema.module, self.task.save(path, tensors), source=path)
+        return self.measures()
 
 
-def batch_size(config: TrainConfig, images: int, parts: int) -> int:
+def batch_size(config: TrainConfig, images: int, parts: int, task: Task) -> int:
     """The images of a step: ``config.batch_size``, or the largest number that ``images`` allow.
 
     Args:
@@ -326,21 +284,18 @@ def batch_size(config: TrainConfig, images: int, parts: int) -> int:
         parts: number of parts of a step, in all processes.
 
     Raises:
-        ValueError: the batch has no equal parts, or parts of one image.
+        ValueError: the batch has no equal parts, or parts of too few images.
     """
     if config.batch_size % parts:
         raise ValueError(
             f"batch_size: expected a multiple of {parts}, the processes times --accumulate, got {config.batch_size}"
         )
-    if (config.mixup or config.cutmix) and config.batch_size // parts * config.accumulate % 2:
-        raise ValueError(
-            "batch_size: mixup and cutmix need an even number of images in each process, got "
-            f"{config.batch_size // parts * config.accumulate}"
-        )
+    task.check_parts(config.batch_size // parts * config.accumulate)
     even = 2 * parts // math.gcd(2, config.accumulate) if config.mixup or config.cutmix else parts
     size = min(config.batch_size, images) // even * even
     if size < config.batch_size:
         print(f"batches of {size} images instead of {config.batch_size}: the data have no more")
-    if size < 2 * parts:
-        raise ValueError(f"BatchNorm needs at least 2 images in each part of a batch, got {size} in {parts} parts")
+    if size < task.least_images * parts:
+        what = "BatchNorm needs at least 2 images" if task.least_images > 1 else "expected at least 1 image"
+        raise ValueError(f"{what} in each part of a batch, got {size} in {parts} parts")
     return size

@@ -88,9 +88,10 @@ def check_same(state: dict[str, Any], config: TrainConfig, meta: dict[str, Any],
     Raises:
         ValueError: the message names what differs, and says what to do.
     """
+    defaults = {field.name: field.default for field in fields(TrainConfig)}  # of options that are newer than the run
     was, now = (
         {name: value for name, value in options.items() if name not in CHANGEABLE}
-        for options in (state["config"], asdict(config))
+        for options in ({**defaults, **state["config"]}, asdict(config))
     )
     if differing := differences(was, now):
         raise ValueError(
