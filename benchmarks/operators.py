@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mobilemamba
 from mobilemamba import ops, weights
-from mobilemamba.models.layers import fold_batchnorm
+from mobilemamba.models.folded import fold_batchnorm
 
 Thunk = Callable[[], Any]
 NATIVE = torch.ops.mobilemamba

@@ -427,7 +427,7 @@ def test_a_reader_that_has_gone_ends_the_command_quietly(folder, capsys, monkeyp
         os.close(reading)
         return os.fdopen(writing, "w")
 
-    for args in (("info",), ("--help",), ("classify", *["dark.png"] * 9, "--batch-size", "2", *OWN)):
+    for args in (("info",), ("--help",), ("train", "--show"), ("classify", *["dark.png"] * 9, "--batch-size", "2", *OWN)):
         with stdout_without_reader() as pipe:
             monkeypatch.setattr(sys, "stdout", pipe)
             assert run(capsys, *args)[::2] == (141, "")

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import mobilemamba
-from mobilemamba.models.layers import DenseConv2d, DepthwiseConv2d, FoldedSqueezeExcite
+from mobilemamba.models.folded import DenseConv2d, DepthwiseConv2d
+from mobilemamba.models.layers import FoldedSqueezeExcite
 
 X = torch.linspace(-1, 1, 2 * 9 * 9).reshape(2, 1, 9, 9)
 

@@ -220,7 +220,7 @@ def test_the_module_folds_to_the_operator(kernels):
     x = torch.randn(2, 64, 9, 6, dtype=torch.float64)
     with torch.no_grad():
         expected = block(x, x)
-        folded = mobilemamba.models.layers.fold_batchnorm(block)
+        folded = mobilemamba.models.folded.fold_batchnorm(block)
         assert relative_error(folded(x, x), expected) < 1e-12
         folded.pack()
         assert relative_error(folded(x, x), expected) < 1e-12

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mobilemamba
 from mobilemamba import ops
-from mobilemamba.models.layers import Folded
+from mobilemamba.models.folded import Folded
 
 SHAPES = [  # batch, in_channels, out_channels, height, width, kernel_size, stride
     (2, 6, 5, 3, 4, 1, 1),

@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mobilemamba import ops
 from mobilemamba.models import layers
-from mobilemamba.models.layers import PatchEmbedding, PatchMerging, fold_batchnorm
+from mobilemamba.models.folded import fold_batchnorm
+from mobilemamba.models.layers import PatchEmbedding, PatchMerging
 
 EMBEDDINGS = [  # batch, height, width, channels of the input and of each convolution, strides
     (2, 9, 12, (3, 4, 6), (2, 2)),

@@ -40,11 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have any bytes
-    program = "mobilemamba"
+    program, trains = "mobilemamba", False
     try:
         try:
             args = make_parser().parse_args(argv)
             program = f"mobilemamba {args.command}"
+            trains = args.command == "train" and not args.show
             if os.environ.get("WORLD_SIZE", "1") != "1":
                 program += f" (process {os.environ.get('RANK')})"
             return COMMANDS[args.command].run(args) or 0
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()  # here, where an error still is one line
     except BrokenPipeError:
         discard_output()
-        if " train" in program:
+        if trains:
             print(f"{program}: stopped: the reader of its output has gone{RESUME}", file=sys.stderr)
         return 141
     except (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError) as error:
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted{RESUME if ' train' in program else ''}", file=sys.stderr)
+        print(f"\n{program}: interrupted{RESUME if trains else ''}", file=sys.stderr)
         return 130
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import Preprocessing
 from ..models import MobileMamba
-from ..models.layers import check_foldable
+from ..models.folded import check_foldable
 from ..weights.files import atomic_write, naming
 
 __all__ = ["DTYPES", "FORMATS", "export"]

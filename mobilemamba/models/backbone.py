@@ -8,23 +8,18 @@ from torch import Tensor, nn
 
 from ..ops import backbone
 from . import checks
-from .heads import Classifier, DistilledClassifier, Logits
-from .layers import (
-    ConvNorm,
+from .folded import (
     DenseConv2d,
     DepthwiseConv2d,
     Folded,
-    FoldedFFN,
     FoldedLinear,
-    FoldedPatchEmbedding,
-    FoldedPatchMerging,
-    FoldedSqueezeExcite,
-    PatchEmbedding,
     are_plain,
     check_foldable,
     fold_batchnorm,
     is_short,
 )
+from .heads import Classifier, DistilledClassifier, Logits
+from .layers import ConvNorm, FoldedFFN, FoldedPatchEmbedding, FoldedPatchMerging, FoldedSqueezeExcite, PatchEmbedding
 from .mrffi import MRFFI, FoldedMRFFI
 from .stages import Block, FoldedBlock, FoldedStage, FoldedTransition, Stage, Transition
 

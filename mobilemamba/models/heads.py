@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .layers import FoldedLinear, scale_and_shift
+from .folded import FoldedLinear, scale_and_shift
 
 __all__ = ["Classifier", "DistilledClassifier", "Logits"]
 

@@ -20,35 +20,19 @@ from .folded import (
     DenseConv2d,
     DepthwiseConv2d,
     Folded,
-    FoldedLinear,
     are_plain,
-    check_foldable,
-    fold_batchnorm,
-    in_order,
-    is_short,
     scale_and_shift,
 )
 
 __all__ = [
     "FFN",
-    "ChannelAffine",
     "ConvNorm",
-    "DenseConv2d",
-    "DepthwiseConv2d",
     "DropPath",
-    "Folded",
     "FoldedFFN",
-    "FoldedLinear",
     "PatchEmbedding",
     "PatchMerging",
     "ResidualDepthwise",
     "SqueezeExcite",
-    "are_plain",
-    "check_foldable",
-    "fold_batchnorm",
-    "in_order",
-    "is_short",
-    "scale_and_shift",
 ]
 
 

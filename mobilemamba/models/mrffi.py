@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..ops import bidirectional_scan, depthwise_conv2d, haar_conv2d, mrffi
 from . import checks
-from .layers import ConvNorm, Folded, are_plain, in_order
+from .folded import Folded, are_plain, in_order
+from .layers import ConvNorm
 
 __all__ = ["MRFFI", "SS2D", "HaarConv2d", "MultiKernelDepthwise", "WaveletMamba", "split_channels"]
 
