@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import downstream
 from ..data import open_image
 from ..data.preprocessing import to_mode, to_tensor
+from ..downstream.checkpoint import DownstreamCheckpoint
 from .drawing import Drawings, class_color, open_model
 from .images import ImageReader, add_images_argument
 from .options import Parser, add_device_option, checked_device, number
@@ -43,16 +43,17 @@ def run(args: argparse.Namespace) -> int:
                 (found,) = detector([stored.preparation(image).to(device)])
             found = {name: values.cpu() for name, values in found.items()}
             found = {name: values[found["scores"] >= args.threshold] for name, values in found.items()}
-            result = {"image": path, "detections": describe(found, stored)}
+            detections = describe(found, stored)
+            result: dict[str, Any] = {"image": path, "detections": detections}
             if drawings:
-                result["drawing"] = drawings.save(path, draw(to_tensor(image), found, result["detections"]))
+                result["drawing"] = drawings.save(path, draw(to_tensor(image), found, detections))
             yield result
 
     print_json(results()) if args.json else print_tables(results(), table)
     return int(reader.failed)
 
 
-def describe(found: dict[str, Tensor], stored: downstream.DownstreamCheckpoint) -> list[dict[str, Any]]:
+def describe(found: dict[str, Tensor], stored: DownstreamCheckpoint) -> list[dict[str, Any]]:
     """For each object its class, score, box in pixels and, where the model has them, mask as COCO's run lengths."""
     detections = []
     for i, label in enumerate(found["labels"].tolist()):
@@ -84,10 +85,10 @@ def draw(pixels: Tensor, found: dict[str, Tensor], detections: list[dict[str, An
         return pixels
     colors = [class_color(detection["class"]) for detection in detections]
     if "masks" in found:
-        pixels = draw_segmentation_masks(pixels, found["masks"][:, 0] >= 0.5, alpha=0.5, colors=colors)  # type: ignore[arg-type]
+        pixels = draw_segmentation_masks(pixels, found["masks"][:, 0] >= 0.5, alpha=0.5, colors=colors)
     texts = [f"{detection['label']} {detection['score']:.0%}" for detection in detections]
     width = max(1, max(pixels.shape) // 400)
-    return draw_bounding_boxes(pixels, found["boxes"], texts, colors=colors, width=width)  # type: ignore[arg-type]
+    return draw_bounding_boxes(pixels, found["boxes"], texts, colors=colors, width=width)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -6,12 +6,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .. import downstream
+from ..downstream.checkpoint import DownstreamCheckpoint
 from ..weights.files import atomic_write
 
 __all__ = ["Drawings", "class_color", "open_model"]
 
 
-def open_model(path: Path, task: str) -> tuple[nn.Module, downstream.DownstreamCheckpoint]:
+def open_model(path: Path, task: str) -> tuple[nn.Module, DownstreamCheckpoint]:
     """The fused model of a checkpoint, and the checkpoint.
 
     Raises:
