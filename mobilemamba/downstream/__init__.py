@@ -7,8 +7,9 @@ from torch import nn
 
 from .detectors import mask_rcnn, retinanet, ssdlite
 from .necks import FeaturePyramid
+from .published import load_published
 
-__all__ = ["KINDS", "FeaturePyramid", "create_model", "mask_rcnn", "retinanet", "ssdlite"]
+__all__ = ["KINDS", "FeaturePyramid", "create_model", "load_published", "mask_rcnn", "retinanet", "ssdlite"]
 
 #: The task and the function of each kind of model.
 KINDS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
