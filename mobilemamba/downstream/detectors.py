@@ -4,8 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from ..data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from ..models import FeatureExtractor, checks
 from ..zoo import feature_extractor
