@@ -16,7 +16,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image, roi_align
 
 from .anchors import pyramid_anchors
-from .boxes import EPS, BoxCoder, Matcher, best_boxes
+from .boxes import BoxCoder, Matcher, best_boxes, denominator
 from .fusing import Fusible
 from .necks import WithNeck
 from .transform import Transform
@@ -43,7 +43,7 @@ class ProposalNetwork(RegionProposalNetwork):
         """Both losses are sums over the sampled anchors, divided by their number; an image counts at least one of each
         kind."""
         positive, negative = self.fg_bg_sampler(labels)
-        count = EPS
+        count = 0
         for p, n in zip(positive, negative):  # noqa: B905 - TorchScript has no strict
             count += max(int(p.sum()), 1) + max(int(n.sum()), 1)
         chosen = torch.where(torch.cat(positive))[0]
@@ -52,7 +52,7 @@ class ProposalNetwork(RegionProposalNetwork):
         objectness_loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="sum")
         deltas = torch.cat(regression_targets)[chosen]
         box_loss = F.l1_loss(pred_bbox_deltas[chosen], deltas, reduction="sum")
-        return objectness_loss / count, box_loss / count
+        return objectness_loss / denominator(count), box_loss / denominator(count)
 
 
 class ProposalAlign(MultiScaleRoIAlign):
@@ -177,7 +177,7 @@ class Heads(RoIHeads):
     ) -> dict[str, Tensor]:
         """Cross entropy and L1 of the label's deltas, both divided by the number of sampled proposals."""
         label = torch.cat(labels)
-        count = max(len(label), 1) + EPS
+        count = denominator(len(label))
         positive = torch.where(label > 0)[0]
         deltas = box_regression.reshape(len(label), -1, 4)[positive, label[positive] - 1]
         return {
