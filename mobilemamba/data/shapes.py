@@ -47,7 +47,7 @@ def draw(size: int, seed: tuple[int, ...]) -> "tuple[NDArray[np.uint8], list[tup
     random = np.random.default_rng(seed)
     picture = background(size, random)
     shapes: list[tuple[int, Any, int]] = []  # class, visible part, its area before others hid some of it
-    for _ in range(random.integers(1, 7)):
+    for _ in range(random.integers(1, 6)):
         kind = int(random.integers(len(CATEGORIES)))
         for _ in range(20):  # places to try
             cover = coverage(outline(kind, size, random), size)
@@ -90,7 +90,7 @@ def smooth_noise(size: int, cells: int, random: np.random.Generator) -> "NDArray
 
 def outline(kind: int, size: int, random: np.random.Generator) -> "NDArray[np.float64]":
     """The corners of a shape with a random size, place and rotation: float64 ``(N, 2)``, x and y in pixels."""
-    radius = random.uniform(0.09, 0.24) * size
+    radius = random.uniform(0.1, 0.25) * size
     angle = random.uniform(0, 2 * math.pi)
     centre = random.uniform(0.8 * radius, size - 0.8 * radius, 2)
     corners = {"circle": 64, "square": 4, "triangle": 3, "star": 10}[list(CATEGORIES.values())[kind]]

@@ -301,8 +301,8 @@ class MaskRCNN(Fusible, GeneralizedRCNN):
             nms_thresh=box_nms_thresh,
             detections_per_img=box_detections_per_img,
             mask_roi_pool=ProposalAlign(strides, 14),
-            mask_head=MaskRCNNHeads(channels, (256, 256, 256, 256), 1),
-            mask_predictor=MaskPredictor(256, num_classes),
+            mask_head=MaskRCNNHeads(channels, [channels] * 4, 1),
+            mask_predictor=MaskPredictor(channels, num_classes),
         )
         for layer in heads.box_head.children():
             nn.init.xavier_uniform_(layer.weight)
