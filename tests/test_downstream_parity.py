@@ -71,14 +71,19 @@ def targets(case: Case, which: str, dtype: torch.dtype) -> list[dict[str, Tensor
     return found
 
 
+def published_parameters(case: Case, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of neck and heads by their published keys."""
+    parameters = dict(model.named_parameters())
+    return {key: parameters[name] for key in case.keys if (name := rename(model, key)) in parameters}
+
+
 def norms(
     case: Case, model: nn.Module, loss: Tensor, name: str, parameters: dict[str, nn.Parameter] | None = None
 ) -> Figures:
     """The norms of all gradients of ``loss``, by the published keys; none without gradients."""
     if not torch.is_grad_enabled():
         return {}
-    parameters = parameters or dict(model.named_parameters())
-    keys = {key: parameters[rename(model, key)] for key in case.keys if rename(model, key) in parameters}
+    keys = published_parameters(case, model) if parameters is None else parameters
     gradients = torch.autograd.grad(loss, list(keys.values()), retain_graph=True, allow_unused=True)
     return {
         f"{name}/{key}": gradient.norm() for key, gradient in zip(keys, gradients, strict=True) if gradient is not None
@@ -179,7 +184,7 @@ def mask_rcnn_set(case: Case, model: nn.Module, which: str) -> Figures:
     figures |= norms(case, model, scalar(case, levels), f"{which}/grad_neck")
     figures |= norms(case, model, scalar(case, [*cls, *reg]), f"{which}/grad_rpn")
     layers = model.backbone, model.rpn.head
-    named = dict(model.named_parameters())
+    named = published_parameters(case, model)
     model.backbone, model.rpn.head = Given(maps), Given((cls, reg))
     figures |= mask_rcnn_rois(case, model, maps, which)
     figures |= mask_rcnn_losses(case, model, maps, which, named)
@@ -308,7 +313,7 @@ def retinanet_set(case: Case, model: nn.Module, which: str) -> Figures:
 
 
 def ssdlite_figures(case: Case, model: nn.Module) -> Figures:
-    """Evaluation at ``size`` of the model, and training if that is 320."""
+    """Evaluation at the size of the model."""
     dtype = next(model.parameters()).dtype
     size = model.transform.fixed_size[0]
     which, side = f"s{size}", size // 16
@@ -328,30 +333,35 @@ def ssdlite_figures(case: Case, model: nn.Module) -> Figures:
         for i, original in enumerate(((size, size), (240, 400) if size == 320 else (size, size))):
             (result,) = model([torch.zeros(3, *original, dtype=dtype)])
             figures |= detections(result, f"{which}/final_boxes/0/rescale{i}")
-    if size != 320:
-        return figures
-    truth, statistics = targets(case, which, dtype), copy.deepcopy(model.state_dict())
-    model.backbone.body = Fixed(*(case.make_input(2, *shape).to(dtype) for shape in shapes))
+    return figures
+
+
+def ssdlite_training(case: Case, model: nn.Module) -> Figures:
+    """A training step at 320 pixels; the statistics of the model stay as they were."""
+    dtype, statistics, figures = next(model.parameters()).dtype, copy.deepcopy(model.state_dict()), {}
+    model.backbone.body = Fixed(*(case.make_input(2, *shape).to(dtype) for shape in ((200, 20, 20), (376, 10, 10))))
+    image_list = ImageList(torch.zeros(2, 3, 320, 320, dtype=dtype), [(320, 320)] * 2)
     model.train()
-    maps = list(model.backbone(image_list.tensors).values())
+    named = model.backbone(image_list.tensors)
+    maps = list(named.values())
     outputs = model.head(maps)
     for key in case.keys:
         if key.endswith(("running_mean", "running_var")):
-            figures[f"{which}/train/running_norm/{key}"] = model.state_dict()[rename(model, key)].norm()
+            figures[f"s320/train/running_norm/{key}"] = model.state_dict()[rename(model, key)].norm()
     cls = published_layout(outputs["cls_logits"], maps, background=True)
     reg = published_layout(outputs["bbox_regression"], maps)
-    figures |= arrays({"neck": maps, "cls": cls, "reg": reg}, f"{which}/train")
+    figures |= arrays({"neck": maps, "cls": cls, "reg": reg}, "s320/train")
     neck, heads = scalar(case, maps), scalar(case, [*cls, *reg])
-    figures |= {f"{which}/train/scalar_neck": neck, f"{which}/train/scalar_heads": heads}
-    figures |= norms(case, model, neck, f"{which}/train/grad_neck")
-    figures |= norms(case, model, heads, f"{which}/train/grad_heads")
-    anchors = model.anchor_generator(image_list, maps) * 2
-    figures |= assignment_figures(model.proposal_matcher, anchors, truth, f"{which}/assign")
-    losses = model([torch.zeros(3, size, size, dtype=dtype)] * 2, truth)
+    figures |= {"s320/train/scalar_neck": neck, "s320/train/scalar_heads": heads}
+    figures |= norms(case, model, neck, "s320/train/grad_neck")
+    figures |= norms(case, model, heads, "s320/train/grad_heads")
+    anchors, truth = model.anchor_generator(image_list, maps), targets(case, "s320", dtype)
+    figures |= assignment_figures(model.proposal_matcher, anchors, truth, "s320/assign")
+    losses = model([torch.zeros(3, 320, 320, dtype=dtype)] * 2, truth)
     total = losses["classification"] + losses["bbox_regression"]
-    figures |= {f"{which}/train/loss/loss_cls": losses["classification"], f"{which}/train/loss/total": total}
-    figures |= {f"{which}/train/loss/loss_bbox": losses["bbox_regression"]}
-    figures |= norms(case, model, total, f"{which}/train/grad_loss")
+    figures |= {"s320/train/loss/loss_cls": losses["classification"], "s320/train/loss/total": total}
+    figures |= {"s320/train/loss/loss_bbox": losses["bbox_regression"]}
+    figures |= norms(case, model, total, "s320/train/grad_loss")
     model.load_state_dict(statistics, strict=False)
     model.eval()
     return figures
@@ -366,6 +376,7 @@ PARTS: dict[str, tuple[Callable[[Case, nn.Module], Figures], dict[str, int]]] = 
     "retinanet-even": (partial(retinanet_set, which="even"), {}),
     "retinanet-odd": (partial(retinanet_set, which="odd"), {}),
     "ssdlite-320": (ssdlite_figures, {"size": 320}),
+    "ssdlite-train": (ssdlite_training, {"size": 320}),
     "ssdlite-512": (ssdlite_figures, {"size": 512}),
 }
 #: Take half a minute each in float64: without the full figures they run with --full only.
@@ -389,7 +400,7 @@ def compare(case: Case, measured: Figures, tolerance: float) -> None:
     wrong = []
     for key in case.figures.keys() & measured.keys():
         actual, expected = measured[key], case.figures[key]
-        limit = 1e-6 if "/train/" in key and tolerance < 1e-6 and ILL_CONDITIONED.search(key) else tolerance
+        limit = 1000 * tolerance if "/train/" in key and ILL_CONDITIONED.search(key) else tolerance
         if case.is_whole and actual.dim() and actual.numel() != expected.size:
             wrong.append(f"{key}: {tuple(actual.shape)} instead of {expected.shape}")
         elif not (difference := error(actual, expected)) < limit:
@@ -427,8 +438,7 @@ def test_fused_ssdlite(size: int) -> None:
     case, part = loaded("ssdlite"), f"ssdlite-{size}"
     fused = made(part).fuse()
     assert not any(isinstance(m, nn.BatchNorm2d) for m in (*fused.backbone.neck.modules(), *fused.head.modules()))
-    measured = PARTS[part][0](case, fused)
-    compare(case, {key: x for key, x in measured.items() if "/train/" not in key}, 1e-9)
+    compare(case, PARTS[part][0](case, fused), 1e-9)
 
 
 @pytest.mark.parametrize("name", ["maskrcnn", "retinanet", "ssdlite"])
