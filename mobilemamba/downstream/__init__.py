@@ -7,6 +7,7 @@ from torch import nn
 
 from .detectors import mask_rcnn, retinanet, ssdlite
 from .necks import FeaturePyramid
+from .published import load_published
 from .segmentation import Segmenter, deeplabv3, pspnet, segmentation_loss, semantic_fpn
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Segmenter",
     "create_model",
     "deeplabv3",
+    "load_published",
     "mask_rcnn",
     "pspnet",
     "retinanet",

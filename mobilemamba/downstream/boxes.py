@@ -7,10 +7,13 @@ from torch import Tensor, nn
 from torchvision.models.detection import _utils
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-__all__ = ["EPS", "BoxCoder", "Matcher", "best_boxes", "best_of_levels"]
+from .scripting import inherited
 
-#: The published losses add it to their denominators.
-EPS = torch.finfo(torch.float32).eps
+__all__ = ["BoxCoder", "Matcher", "best_boxes", "best_of_levels", "denominator"]
+
+def denominator(count: int) -> float:
+    """``count``, at least 1, and the eps of float32, which the published losses add."""
+    return max(count, 1) + 1.1920928955078125e-07
 
 
 class BoxCoder(nn.Module, _utils.BoxCoder):
@@ -27,11 +30,11 @@ class BoxCoder(nn.Module, _utils.BoxCoder):
         x, y, w, h = stds
         _utils.BoxCoder.__init__(self, (1 / x, 1 / y, 1 / w, 1 / h), math.log(1000 / 16))
 
-    _decode = _utils.BoxCoder.decode_single  # TorchScript has no super()
+    _decode = inherited(_utils.BoxCoder.decode_single, "_decode")
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Boxes ``(N, 4 * K)`` from deltas of that shape and the boxes ``(N, 4)`` that they start from."""
-        deltas = rel_codes.to(boxes.dtype).reshape(rel_codes.size(0), -1, 4)  # boxes never have 16 bits
+        deltas = rel_codes.to(boxes.dtype).reshape(rel_codes.size(0), rel_codes.size(1) // 4, 4)  # boxes never have 16 bits
         least = torch.tensor(
             [-math.inf, -math.inf, -self.bbox_xform_clip * self.weights[2], -self.bbox_xform_clip * self.weights[3]],
             dtype=deltas.dtype,

@@ -16,7 +16,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image, roi_align
 
 from .anchors import pyramid_anchors
-from .boxes import EPS, BoxCoder, Matcher, best_boxes
+from .boxes import BoxCoder, Matcher, best_boxes, denominator
 from .fusing import Fusible
 from .necks import WithNeck
 from .transform import Transform
@@ -43,7 +43,7 @@ class ProposalNetwork(RegionProposalNetwork):
         """Both losses are sums over the sampled anchors, divided by their number; an image counts at least one of each
         kind."""
         positive, negative = self.fg_bg_sampler(labels)
-        count = EPS
+        count = 0
         for p, n in zip(positive, negative):  # noqa: B905 - TorchScript has no strict
             count += max(int(p.sum()), 1) + max(int(n.sum()), 1)
         chosen = torch.where(torch.cat(positive))[0]
@@ -52,7 +52,7 @@ class ProposalNetwork(RegionProposalNetwork):
         objectness_loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="sum")
         deltas = torch.cat(regression_targets)[chosen]
         box_loss = F.l1_loss(pred_bbox_deltas[chosen], deltas, reduction="sum")
-        return objectness_loss / count, box_loss / count
+        return objectness_loss / denominator(count), box_loss / denominator(count)
 
 
 class ProposalAlign(MultiScaleRoIAlign):
@@ -71,15 +71,19 @@ class ProposalAlign(MultiScaleRoIAlign):
         super().__init__([str(i) for i in range(len(strides))], output_size, sampling_ratio=0)
         self.strides = list(strides)
 
+    def levels(self, rois: Tensor) -> Tensor:
+        """The level of each box of ``rois`` ``(N, 5)``: image, x1, y1, x2, y2."""
+        sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
+        return (sides / (14 * self.strides[0]) + 1e-6).log2().floor().clamp(0, len(self.strides) - 1).long()
+
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Features ``(N, C, output_size, output_size)`` of the boxes of all images."""
-        levels = list(x.values())[: len(self.strides)]
+        maps = list(x.values())[: len(self.strides)]
         index = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
         rois = torch.cat((index, torch.cat(boxes)), dim=1)
-        sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
-        chosen = (sides / (14 * self.strides[0]) + 1e-6).log2().floor().clamp(0, len(levels) - 1)
-        result = levels[0].new_zeros([len(rois), levels[0].size(1), self.output_size[0], self.output_size[1]])
-        for i, level in enumerate(levels):
+        chosen = self.levels(rois)
+        result = maps[0].new_zeros([len(rois), maps[0].size(1), self.output_size[0], self.output_size[1]])
+        for i, level in enumerate(maps):
             rows = torch.where(chosen == i)[0]
             part = roi_align(level.to(rois.dtype), rois[rows], self.output_size, 1 / self.strides[i], 0, True)
             result = result.index_put((rows,), part.to(result.dtype))
@@ -177,7 +181,7 @@ class Heads(RoIHeads):
     ) -> dict[str, Tensor]:
         """Cross entropy and L1 of the label's deltas, both divided by the number of sampled proposals."""
         label = torch.cat(labels)
-        count = max(len(label), 1) + EPS
+        count = denominator(len(label))
         positive = torch.where(label > 0)[0]
         deltas = box_regression.reshape(len(label), -1, 4)[positive, label[positive] - 1]
         return {

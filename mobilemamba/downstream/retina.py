@@ -10,7 +10,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from .anchors import pyramid_anchors
-from .boxes import EPS, BoxCoder, Matcher, best_of_levels
+from .boxes import BoxCoder, Matcher, best_of_levels, denominator
 from .fusing import Fusible
 from .necks import WithNeck
 from .transform import Transform
@@ -58,7 +58,7 @@ class RetinaNet(Fusible, TorchvisionRetinaNet):
         They are divided by the batch's positive anchors, of which an image has at least one.
         """
         logits, deltas = head_outputs["cls_logits"], head_outputs["bbox_regression"]
-        classification, regression, count = logits.new_zeros(()), deltas.new_zeros(()), EPS
+        classification, regression, count = logits.new_zeros(()), deltas.new_zeros(()), 0
         for i, target in enumerate(targets):
             boxes, anchor = target["boxes"], anchors[i]
             matched = torch.full([len(anchor)], -1, dtype=torch.int64, device=anchor.device)
@@ -72,7 +72,10 @@ class RetinaNet(Fusible, TorchvisionRetinaNet):
             wanted = self.box_coder.encode_single(boxes[matched[positive]], anchor[positive])
             regression = regression + F.l1_loss(deltas[i][positive], wanted, reduction="sum")
             count += max(len(positive), 1)
-        return {"classification": classification / count, "bbox_regression": regression / count}
+        return {
+            "classification": classification / denominator(count),
+            "bbox_regression": regression / denominator(count),
+        }
 
     def postprocess_detections(
         self,

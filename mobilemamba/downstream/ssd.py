@@ -12,9 +12,10 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import Conv2dNormActivation
 
 from .anchors import ssd_anchors
-from .boxes import EPS, BoxCoder, Matcher, best_of_levels
+from .boxes import BoxCoder, Matcher, best_of_levels, denominator
 from .fusing import Fusible
 from .necks import WithNeck
+from .scripting import inherited
 from .transform import Transform
 
 __all__ = ["ANCHOR_SIZES", "ExtraLevels", "SSDLite"]
@@ -103,7 +104,7 @@ class SSDLite(Fusible, SSD):
         self.proposal_matcher = Matcher(iou_thresh, iou_thresh, least=0.0, all_best=False)
         self.level_sizes = [count * side**2 for count, side in zip(counts, sides, strict=True)]
 
-    _losses = SSD.compute_loss  # TorchScript has no super()
+    _losses = inherited(SSD.compute_loss, "_losses")
 
     def compute_loss(
         self,
@@ -116,7 +117,7 @@ class SSDLite(Fusible, SSD):
         count = 0
         for matched in matched_idxs:
             count += int((matched >= 0).sum())
-        losses["bbox_regression"] = losses["bbox_regression"] * (max(count, 1) / (max(count, 1) + EPS))
+        losses["bbox_regression"] = losses["bbox_regression"] * (max(count, 1) / denominator(count))
         return losses
 
     def postprocess_detections(

@@ -10,6 +10,8 @@ from torch.nn.functional import grid_sample
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, _resize_image_and_masks
 
+from .scripting import inherited
+
 __all__ = ["Transform", "paste_masks"]
 
 
@@ -40,7 +42,7 @@ class Transform(GeneralizedRCNNTransform):
         super().__init__(min_size, max_size, mean, std, **options)
         self.num_classes, self.masks = num_classes, masks
 
-    _batch = GeneralizedRCNNTransform.forward  # TorchScript has no super()
+    _batch = inherited(GeneralizedRCNNTransform.forward, "_batch")
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
