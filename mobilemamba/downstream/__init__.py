@@ -8,14 +8,31 @@ from torch import nn
 from .detectors import mask_rcnn, retinanet, ssdlite
 from .necks import FeaturePyramid
 from .published import load_published
+from .segmentation import Segmenter, deeplabv3, pspnet, segmentation_loss, semantic_fpn
 
-__all__ = ["KINDS", "FeaturePyramid", "create_model", "load_published", "mask_rcnn", "retinanet", "ssdlite"]
+__all__ = [
+    "KINDS",
+    "FeaturePyramid",
+    "Segmenter",
+    "create_model",
+    "deeplabv3",
+    "load_published",
+    "mask_rcnn",
+    "pspnet",
+    "retinanet",
+    "segmentation_loss",
+    "semantic_fpn",
+    "ssdlite",
+]
 
 #: The task and the function of each kind of model.
 KINDS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
     "mask_rcnn": ("detect", mask_rcnn),
     "retinanet": ("detect", retinanet),
     "ssdlite": ("detect", ssdlite),
+    "semantic_fpn": ("segment", semantic_fpn),
+    "deeplabv3": ("segment", deeplabv3),
+    "pspnet": ("segment", pspnet),
 }
 
 
