@@ -1,8 +1,8 @@
 """The parity figures of the published detectors' and segmenters' necks and heads, and how they are filled.
 
 A case is the published keys with their shapes, and figures by name. The backbone is no part of them: feature maps by
-:func:`figures.make_input` stand for it. An array of 4000 values and more is stored as ``shape``, ``sum``, ``abssum`` and
-``sub``, 2000 of its values.
+:func:`figures.make_input` stand for it. An array of 4000 values and more is stored as ``shape``, ``sum``, ``abssum``
+and ``sub``, 2000 of its values.
 
 The figures lie outside the repository (``MOBILEMAMBA_DOWNSTREAM_PARITY``), for a filling that ``MOBILEMAMBA_PARITY_SALT``
 names; ``parity/downstream/*.json`` are the leading values, written by ``python tests/downstream_figures.py NAME...``.
@@ -53,7 +53,9 @@ class Case:
     @staticmethod
     def full(name: str) -> "Case":
         keys = json.loads((FULL / "state_dicts.json").read_text())[name]
-        return Case(name, {key: tuple(shape) for key, (shape, _) in keys.items()}, dict(np.load(FULL / f"{name}.npz")), SALT)
+        return Case(
+            name, {key: tuple(shape) for key, (shape, _) in keys.items()}, dict(np.load(FULL / f"{name}.npz")), SALT
+        )
 
     @staticmethod
     def small(name: str) -> "Case":

@@ -154,7 +154,7 @@ def convert(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Ten
     return converted
 
 
-def rename(model: nn.Module, key: str) -> str:
+def rename(model: Any, key: str) -> str:
     """The name in ``model`` of the published ``key`` of a neck or a head. An unknown key stays, and fits no model."""
     for pattern, replacement in RULES[type(model).__name__]:
         key = re.sub(pattern, replacement, key)
@@ -163,7 +163,7 @@ def rename(model: nn.Module, key: str) -> str:
     return key
 
 
-def _background_first(model: nn.Module, name: str, value: Tensor) -> Tensor:
+def _background_first(model: Any, name: str, value: Tensor) -> Tensor:
     if not re.search(CLASSES, name):
         return value
     classes = model.transform.num_classes
