@@ -68,7 +68,8 @@ class Segmenter(Fusible, nn.Module):
     def without_aux(self) -> "Segmenter":
         """The same model, its modules not copied, without the auxiliary head, which only serves training."""
         model = copy.copy(self)
-        model._modules = {**self._modules, "aux_classifier": None}
+        model._modules = {name: module for name, module in self._modules.items() if name != "aux_classifier"}
+        model.aux_classifier = None
         return model
 
     @torch.jit.unused

@@ -121,8 +121,10 @@ class FCNHead(nn.Module):
 
 def cell_means(x: Tensor, bins: int) -> Tensor:
     """``F.adaptive_avg_pool2d(x, bins)``, as matrix products: torch.export and ONNX have it for fixed sizes only."""
+    if bins == 1:
+        return x.mean((2, 3), keepdim=True)
     rows, columns = averaging(x.size(2), bins, x), averaging(x.size(3), bins, x)
-    return torch.matmul(torch.matmul(rows, x), columns.transpose(0, 1))
+    return F.linear(F.linear(x, columns).transpose(2, 3), rows).transpose(2, 3)
 
 
 def averaging(length: int, bins: int, like: Tensor) -> Tensor:

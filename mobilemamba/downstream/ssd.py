@@ -62,7 +62,11 @@ class ExtraLevels(nn.Module):
 
 
 class SSDLite(Fusible, SSD):
-    """SSDLite; :func:`mobilemamba.downstream.ssdlite` makes it and tells its arguments. ``sides`` are the levels' sizes."""
+    """SSDLite; :func:`mobilemamba.downstream.ssdlite` makes it and tells its arguments.
+
+    Args:
+        sides: sides of the maps of the six levels, in their pixels.
+    """
 
     __annotations__ = {"level_sizes": list[int]}  # torchvision's would compile its own coder and matcher
 
