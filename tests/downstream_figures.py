@@ -53,7 +53,9 @@ class Case:
     @staticmethod
     def full(name: str) -> "Case":
         keys = json.loads((FULL / "state_dicts.json").read_text())[name]
-        return Case(name, {key: tuple(shape) for key, (shape, _) in keys.items()}, dict(np.load(FULL / f"{name}.npz")), SALT)
+        return Case(
+            name, {key: tuple(shape) for key, (shape, _) in keys.items()}, dict(np.load(FULL / f"{name}.npz")), SALT
+        )
 
     @staticmethod
     def small(name: str) -> "Case":
@@ -83,7 +85,13 @@ class Case:
         for name, value in self.figures.items():
             if name.endswith("/sub") and self.figures[f"{name[:-3]}shape"].prod() > LARGE:
                 continue
-            flat = value.tolist() if INPUTS.search(name) else value.reshape(-1)[:12].tolist() if value.ndim else value.item()
+            flat = (
+                value.tolist()
+                if INPUTS.search(name)
+                else value.reshape(-1)[:12].tolist()
+                if value.ndim
+                else value.item()
+            )
             if not INPUTS.search(name):
                 flat = json.loads(json.dumps(flat), parse_float=lambda x: float(f"{float(x):.12g}"))
             put(leading, name.split("/"), flat)

@@ -89,9 +89,7 @@ def detections(found: dict[str, Tensor], name: str) -> Figures:
 
 def anchor_figures(generator: nn.Module, image_list: ImageList, maps: list[Tensor], which: str) -> Figures:
     figures: Figures = {}
-    counts = [
-        n * x.shape[2] * x.shape[3] for n, x in zip(generator.num_anchors_per_location(), maps, strict=True)
-    ]
+    counts = [n * x.shape[2] * x.shape[3] for n, x in zip(generator.num_anchors_per_location(), maps, strict=True)]
     for i, level in enumerate(generator(image_list, maps)[0].split(counts)):
         figures |= {f"base_anchors/{i}": generator.cell_anchors[i], f"{which}/anchors/{i}/first": level[:6]}
         figures |= {f"{which}/anchors/{i}/last": level[-2:], f"{which}/anchors/{i}/sum": level.sum()}
@@ -127,9 +125,7 @@ def published_layout(flat: Tensor, maps: list[Tensor], background: bool = False)
     flat = flat.roll(-1, 2) if background else flat
     per_pixel = rows // sum(x.shape[2] * x.shape[3] for x in maps)
     levels = flat.split([per_pixel * x.shape[2] * x.shape[3] for x in maps], dim=1)
-    return [
-        level.reshape(batch, *x.shape[2:], -1).permute(0, 3, 1, 2) for level, x in zip(levels, maps, strict=True)
-    ]
+    return [level.reshape(batch, *x.shape[2:], -1).permute(0, 3, 1, 2) for level, x in zip(levels, maps, strict=True)]
 
 
 def arrays(levels: dict[str, list[Tensor]], which: str) -> Figures:

@@ -33,8 +33,6 @@ class Segmenter(Fusible, nn.Module):
         aux_classifier: as ``classifier``; its logits ``"aux"`` only serve training.
     """
 
-    __constants__ = ("aux_classifier",)  # torch.jit.script compiles the branch only if there is one
-
     def __init__(
         self, backbone: nn.Module, classifier: nn.Module, num_classes: int, aux_classifier: nn.Module | None = None
     ) -> None:
