@@ -63,8 +63,8 @@ def draw(text: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.RandomState(zlib.crc32(text.encode())).standard_normal(shape)
 
 
-def parameter(key: str, shape: tuple[int, ...]) -> Tensor:
-    """The value of the published state dict's ``key``."""
+def parameter(key: str, shape: tuple[int, ...], salt: str = "") -> Tensor:
+    """The value of the published state dict's ``key``. Another ``salt`` is another filling."""
     leaf = key.rpartition(".")[2]
     if leaf == "num_batches_tracked":
         return torch.tensor(0)
@@ -81,7 +81,7 @@ def parameter(key: str, shape: tuple[int, ...]) -> Tensor:
             scale = 1 / math.sqrt(shape[-1])
         elif len(shape) == 1:
             offset, scale = 1.0, 0.1
-    values = draw(key, shape)
+    values = draw(salt + key, shape)
     values = offset + scale * (np.abs(values) if leaf == "running_var" else values)
     return torch.from_numpy(values.astype(np.float32))
 
@@ -97,9 +97,9 @@ SPECIAL = (
 )
 
 
-def make_input(shape: tuple[int, ...]) -> Tensor:
+def make_input(shape: tuple[int, ...], salt: str = "") -> Tensor:
     """Images ``(B, C, H, W)`` of 16 x 16 tiles with noise, rounded to float32; other shapes plain noise. float64."""
-    stream = np.random.RandomState(zlib.crc32(f"input{'x'.join(map(str, shape))}".encode()))
+    stream = np.random.RandomState(zlib.crc32(f"{salt}input{'x'.join(map(str, shape))}".encode()))
     values = stream.standard_normal(shape)
     if len(shape) != 4:
         return torch.from_numpy(values).to(torch.get_default_device())

@@ -8,12 +8,14 @@ from torch import nn
 from .checkpoint import DownstreamCheckpoint, open_model, read_checkpoint, save_model
 from .detectors import mask_rcnn, retinanet, ssdlite
 from .necks import FeaturePyramid
+from .published import load_published
 
 __all__ = [
     "KINDS",
     "DownstreamCheckpoint",
     "FeaturePyramid",
     "create_model",
+    "load_published",
     "mask_rcnn",
     "open_model",
     "read_checkpoint",

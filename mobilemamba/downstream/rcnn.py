@@ -71,15 +71,19 @@ class ProposalAlign(MultiScaleRoIAlign):
         super().__init__([str(i) for i in range(len(strides))], output_size, sampling_ratio=0)
         self.strides = list(strides)
 
+    def levels(self, rois: Tensor) -> Tensor:
+        """The level of each box of ``rois`` ``(N, 5)``: image, x1, y1, x2, y2."""
+        sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
+        return (sides / (14 * self.strides[0]) + 1e-6).log2().floor().clamp(0, len(self.strides) - 1).long()
+
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Features ``(N, C, output_size, output_size)`` of the boxes of all images."""
-        levels = list(x.values())[: len(self.strides)]
+        maps = list(x.values())[: len(self.strides)]
         index = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
         rois = torch.cat((index, torch.cat(boxes)), dim=1)
-        sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
-        chosen = (sides / (14 * self.strides[0]) + 1e-6).log2().floor().clamp(0, len(levels) - 1)
-        result = levels[0].new_zeros([len(rois), levels[0].size(1), self.output_size[0], self.output_size[1]])
-        for i, level in enumerate(levels):
+        chosen = self.levels(rois)
+        result = maps[0].new_zeros([len(rois), maps[0].size(1), self.output_size[0], self.output_size[1]])
+        for i, level in enumerate(maps):
             rows = torch.where(chosen == i)[0]
             part = roi_align(level.to(rois.dtype), rois[rows], self.output_size, 1 / self.strides[i], 0, True)
             result = result.index_put((rows,), part.to(result.dtype))

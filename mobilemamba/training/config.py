@@ -12,7 +12,7 @@ from ..models.presets import PRESETS, check_preset
 from ..weights import entry
 from .finetuning import FREEZABLE
 
-__all__ = ["CHANGEABLE", "TASKS", "TrainConfig"]
+__all__ = ["CHANGEABLE", "MEASURES", "TASKS", "TrainConfig"]
 
 T = TypeVar("T")
 
@@ -26,6 +26,9 @@ SCHEDULES = ("cosine", "late-cosine")
 
 #: What can be trained, and the data of each task.
 TASKS = {"classify": "folder:DIR, fashion-mnist or digits", "detect": "coco:DIR", "segment": "masks:DIR"}
+
+#: The measure of a result that each task reports first, from 0 to 1.
+MEASURES = {"classify": "accuracy", "detect": "AP", "segment": "mIoU"}
 
 PREFIXES = {"detect": "coco:", "segment": "masks:"}
 DEFAULT_KINDS = {"detect": "retinanet", "segment": "semantic_fpn"}

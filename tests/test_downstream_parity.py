@@ -1,0 +1,335 @@
+"""Parity of the detectors with the published ones: necks, heads, anchors, assignments, losses, gradients, boxes."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from downstream_figures import FULL, Case, Fixed, error, scalar, stored
+from torch import Tensor, nn
+
+pytest.importorskip("torchvision", reason="detectors need torchvision")
+
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_iou, clip_boxes_to_image
+
+from mobilemamba import downstream
+from mobilemamba.downstream.boxes import BoxCoder
+from mobilemamba.downstream.published import convert, rename
+from mobilemamba.downstream.transform import paste_masks
+
+Figures = dict[str, Tensor]
+
+#: Batch, sizes of the backbone's maps, size of the images, size of the batch.
+SETS = {
+    "even": (1, ((20, 28), (10, 14), (5, 7)), (320, 448), (320, 448)),
+    "odd": (2, ((13, 19), (7, 10), (4, 5)), (200, 300), (208, 304)),
+}
+WIDTHS = (200, 376, 448)
+EVERYTHING = 10**9  # a sample so large that it has all boxes
+
+
+def make(case: Case, **options: object) -> nn.Module:
+    """The float64 model in evaluation with the published weights of neck and heads."""
+    kind = {"maskrcnn": "mask_rcnn"}.get(case.name, case.name)
+    small = {"widths": WIDTHS, "depths": (0, 0, 0)}  # of the backbone, which is not used
+    model = downstream.create_model(kind, "b1", 81, backbone_options=small, **options)
+    missing, unexpected = model.load_state_dict(convert(model, case.state_dict()), strict=False)
+    assert not unexpected
+    assert all(key.startswith("backbone.body.") for key in missing)
+    return model.double().eval()
+
+
+def feed(case: Case, model: nn.Module, which: str) -> None:
+    """Put the stored maps in place of the backbone, and let the images of the set pass unchanged in size."""
+    batch, sizes, image, canvas = SETS[which]
+    dtype = next(model.backbone.neck.parameters()).dtype
+    maps = [case.make_input(batch, width, *size).to(dtype) for width, size in zip(WIDTHS, sizes, strict=True)]
+    model.backbone.body = Fixed(*maps)
+    model.transform.min_size, model.transform.max_size = (image[0],), image[1]
+    model.transform.size_divisible = 32 if canvas == image else 16
+
+
+def images(model: nn.Module, which: str) -> ImageList:
+    batch, _, image, canvas = SETS[which]
+    dtype = next(model.backbone.neck.parameters()).dtype
+    return ImageList(torch.zeros(batch, 3, *canvas, dtype=dtype), [image] * batch)
+
+
+def targets(case: Case, which: str, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """The stored ground truths; labels from 1."""
+    found = []
+    while f"{which}/gt{len(found)}/boxes" in case.figures:
+        prefix = f"{which}/gt{len(found)}"
+        boxes, labels = case.rows(f"{prefix}/boxes").to(dtype), case.tensor(f"{prefix}/labels") + 1
+        found.append({"boxes": boxes, "labels": labels.long()})
+    return found
+
+
+def norms(case: Case, model: nn.Module, loss: Tensor, name: str) -> Figures:
+    """The norms of all gradients of ``loss``, by the published keys."""
+    parameters = dict(model.named_parameters())
+    keys = {key: parameters[rename(model, key)] for key in case.keys if rename(model, key) in parameters}
+    gradients = torch.autograd.grad(loss, list(keys.values()), retain_graph=True, allow_unused=True)
+    return {
+        f"{name}/{key}": gradient.norm() for key, gradient in zip(keys, gradients, strict=True) if gradient is not None
+    }
+
+
+def detections(found: dict[str, Tensor], name: str) -> Figures:
+    limit = 200  # as many as are stored
+    return {
+        f"{name}/bboxes": found["boxes"][:limit],
+        f"{name}/scores": found["scores"][:limit],
+        f"{name}/labels": found["labels"][:limit] - 1,
+        f"{name}/count": torch.tensor(len(found["boxes"])),
+    }
+
+
+def anchor_figures(generator: nn.Module, image_list: ImageList, maps: list[Tensor], which: str) -> Figures:
+    figures: Figures = {}
+    counts = [
+        n * x.shape[2] * x.shape[3] for n, x in zip(generator.num_anchors_per_location(), maps, strict=True)
+    ]
+    for i, level in enumerate(generator(image_list, maps)[0].split(counts)):
+        figures |= {f"base_anchors/{i}": generator.cell_anchors[i], f"{which}/anchors/{i}/first": level[:6]}
+        figures |= {f"{which}/anchors/{i}/last": level[-2:], f"{which}/anchors/{i}/sum": level.sum()}
+        figures |= {f"{which}/anchors/{i}/count": torch.tensor(len(level))}
+    return figures
+
+
+def coder_figures(case: Case, name: str, coder: BoxCoder, dtype: torch.dtype) -> Figures:
+    rois, deltas, truth = (case.rows(f"{name}/{key}").to(dtype) for key in ("rois", "deltas", "gts"))
+    decoded = coder.decode_single(deltas, rois)
+    return {
+        f"{name}/decoded_noclip": decoded,
+        f"{name}/decoded_clip_320x448": clip_boxes_to_image(decoded, (320, 448)),
+        f"{name}/encoded": coder.encode_single(truth, rois),
+    }
+
+
+def assignment_figures(matcher: nn.Module, anchors: list[Tensor], found: list[dict[str, Tensor]], name: str) -> Figures:
+    figures, count = {}, 0
+    for i, target in enumerate(found):
+        matched = matcher(box_iou(target["boxes"], anchors[i]))
+        positive = torch.where(matched >= 0)[0]
+        negative = int((matched == -1).sum())
+        figures |= {f"{name}/{i}/pos_anchor": positive, f"{name}/{i}/pos_gt": matched[positive]}
+        figures |= {f"{name}/{i}/num_neg": torch.tensor(negative), f"{name}/{i}/num_all": torch.tensor(len(matched))}
+        count += max(len(positive), 1) + (max(negative, 1) if "rpn" in name else 0)
+    return {**figures, f"{name}/avg_factor": torch.tensor(count)}
+
+
+def published_layout(flat: Tensor, maps: list[Tensor], background: bool = False) -> list[Tensor]:
+    """Maps ``(B, A * K, H, W)`` of each level from ``(B, sum of H * W * A, K)``, with the background last."""
+    batch, rows, _ = flat.shape
+    flat = flat.roll(-1, 2) if background else flat
+    per_pixel = rows // sum(x.shape[2] * x.shape[3] for x in maps)
+    levels = flat.split([per_pixel * x.shape[2] * x.shape[3] for x in maps], dim=1)
+    return [
+        level.reshape(batch, *x.shape[2:], -1).permute(0, 3, 1, 2) for level, x in zip(levels, maps, strict=True)
+    ]
+
+
+def arrays(levels: dict[str, list[Tensor]], which: str) -> Figures:
+    figures: Figures = {}
+    for name, maps in levels.items():
+        for i, x in enumerate(maps):
+            figures |= stored(x, f"{which}/{name}/{i}")
+    return figures
+
+
+def ellipses(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks ``(N, *size)`` of the pixels whose centres are inside the ellipse in each box."""
+    x, y = torch.arange(size[1]) + 0.5, torch.arange(size[0])[:, None] + 0.5
+    x1, y1, x2, y2 = boxes.double()[:, :, None, None].unbind(1)
+    inside = ((x - (x1 + x2) / 2) / ((x2 - x1) / 2)) ** 2 + ((y - (y1 + y2) / 2) / ((y2 - y1) / 2)) ** 2
+    return (inside <= 1).to(torch.uint8)
+
+
+def mask_rcnn_figures(case: Case, model: nn.Module) -> Figures:
+    dtype = next(model.parameters()).dtype
+    figures = coder_figures(case, "coder_rpn", model.rpn.box_coder, dtype)
+    figures |= coder_figures(case, "coder_rcnn", model.roi_heads.box_coder, dtype)
+    figures |= mask_rcnn_heads(case, model, dtype)
+    for which in SETS:
+        feed(case, model, which)
+        image_list = images(model, which)
+        maps = model.backbone(image_list.tensors)
+        levels = list(maps.values())
+        cls, reg = model.rpn.head(levels)
+        figures |= arrays({"neck": levels, "rpn_cls": cls, "rpn_reg": reg}, which)
+        figures |= anchor_figures(model.rpn.anchor_generator, image_list, levels, which)
+        figures |= norms(case, model, scalar(case, levels), f"{which}/grad_neck")
+        figures |= norms(case, model, scalar(case, [*cls, *reg]), f"{which}/grad_rpn")
+        figures |= mask_rcnn_rois(case, model, maps, which)
+        figures |= mask_rcnn_losses(case, model, maps, which)
+    return figures
+
+
+def mask_rcnn_heads(case: Case, model: nn.Module, dtype: torch.dtype) -> Figures:
+    """The heads alone: box head, mask head, pasted masks, and the second stage's test settings."""
+    heads = model.roi_heads
+    cls, reg = heads.box_predictor(heads.box_head(case.make_input(3, 256, 7, 7).to(dtype)))
+    cls = cls.roll(-1, 1)
+    figures = {"box_head/cls": cls, "box_head/reg": reg}
+    figures |= norms(case, model, scalar(case, [cls, reg]), "box_head/grad")
+    logits = heads.mask_predictor(heads.mask_head(case.make_input(3, 256, 14, 14).to(dtype)))
+    figures |= stored(logits, "mask_head/logits") | norms(case, model, scalar(case, [logits]), "mask_head/grad")
+    labels = case.tensor("mask_head/paste/labels").long()
+    chosen = logits.detach().float()[torch.arange(3), labels].sigmoid()[:, None]
+    pasted = paste_masks(chosen, case.rows("mask_head/paste/boxes").float(), (180, 200))[:, 0] >= 0.5
+    figures["mask_head/paste/packed"] = torch.from_numpy(np.packbits(pasted.numpy()))
+    rois = case.rows("rcnn_test/rois")[:, 1:].to(dtype)
+    scores = (4 * case.make_input(60, 81)).roll(1, 1).to(dtype)
+    found = heads.postprocess_detections(scores, case.make_input(60, 320).to(dtype), [rois], [(320, 448)])
+    for i, size in enumerate(((320, 448), (240, 336))):
+        result = [{name: x[0] for name, x in zip(("boxes", "scores", "labels"), found, strict=True)}]
+        (result,) = model.transform.postprocess(result, [(320, 448)], [size])
+        figures |= detections(result, f"rcnn_test/rescale{i}")
+    return figures
+
+
+def mask_rcnn_rois(case: Case, model: nn.Module, maps: dict[str, Tensor], which: str) -> Figures:
+    """Features of the stored boxes, proposals and detections."""
+    figures: Figures = {}
+    batch, image_list = SETS[which][0], images(model, which)
+    rois = case.rows(f"{which}/rois").to(maps["0"].dtype)
+    order = rois[:, 0].argsort(stable=True)
+    boxes = [rois[rois[:, 0] == i, 1:] for i in range(batch)]
+    figures[f"{which}/roi_levels"] = model.roi_heads.box_roi_pool.levels(rois)
+    for pool, name in ((model.roi_heads.box_roi_pool, "roi_feats7"), (model.roi_heads.mask_roi_pool, "roi_feats14")):
+        features = pool(maps, boxes, image_list.image_sizes)
+        figures |= stored(torch.empty_like(features).index_copy(0, order, features), f"{which}/{name}")
+    with torch.no_grad():
+        for name in ("test", "train"):
+            model.rpn.train(name == "train")
+            kept: list[tuple[list[Tensor], list[Tensor]]] = []
+            choose = model.rpn.filter_proposals
+            model.rpn.filter_proposals = lambda *args: kept.append(choose(*args)) or kept[-1]
+            model.rpn(image_list, maps, targets(case, which, rois.dtype))
+            del model.rpn.filter_proposals
+            for i in range(batch):
+                prefix, (proposals, scores) = f"{which}/proposals_{name}/{i}", kept[0]
+                figures |= {f"{prefix}/bboxes": proposals[i][:100], f"{prefix}/scores": scores[i][:100]}
+                figures[f"{prefix}/count"] = torch.tensor(len(proposals[i]))
+        model.rpn.eval()
+        for i, size in enumerate((SETS[which][2], (240, 336) if which == "even" else SETS[which][2])):
+            found = model([torch.zeros(3, *size, dtype=rois.dtype)] * batch)
+            for j, result in enumerate(found):
+                figures |= detections(result, f"{which}/final_boxes/{j}/rescale{i}")
+    return figures
+
+
+def mask_rcnn_losses(case: Case, model: nn.Module, maps: dict[str, Tensor], which: str) -> Figures:
+    """Losses with every anchor and every proposal in the sample, the second stage on the stored proposals."""
+    image_list, truth = images(model, which), targets(case, which, maps["0"].dtype)
+    for target in truth:
+        target["masks"] = ellipses(target["boxes"], SETS[which][3])
+    anchors = model.rpn.anchor_generator(image_list, list(maps.values()))
+    figures = assignment_figures(model.rpn.proposal_matcher, anchors, truth, f"{which}/assign_rpn")
+    proposals = [case.rows(f"{which}/loss_proposals/{i}").to(maps["0"].dtype) for i in range(len(truth))]
+    model.train()
+    for part in (model.rpn, model.roi_heads):
+        part.fg_bg_sampler.batch_size_per_image = EVERYTHING
+    losses = model.rpn(image_list, maps, truth)[1]
+    losses |= model.roi_heads(maps, proposals, image_list.image_sizes, truth)[1]
+    model.eval()
+    names = {
+        "loss_rpn_cls": "loss_objectness",
+        "loss_rpn_bbox": "loss_rpn_box_reg",
+        "loss_cls": "loss_classifier",
+        "loss_bbox": "loss_box_reg",
+        "loss_mask": "loss_mask",
+    }
+    figures |= {f"{which}/loss/{name}": losses[own] for name, own in names.items()}
+    total = torch.stack(list(losses.values())).sum()
+    return {**figures, f"{which}/loss/total": total, **norms(case, model, total, f"{which}/grad_loss")}
+
+
+def retinanet_figures(case: Case, model: nn.Module) -> Figures:
+    dtype = next(model.parameters()).dtype
+    figures = coder_figures(case, "coder", model.box_coder, dtype)
+    for which, (batch, _, image, _) in SETS.items():
+        feed(case, model, which)
+        image_list = images(model, which)
+        maps = list(model.backbone(image_list.tensors).values())
+        outputs = model.head(maps)
+        cls, reg = (published_layout(outputs[name], maps) for name in ("cls_logits", "bbox_regression"))
+        figures |= arrays({"neck": maps, "cls": cls, "reg": reg}, which)
+        figures |= anchor_figures(model.anchor_generator, image_list, maps, which)
+        neck, heads = scalar(case, maps), scalar(case, [*cls, *reg])
+        figures |= {f"{which}/scalar_neck": neck, f"{which}/scalar_heads": heads}
+        figures |= norms(case, model, neck, f"{which}/grad_neck") | norms(case, model, heads, f"{which}/grad_heads")
+        truth = targets(case, which, dtype)
+        anchors = model.anchor_generator(image_list, maps)
+        figures |= assignment_figures(model.proposal_matcher, anchors, truth, f"{which}/assign")
+        losses = model.train()([torch.zeros(3, *image, dtype=dtype)] * batch, truth)
+        model.eval()
+        total = losses["classification"] + losses["bbox_regression"]
+        figures |= {f"{which}/loss/loss_cls": losses["classification"], f"{which}/loss/total": total}
+        figures |= {f"{which}/loss/loss_bbox": losses["bbox_regression"]}
+        figures |= norms(case, model, total, f"{which}/grad_loss")
+        with torch.no_grad():
+            for i, size in enumerate((image, (240, 336) if which == "even" else image)):
+                for j, result in enumerate(model([torch.zeros(3, *size, dtype=dtype)] * batch)):
+                    figures |= detections(result, f"{which}/final_boxes/{j}/rescale{i}")
+    return figures
+
+
+def ssdlite_figures(case: Case, model: nn.Module) -> Figures:
+    """Evaluation at ``size`` of the model, and training if that is 320."""
+    dtype = next(model.parameters()).dtype
+    size = model.transform.fixed_size[0]
+    which, side = f"s{size}", size // 16
+    shapes = ((200, side, side), (376, side // 2, side // 2))
+    model.backbone.body = Fixed(*(case.make_input(1, *shape).to(dtype) for shape in shapes))
+    image_list = ImageList(torch.zeros(1, 3, size, size, dtype=dtype), [(size, size)])
+    maps = list(model.backbone(image_list.tensors).values())
+    outputs = model.head(maps)
+    levels = {
+        "cls": published_layout(outputs["cls_logits"], maps, background=True),
+        "reg": published_layout(outputs["bbox_regression"], maps),
+    }
+    figures = arrays({"neck": maps, **levels}, which)
+    figures |= anchor_figures(model.anchor_generator, image_list, maps, which)
+    figures |= coder_figures(case, "coder", model.box_coder, dtype)
+    with torch.no_grad():
+        for i, original in enumerate(((size, size), (240, 400) if size == 320 else (size, size))):
+            (result,) = model([torch.zeros(3, *original, dtype=dtype)])
+            figures |= detections(result, f"{which}/final_boxes/0/rescale{i}")
+    if size != 320:
+        return figures
+    truth, statistics = targets(case, which, dtype), copy.deepcopy(model.state_dict())
+    model.backbone.body = Fixed(*(case.make_input(2, *shape).to(dtype) for shape in shapes))
+    model.train()
+    maps = list(model.backbone(image_list.tensors).values())
+    outputs = model.head(maps)
+    for key in case.keys:
+        if key.endswith(("running_mean", "running_var")):
+            figures[f"{which}/train/running_norm/{key}"] = model.state_dict()[rename(model, key)].norm()
+    cls = published_layout(outputs["cls_logits"], maps, background=True)
+    reg = published_layout(outputs["bbox_regression"], maps)
+    figures |= arrays({"neck": maps, "cls": cls, "reg": reg}, f"{which}/train")
+    neck, heads = scalar(case, maps), scalar(case, [*cls, *reg])
+    figures |= {f"{which}/train/scalar_neck": neck, f"{which}/train/scalar_heads": heads}
+    figures |= norms(case, model, neck, f"{which}/train/grad_neck")
+    figures |= norms(case, model, heads, f"{which}/train/grad_heads")
+    anchors = model.anchor_generator(image_list, maps) * 2
+    figures |= assignment_figures(model.proposal_matcher, anchors, truth, f"{which}/assign")
+    losses = model([torch.zeros(3, size, size, dtype=dtype)] * 2, truth)
+    total = losses["classification"] + losses["bbox_regression"]
+    figures |= {f"{which}/train/loss/loss_cls": losses["classification"], f"{which}/train/loss/total": total}
+    figures |= {f"{which}/train/loss/loss_bbox": losses["bbox_regression"]}
+    figures |= norms(case, model, total, f"{which}/train/grad_loss")
+    model.load_state_dict(statistics, strict=False)
+    model.eval()
+    return figures
+
+
+MEASURES: dict[str, Callable[[Case, nn.Module], Figures]] = {
+    "maskrcnn": mask_rcnn_figures,
+    "retinanet": retinanet_figures,
+    "ssdlite": ssdlite_figures,
+}
