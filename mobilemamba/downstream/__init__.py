@@ -9,18 +9,24 @@ from .checkpoint import DownstreamCheckpoint, open_model, read_checkpoint, save_
 from .detectors import mask_rcnn, retinanet, ssdlite
 from .necks import FeaturePyramid
 from .published import load_published
+from .segmentation import Segmenter, deeplabv3, pspnet, segmentation_loss, semantic_fpn
 
 __all__ = [
     "KINDS",
     "DownstreamCheckpoint",
     "FeaturePyramid",
+    "Segmenter",
     "create_model",
+    "deeplabv3",
     "load_published",
     "mask_rcnn",
     "open_model",
+    "pspnet",
     "read_checkpoint",
     "retinanet",
     "save_model",
+    "segmentation_loss",
+    "semantic_fpn",
     "ssdlite",
 ]
 
@@ -29,6 +35,9 @@ KINDS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
     "mask_rcnn": ("detect", mask_rcnn),
     "retinanet": ("detect", retinanet),
     "ssdlite": ("detect", ssdlite),
+    "semantic_fpn": ("segment", semantic_fpn),
+    "deeplabv3": ("segment", deeplabv3),
+    "pspnet": ("segment", pspnet),
 }
 
 

@@ -152,6 +152,8 @@ class MultiKernelDepthwise(nn.Module):
     divided as evenly as possible, the first groups taking the remainder.
     """
 
+    widths: list[int]  # torch.jit.script cannot tell the type of an empty list
+
     def __init__(self, dim: int, kernels: tuple[int, ...]) -> None:
         super().__init__()
         kernels = tuple(checks.odd("local_kernels", kernel) for kernel in checks.sequence("local_kernels", kernels))
