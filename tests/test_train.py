@@ -317,7 +317,7 @@ def test_evaluation_uses_the_batch_size(small_digits, monkeypatch):
     monkeypatch.setattr(
         data.Preprocessing, "normalize", lambda self, pixels: (sizes.append(len(pixels)), normalize(self, pixels))[1]
     )
-    Run(replace(ONE_EPOCH, batch_size=40), small_digits, torch.device("cpu")).accuracy()
+    Run(replace(ONE_EPOCH, batch_size=40), small_digits, torch.device("cpu")).measures()
     assert sizes == [40, 40, 20]
 
 
