@@ -366,7 +366,7 @@ def swapped(labels: list[str]) -> list[str]:
         (lambda state: state.pop("config"), "got one without config"),
         (lambda state: state.update(meta=None, ema=None), "got one without meta, ema"),
         (lambda state: state["config"].update(momentum=0.9), r"momentum 0.9 \(now None\)"),
-        (lambda state: state["config"].pop("erase"), r"erase None \(now 0.0\)"),
+        (lambda state: state["config"].pop("erase"), r"erase 0.25 \(now 0.0\)"),
         (
             lambda state: state["meta"].update(labels=swapped(state["meta"]["labels"])),
             r"label 0 1 \(now 0\), label 1 0 \(now 1\); ",

@@ -163,6 +163,7 @@ class TrainConfig:
             if choices and value not in choices:
                 raise ValueError(f"{option.name} must be {' or '.join(choices)}, got {value}")
         self.check_task()
+        self.arguments  # noqa: B018  (refuses text that is no JSON)
         self.check_used()
         if self.drop_path is None:
             object.__setattr__(self, "drop_path", PRESETS[self.model].get("drop_path_rate", 0.0))
