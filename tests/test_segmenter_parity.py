@@ -1,6 +1,10 @@
 """Parity of the segmenters' necks and heads with the published ones: maps, logits, losses, gradients and statistics.
 
-The figures are explained in ``segmenter_figures.py``.
+Figures, for two sets of feature maps, ``even`` and ``odd``:
+
+- ``SET/{neck/i,logits,aux_logits,resized_logits,pred/i}``: in evaluation; ``resized_logits`` have the images' size,
+  ``pred`` are the classes at the original images' size.
+- ``odd/{train,eval}/...``: losses, norms of gradients by published key, norms of updated statistics.
 """
 
 import copy
@@ -10,13 +14,21 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from figures import make_input
-from segmenter_figures import FULL, NAMES, ZERO, Case, Fixed, choice, labels, small_case
+from downstream_figures import LARGE, ZERO, Case, Fixed, choice, scalar
 from torch import Tensor, nn
 
 from mobilemamba import downstream
 from mobilemamba.downstream import Segmenter
+from mobilemamba.downstream.published import convert, rename
 
+NAMES = {"semfpn": "semantic_fpn", "deeplabv3": "deeplabv3", "pspnet": "pspnet"}
+
+#: For each set: batch, sizes of the maps, size of the images, size of the original images.
+SETS = {
+    "even": (1, ((20, 28), (10, 14), (5, 7)), (320, 448), (243, 341)),
+    "odd": (2, ((13, 19), (7, 10), (4, 5)), (200, 300), (200, 300)),
+}
+WIDTHS = (200, 376, 448)
 EXACT = 1e-9  # relative error in float64
 ILL = 1e-6  # of batch statistics over two values, in the global mean's norm
 SINGLE = 1e-4  # error in float32
@@ -29,39 +41,35 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def original(case: Case) -> Segmenter:
-    """The model in float64 with the published values; tests replace the backbone by maps."""
-    options = {"depths": (0, 0, 0)}
-    model: Segmenter = downstream.create_model(NAMES[case.name], "b4", backbone_options=options, dropout=0.0)
-    own = {key for key in model.state_dict() if not re.match(r"backbone\.(body\.)*(patch_embed|stages)", key)}
-    state = case.state_dict()
-    assert state.keys() == own
-    model.load_state_dict(state, strict=False)
-    if hasattr(model.backbone, "neck"):
+    """The model in float64 with the published values; :func:`on_maps` puts maps in the place of its backbone."""
+    small = {"depths": (0, 0, 0)}
+    model: Segmenter = downstream.create_model(NAMES[case.name], "b4", backbone_options=small, dropout=0.0)
+    missing, unexpected = model.load_state_dict(convert(model, case.state_dict()), strict=False)
+    assert not unexpected
+    assert all(re.match(r"backbone\.(body\.)+(patch_embed|stages)\.", key) for key in missing)
+    if case.name == "semfpn":
         model.backbone.body = nn.Identity()
     else:
         model.backbone = nn.Identity()
     return model.double()
 
 
-def on_maps(original: Segmenter, maps: dict[str, Tensor], dtype: torch.dtype) -> Segmenter:
+def on_maps(case: Case, original: Segmenter, which: str, dtype: torch.dtype) -> Segmenter:
     model = copy.deepcopy(original).to(dtype)
-    fixed = Fixed({name: x.to(dtype) for name, x in maps.items()})
-    if hasattr(model.backbone, "neck"):
-        model.backbone.body = fixed
+    batch, sizes, *_ = SETS[which]
+    maps = [case.make_input(batch, width, *size).to(dtype) for width, size in zip(WIDTHS, sizes, strict=True)]
+    if case.name == "semfpn":
+        model.backbone.body = Fixed(*maps)
     else:
-        model.backbone = fixed
+        model.backbone = Fixed(*maps)
     return model
 
 
-@pytest.mark.skipif(not FULL.is_dir(), reason=f"no full figures in {FULL}; see MOBILEMAMBA_DOWNSTREAM_PARITY")
-def test_leading_figures_are_those_of_the_full_ones(case: Case) -> None:
-    small = small_case(case.name)
-    if case.salt:
-        pytest.skip("the leading figures are for no salt")
-    assert small.keys == case.keys
-    assert small.figures.keys() == case.figures.keys()
-    for name, value in small.figures.items():
-        np.testing.assert_allclose(value, case.figures[name].reshape(-1)[: value.size].reshape(value.shape), 1e-11)
+def labels() -> Tensor:
+    """``(2, 200, 300)``: cells of 20 x 20 pixels, and a rectangle without a class."""
+    truth = np.random.RandomState(7).randint(0, 150, (2, 10, 15)).repeat(20, 1).repeat(20, 2)
+    truth[:, 40:60, 30:90] = 255
+    return torch.from_numpy(truth)
 
 
 def error(actual: Tensor, expected: np.ndarray, dtype: torch.dtype) -> float:
@@ -81,6 +89,8 @@ def check(case: Case, name: str, actual: Tensor, limit: float) -> Iterator[str]:
         assert error(actual, case.figures[name], dtype) < limit, name
         return
     for part in ("shape", "sum", "abssum", "sub"):
+        if part == "sub" and not case.is_whole and actual.numel() > LARGE:
+            continue
         yield f"{name}/{part}"
         expected = case.figures[f"{name}/{part}"]
         if part == "shape":
@@ -99,11 +109,11 @@ def check(case: Case, name: str, actual: Tensor, limit: float) -> Iterator[str]:
 @torch.no_grad()
 def test_evaluation(case: Case, original: Segmenter, which: str, dtype: torch.dtype, fused: bool) -> None:
     """Neck, logits at the resolution of the heads, of the images, and the classes of the original images' pixels."""
-    model = on_maps(original, case.maps(which), dtype).eval()
+    model = on_maps(case, original, which, dtype).eval()
     model = model.fuse() if fused else model
     limit = EXACT if dtype == torch.float64 else SINGLE
     maps = model.backbone(torch.empty(0))
-    images = torch.empty(len(maps["0"]), 3, *case.image_size(which), dtype=dtype)
+    images = torch.empty(len(maps["0"]), 3, *SETS[which][2], dtype=dtype)
     found = {"logits": model.classifier(maps)}
     if fused == (dtype == torch.float32):  # large arrays, which follow from the logits
         found["resized_logits"] = model(images)["out"]
@@ -115,7 +125,7 @@ def test_evaluation(case: Case, original: Segmenter, which: str, dtype: torch.dt
     for name, x in found.items():
         compared.update(check(case, f"{which}/{name}", x, limit))
     if dtype == torch.float64 and not fused:  # the smallest difference of two classes' logits is under 1e-5
-        for i, classes in enumerate(model.predict(images, case.original_size(which)).split(1)):
+        for i, classes in enumerate(model.predict(images, SETS[which][3]).split(1)):
             compared.update(check(case, f"{which}/pred/{i}", classes, 1e-12))
     left = {name for name in case.figures if re.match(rf"{which}/(?!train|eval|pred_min_margin)", name)} - compared
     if dtype == torch.float64 and not fused:
@@ -129,14 +139,16 @@ def test_losses_and_gradients(case: Case, original: Segmenter, mode: str, dtype:
     if ill and dtype == torch.float32:
         pytest.skip("two values in a norm: ill-conditioned in float32")
     limit = (ILL if ill else EXACT) if dtype == torch.float64 else SINGLE
-    model = on_maps(original, case.maps("odd"), dtype).train(mode == "train")
+    model = on_maps(case, original, "odd", dtype).train(mode == "train")
     truth = labels()
-    images = torch.empty(2, 3, *case.image_size("odd"), dtype=dtype)
-    parameters = {published: model.get_parameter(name) for published, name in case.parameters().items()}
+    images = torch.empty(2, 3, *SETS["odd"][2], dtype=dtype)
+    own = dict(model.named_parameters())
+    parameters = {key: own[rename(model, key)] for key in case.keys if rename(model, key) in own}
     prefix = f"odd/{mode}"
     compared: set[str] = set()
     if mode == "train":
-        assert np.array_equal(np.bincount(truth.flatten(), minlength=256), case.figures[f"{prefix}/label_hist"])
+        counts = case.figures[f"{prefix}/label_hist"]
+        assert np.array_equal(np.bincount(truth.flatten(), minlength=256)[: len(counts)], counts)
         compared.add(f"{prefix}/label_hist")
 
     maps = model.backbone(torch.empty(0))
@@ -146,12 +158,13 @@ def test_losses_and_gradients(case: Case, original: Segmenter, mode: str, dtype:
     if mode == "train":
         for name, x in logits.items():
             compared.update(check(case, f"{prefix}/{name}", x, limit))
-        for name, published in case.statistics().items():
-            compared.update(check(case, f"{prefix}/running_norm/{published}", model.get_buffer(name).norm(), limit))
-    scalar = sum((x * make_input(tuple(x.shape), case.salt).to(dtype)).mean() for x in logits.values())
-    assert isinstance(scalar, Tensor)
-    absolute = sum(float((x.detach() * make_input(tuple(x.shape), case.salt)).abs().mean()) for x in logits.values())
-    assert abs(float(scalar.detach()) - case.figures[f"{prefix}/scalar"]) < limit * absolute
+        for key in (key for key in case.keys if "running_" in key):
+            norm = model.get_buffer(rename(model, key)).double().norm()
+            assert float(norm) == pytest.approx(float(case.figures[f"{prefix}/running_norm/{key}"]), rel=limit), key
+            compared.add(f"{prefix}/running_norm/{key}")
+    value = scalar(case, list(logits.values()))
+    size = sum(float((x.detach() * case.make_input(*x.shape)).abs().mean()) for x in logits.values())
+    assert abs(float(value.detach()) - case.figures[f"{prefix}/scalar"]) < limit * size
     compared.add(f"{prefix}/scalar")
 
     outputs = model(images)
@@ -161,8 +174,8 @@ def test_losses_and_gradients(case: Case, original: Segmenter, mode: str, dtype:
     assert float(loss.detach()) == pytest.approx(sum(float(case.figures[part]) for part in parts), rel=limit)
     compared.update(parts)
 
-    for kind, value in (("grad", scalar), ("grad_loss", loss)):
-        gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True)
+    for kind, target in (("grad", value), ("grad_loss", loss)):
+        gradients = torch.autograd.grad(target, list(parameters.values()), retain_graph=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             expected = float(case.figures[f"{prefix}/{kind}/{name}"])
             assert float(gradient.double().norm()) == pytest.approx(expected, rel=limit, abs=ZERO), name

@@ -1,4 +1,4 @@
-"""Published detectors: their state dicts by this package's names, every key accounted for."""
+"""Published detectors and segmenters: their state dicts by this package's names, every key accounted for."""
 
 import os
 import re
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..models import FeatureExtractor
 from ..weights import published
 from ..weights.checkpoint import shorten
 from ..weights.formats import load_torch
@@ -56,6 +57,19 @@ RULES: dict[str, Rules] = {
         (r"\.conv\.", ".0."),
         (r"\.bn\.", ".1."),
     ),
+    "Segmenter": (
+        *PYRAMID,
+        (r"^auxiliary_head\.(?:convs\.0\.)?", "aux_classifier."),
+        (r"^decode_head\.", "classifier."),
+        (r"\.conv_seg\.", ".classify.1."),
+        (r"^aux_classifier\.(conv|bn)\.", r"aux_classifier.conv.\1."),
+        (r"\.image_pool\.1\.", ".pooled."),
+        (r"\.aspp_modules\.", ".branches."),
+        (r"\.psp_modules\.(\d+)\.1\.", r".grids.\1."),
+        (r"\.scale_heads\.", ".levels."),
+        (r"^((?:aux_)?classifier\..*)\.conv\.weight$", r"\1.0.weight"),
+        (r"^((?:aux_)?classifier\..*)\.bn\.", r"\1.1."),
+    ),
 }
 
 #: Parameters whose rows are classes with the background, which the published models count last and torchvision first.
@@ -63,13 +77,13 @@ CLASSES = r"(box_predictor\.cls_score|classification_head\.module_list\.\d+\.1)\
 
 
 def load_published(model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any]) -> None:
-    """Copy a published detector's weights into ``model``, or raise and copy nothing.
+    """Copy a published detector's or segmenter's weights into ``model``, or raise and copy nothing.
 
     Args:
-        model: a model of :func:`mask_rcnn`, :func:`retinanet` or :func:`ssdlite`, not fused, with as many classes as
-            the file: the published ones have ``num_classes=81``.
-        source: file of mmdetection, or its state dict. Keys ``backbone.*`` are those of the published classifiers.
-            Stages that the model leaves out, and the classifier's head, are not read.
+        model: a model of :func:`create_model`, not fused, with as many classes as the file: the published detectors
+            have ``num_classes=81``, the published segmenters 150.
+        source: file of mmdetection or mmsegmentation, or its state dict. Keys ``backbone.*`` are those of the published
+            classifiers. Stages that the model leaves out, and the classifier's head, are not read.
 
     Raises:
         FileNotFoundError: no such file.
@@ -123,10 +137,11 @@ def convert(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Ten
         ValueError: as :func:`mobilemamba.weights.published.convert`, or two keys name the same parameter.
     """
     prefix = "backbone."
-    stages = len(model.backbone.body.body.stages)
+    extractor, features = next((name, m) for name, m in model.named_modules() if isinstance(m, FeatureExtractor))
+    stages = len(features.body.stages)
     backbone = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     converted = {
-        f"backbone.body.body.{key}": value
+        f"{extractor}.body.{key}": value
         for key, value in published.convert(backbone).items()
         if not key.startswith("head.") and not (match := re.match(r"stages\.(\d+)\.", key)) or int(match[1]) < stages
     }
