@@ -21,10 +21,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.elastic.multiprocessing.api
+from PIL import Image
 from test_rooms import ROOMS
 
 import mobilemamba
-from mobilemamba import cli, weights, zoo
+from mobilemamba import cli, downstream, weights, zoo
+from mobilemamba.data import shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,6 +89,8 @@ def test_python_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(zoo.weights, "load_pretrained", load_what_is_here)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    if document.name == "downstream.md":
+        make_detector(tmp_path)
     names: dict[str, object] = {}
     for block in blocks(document, "python"):
         exec(compile(block, str(document), "exec"), names)
@@ -102,6 +106,16 @@ def test_python_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     if document.name == "deployment.md":
         assert tuple(names["logits"].shape) == (3, 10)
         assert names["difference"] < 0.1
+
+
+def make_detector(folder: Path) -> None:
+    """The files of the example: a detector that learned nothing, and a photograph."""
+    options = {"backbone_options": {"in_chans": 3, "patch_strides": (2, 2, 2)}, "min_size": 48, "pyramid_channels": 8}
+    model = downstream.create_model("retinanet", "nano", 3, **options)
+    stored = downstream.DownstreamCheckpoint(model.state_dict(), "retinanet", "nano", 3, options, ["cat", "dog"])
+    (folder / "runs/mine").mkdir(parents=True)
+    downstream.save_model(folder / "runs/mine/model.pt", stored)
+    Image.new("RGB", (64, 48)).save(folder / "photo.jpg")
 
 
 def test_cpp_is_the_example() -> None:
@@ -198,6 +212,9 @@ def check_python(command: Command, request: pytest.FixtureRequest) -> None:
     """Parses the arguments of the script as the script does."""
     script, *arguments = command.words[1:]
     if script == "-m":
+        if arguments[0] == "mobilemamba.data.shapes":
+            shapes.make_parser().parse_args(arguments[1:] or ["DIR"])
+            return
         assert arguments in (["build"], ["pytest"])
         return
     path = ROOT / script

@@ -317,7 +317,7 @@ def test_evaluation_uses_the_batch_size(small_digits, monkeypatch):
     monkeypatch.setattr(
         data.Preprocessing, "normalize", lambda self, pixels: (sizes.append(len(pixels)), normalize(self, pixels))[1]
     )
-    Run(replace(ONE_EPOCH, batch_size=40), small_digits, torch.device("cpu")).accuracy()
+    Run(replace(ONE_EPOCH, batch_size=40), small_digits, torch.device("cpu")).measures()
     assert sizes == [40, 40, 20]
 
 
@@ -366,7 +366,7 @@ def swapped(labels: list[str]) -> list[str]:
         (lambda state: state.pop("config"), "got one without config"),
         (lambda state: state.update(meta=None, ema=None), "got one without meta, ema"),
         (lambda state: state["config"].update(momentum=0.9), r"momentum 0.9 \(now None\)"),
-        (lambda state: state["config"].pop("erase"), r"erase None \(now 0.0\)"),
+        (lambda state: state["config"].pop("erase"), r"erase 0.25 \(now 0.0\)"),
         (
             lambda state: state["meta"].update(labels=swapped(state["meta"]["labels"])),
             r"label 0 1 \(now 0\), label 1 0 \(now 1\); ",

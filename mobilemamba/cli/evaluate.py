@@ -1,4 +1,4 @@
-"""``mobilemamba evaluate``: prints the accuracy of a model on one part of a data set, and its speed."""
+"""``mobilemamba evaluate``: prints the accuracy, AP or mIoU of a model on one part of a data set, and its speed."""
 
 import argparse
 import csv
@@ -7,21 +7,35 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import weights
+from .. import downstream, weights
 from ..data import default_workers, load_split
+from ..data.coco import CocoImages, load_coco_split
 from ..data.datasets import ON_BAD_IMAGE
+from ..data.folder import listing
 from ..data.loading import MAX_WORKERS
-from ..training import Result, evaluate
+from ..data.mask_folder import MaskFolder, load_masks_split
+from ..training import (
+    DetectionResult,
+    Result,
+    SegmentationResult,
+    evaluate,
+    evaluate_detector,
+    evaluate_segmenter,
+)
 from ..training.log import clock
 from ..weights.files import atomic_write
 from .options import Parser, add_device_option, add_model_options, checked_device, open_model, positive
 
-HELP = "Print the accuracy of a model on a data set: top-1 and top-5, beside the published figures."
+HELP = (
+    "Print the accuracy of a classifier on a data set, beside the published figures; the COCO AP of a detector; or the "
+    "mIoU of a segmenter."
+)
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -29,7 +43,8 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 def add_options(parser: Parser) -> None:
     text = (
         "folder:DIR (images in DIR/SPLIT/CLASS/ or DIR/CLASS/), tar:FILE (a tar file of such folders), "
-        "fashion-mnist[:DIR] or digits. CLASS is a name of the model's, or ImageNet's WordNet id"
+        "fashion-mnist[:DIR] or digits. CLASS is a name of the model's, or ImageNet's WordNet id. For a detector "
+        "coco:DIR (DIR/SPLIT.json in COCO's format, and images), for a segmenter masks:DIR (images/ and masks/)"
     )
     parser.add_argument("--data", required=True, metavar="SPEC", help=text)
     parser.add_argument("--split", default="val", metavar="NAME", help="part of the data (default: val)")
@@ -37,6 +52,8 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--ground-truth", type=Path, metavar="FILE", help=text)
     text = "a file that is not a complete image: stop, or name it and go on without it (default: fail)"
     parser.add_argument("--on-bad-image", choices=ON_BAD_IMAGE, default="fail", help=text)
+    text = "masks:DIR has 0 for ignored pixels, and v for class v - 1 (ADE20K)"
+    parser.add_argument("--reduce-zero-label", action="store_true", help=text)
     add_model_options(parser)
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per pass (default: 64)")
     text = f"processes that decode images (default: one for each CPU, at most {MAX_WORKERS})"
@@ -56,6 +73,10 @@ def run(args: argparse.Namespace) -> None:
     for target in (args.json, args.csv, args.confusion):
         if target is not None:
             check_target(target)  # now, not after the evaluation
+    if args.data.startswith(("coco:", "masks:")):
+        return run_downstream(args, device)
+    if args.reduce_zero_label:
+        raise ValueError(f"--reduce-zero-label is for masks:DIR, got --data {args.data}")
     model, labels, preprocessing = open_model(args)
     if model.num_classes == 0:
         raise ValueError(f"{args.checkpoint}: expected a model with classes, got one without a head (num_classes=0)")
@@ -70,10 +91,6 @@ def run(args: argparse.Namespace) -> None:
     print(found, flush=True)
     workers = default_workers(split) if args.workers is None else args.workers
 
-    def describe(done: int, total: int, seconds: float) -> str:
-        rate = done * args.batch_size / seconds
-        return f"batch {done}/{total}  {rate:.0f} images/s  {clock(seconds / done * (total - done))} left"
-
     result = evaluate(
         model.to(device, getattr(torch, args.precision)),
         split,
@@ -81,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         args.batch_size,
         workers=workers,
         confusion=args.confusion is not None,
-        progress=describe,
+        progress=partial(describe, args.batch_size),
     )
     published = None if args.checkpoint else weights.entry(args.model or "nano", args.distilled)
     how = f"{device}, {args.precision}, batches of {args.batch_size}"
@@ -118,6 +135,81 @@ def run(args: argparse.Namespace) -> None:
         names = [str(row["label"]) for row in rows]
         lines = [[name, *counts] for name, counts in zip(names, result.confusion.tolist(), strict=True)]
         write(args.confusion, as_csv([["", *names], *lines]))
+
+
+#: Options that say nothing about a detector or segmenter.
+OF_CLASSIFIERS = (
+    *("model", "distilled", "labels", "mean", "std", "resize", "crop", "interpolation", "ground_truth", "confusion"),
+)
+
+
+def run_downstream(args: argparse.Namespace, device: str) -> None:
+    """Evaluate a detector on ``coco:DIR``, or a segmenter on ``masks:DIR``."""
+    if args.checkpoint is None:
+        raise ValueError(f"expected --checkpoint, a detector or segmenter to evaluate on {args.data}")
+    if given := [name for name in OF_CLASSIFIERS if getattr(args, name)]:
+        raise ValueError(f"--{given[0].replace('_', '-')} is for classifiers; it would have no effect")
+    model, stored = downstream.open_model(args.checkpoint)
+    kind, _, where = args.data.partition(":")
+    if (stored.task == "detect") != (kind == "coco"):
+        raise ValueError(f"{args.checkpoint}: expected a model for {args.data}, got the {stored.task}er {stored.kind}")
+    root, skip = Path(where).expanduser(), args.on_bad_image == "skip"
+    split: CocoImages | MaskFolder
+    if kind == "coco":
+        if args.reduce_zero_label:
+            raise ValueError(f"--reduce-zero-label is for masks:DIR, got --data {args.data}")
+        split = load_coco_split(root, args.split, masks=stored.kind == "mask_rcnn", skip=skip)
+    else:
+        split = load_masks_split(root, args.split, args.reduce_zero_label, skip)
+    if stored.labels is not None and list(split.labels) != stored.labels:
+        raise ValueError(
+            f"{root}: expected the classes of {args.checkpoint}, {listing(stored.labels)}; got "
+            f"{listing(list(split.labels))}"
+        )
+    print(f"{args.data} ({args.split}): {len(split)} images, {len(split.labels)} classes", flush=True)
+    options: dict[str, Any] = {
+        "workers": default_workers(split) if args.workers is None else args.workers,
+        "precision": args.precision,
+        "progress": partial(describe, args.batch_size),
+    }
+    model = model.to(device)
+    result: DetectionResult | SegmentationResult
+    if isinstance(split, CocoImages):
+        result = evaluate_detector(model, split, args.batch_size, **options)
+    else:
+        result = evaluate_segmenter(model, split, stored.preparation, args.batch_size, **options)
+    for name, value in result.measures.items():
+        print(f"{name.replace('_', ' '):14} {percent(value)}")
+    print(f"{'images/s':14} {result.images_per_s:.1f}  ({device}, {args.precision}, batches of {args.batch_size})")
+    if result.bad:
+        print(f"{result.bad} bad images were skipped; each is named above", file=sys.stderr)
+    if args.json:
+        facts = {
+            "weights": str(args.checkpoint),
+            "kind": stored.kind,
+            "backbone": stored.backbone,
+            "data": args.data,
+            "split": args.split,
+            "images": result.count,
+            "bad_images": result.bad,
+            **result.measures,
+            "images_per_s": round(result.images_per_s, 1),
+            "seconds": round(result.seconds, 3),
+            "device": device,
+            "precision": args.precision,
+            "batch_size": args.batch_size,
+            "workers": options["workers"],
+            "classes": result.classes,
+        }
+        write(args.json, json.dumps(facts, indent=2) + "\n")
+    if args.csv:
+        write(args.csv, as_csv([list(result.classes[0]), *(list(row.values()) for row in result.classes)]))
+
+
+def describe(batch_size: int, done: int, total: int, seconds: float) -> str:
+    """The progress line of the terminal, after ``done`` batches."""
+    rate = done * batch_size / seconds
+    return f"batch {done}/{total}  {rate:.0f} images/s  {clock(seconds / done * (total - done))} left"
 
 
 def table(result: Result, classes: int, how: str, published: weights.WeightsEntry | None) -> str:

@@ -1,4 +1,4 @@
-"""``mobilemamba plot``: draws the loss and the accuracy of training runs."""
+"""``mobilemamba plot``: draws the loss and the accuracy, AP or mIoU of training runs."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from ..training.curves import draw, read_curves
 from .options import Parser
 
-HELP = "Draw the loss and the accuracy of training runs, finished or in progress."
+HELP = "Draw the loss and the accuracy, AP or mIoU of training runs, finished or in progress."
 
 
 def add_options(parser: Parser) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..data.loading import MAX_WORKERS
 from ..training import EXIT_CODE, RECIPES, Interrupted, TrainConfig, recipe, stored_config, stored_how, train
+from ..training.config import MEASURES
 from ..training.recipes import DEFAULT_RECIPES
-from ..training.tasks import MEASURES
 from .options import Parser, add_device_option, checked_device, one_line, per_channel, positive, whole
 
 LOST = re.compile("connection|peer|gloo|nccl|timed out", re.IGNORECASE)

@@ -90,6 +90,8 @@ def check_files(root: str, names: list[str], read: Callable[[str], object]) -> N
             try:
                 if not has_its_end(path):
                     read(path)
+            except FileNotFoundError:
+                found.append((path, f"{path}: no such image file"))
             except (OSError, ValueError) as error:
                 found.append((path, str(error)))
         return found

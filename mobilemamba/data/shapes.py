@@ -168,13 +168,18 @@ def write(folder: Path, images: int = 2000, val_images: int = 500, size: int = 1
     (folder / "classes.txt").write_text("".join(f"{label}\n" for label in names))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mobilemamba.data.shapes", description=write.__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mobilemamba.data.shapes", description="Draw a data set of shapes.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write; empty or missing")
     parser.add_argument("--images", type=int, default=2000, metavar="N", help="for training (default: 2000)")
     parser.add_argument("--val-images", type=int, default=500, metavar="N", help="for validation (default: 500)")
     parser.add_argument("--size", type=int, default=128, metavar="N", help="height and width (default: 128)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings (default: 0)")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     args = vars(parser.parse_args())
     try:
         write(**args)

@@ -40,6 +40,7 @@ class BoxCoder(nn.Module, _utils.BoxCoder):
         """Deltas ``(N, 4)`` from ``proposals`` to ``reference_boxes``, both ``(N, 4)``; in the dtype of the latter."""
         return self._encode(reference_boxes, proposals).to(reference_boxes.dtype)
 
+    @torch.jit.export
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Boxes ``(N, 4 * K)`` from deltas of that shape and the boxes ``(N, 4)`` that they start from.
 

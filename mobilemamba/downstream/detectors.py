@@ -31,7 +31,7 @@ def mask_rcnn(
     max_size: int = 1333,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
-    neck_channels: int = 256,
+    pyramid_channels: int = 256,
     **options: Any,
 ) -> "MaskRCNN":
     """Mask R-CNN with the published pyramid (strides 4 to 64), heads, losses and test settings.
@@ -55,7 +55,7 @@ def mask_rcnn(
         min_size, max_size: limits of the shorter and the longer side in pixels; images are resized to meet one of them.
             In training ``min_size`` is drawn from a sequence.
         image_mean, image_std: normalisation, a value for each channel. Images of 3 channels have ImageNet's by default.
-        neck_channels: channels of the pyramid and of the convolutions of the heads; published: 256.
+        pyramid_channels: channels of the pyramid and of the convolutions of the heads; published: 256.
         options: torchvision's, with the published defaults: ``rpn_pre_nms_top_n_train`` (2000),
             ``rpn_pre_nms_top_n_test`` (1000), ``rpn_post_nms_top_n_train`` (1000), ``rpn_post_nms_top_n_test`` (1000),
             ``rpn_nms_thresh`` (0.7), ``rpn_fg_iou_thresh`` (0.7), ``rpn_bg_iou_thresh`` (0.3),
@@ -82,7 +82,7 @@ def mask_rcnn(
 
     body = _body(backbone, pretrained_backbone, backbone_options, 3, norm_eval=bool(pretrained_backbone))
     transform = _transform(body, num_classes, min_size, max_size, image_mean, image_std, masks=True)
-    return MaskRCNN(_pyramid(body, 4, False, neck_channels), num_classes, transform, **options)
+    return MaskRCNN(_pyramid(body, 4, False, pyramid_channels), num_classes, transform, **options)
 
 
 def retinanet(
@@ -95,7 +95,7 @@ def retinanet(
     max_size: int = 1333,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
-    neck_channels: int = 256,
+    pyramid_channels: int = 256,
     **options: Any,
 ) -> "RetinaNet":
     """RetinaNet with the published pyramid (strides 8 to 128), heads, losses and test settings.
@@ -105,7 +105,7 @@ def retinanet(
 
     Args:
         backbone, num_classes, pretrained_backbone, backbone_options, min_size, max_size, image_mean, image_std,
-        neck_channels: as for :func:`mask_rcnn`.
+        pyramid_channels: as for :func:`mask_rcnn`.
         options: torchvision's, with the published defaults: ``score_thresh`` (0.05), ``nms_thresh`` (0.5),
             ``detections_per_img`` (100), ``fg_iou_thresh`` (0.5), ``bg_iou_thresh`` (0.4), ``topk_candidates`` (1000).
 
@@ -123,7 +123,7 @@ def retinanet(
 
     body = _body(backbone, pretrained_backbone, backbone_options, 3, norm_eval=bool(pretrained_backbone))
     transform = _transform(body, num_classes, min_size, max_size, image_mean, image_std)
-    return RetinaNet(_pyramid(body, 8, True, neck_channels), num_classes, transform, **options)
+    return RetinaNet(_pyramid(body, 8, True, pyramid_channels), num_classes, transform, **options)
 
 
 def ssdlite(

@@ -12,7 +12,7 @@ from ..models.presets import PRESETS, check_preset
 from ..weights import entry
 from .finetuning import FREEZABLE
 
-__all__ = ["CHANGEABLE", "TASKS", "TrainConfig"]
+__all__ = ["CHANGEABLE", "MEASURES", "TASKS", "TrainConfig"]
 
 T = TypeVar("T")
 
@@ -26,6 +26,9 @@ SCHEDULES = ("cosine", "late-cosine")
 
 #: What can be trained, and the data of each task.
 TASKS = {"classify": "folder:DIR, fashion-mnist or digits", "detect": "coco:DIR", "segment": "masks:DIR"}
+
+#: The measure of a result that each task reports first, from 0 to 1.
+MEASURES = {"classify": "accuracy", "detect": "AP", "segment": "mIoU"}
 
 PREFIXES = {"detect": "coco:", "segment": "masks:"}
 DEFAULT_KINDS = {"detect": "retinanet", "segment": "semantic_fpn"}
@@ -160,6 +163,7 @@ class TrainConfig:
             if choices and value not in choices:
                 raise ValueError(f"{option.name} must be {' or '.join(choices)}, got {value}")
         self.check_task()
+        self.arguments  # noqa: B018  (refuses text that is no JSON)
         self.check_used()
         if self.drop_path is None:
             object.__setattr__(self, "drop_path", PRESETS[self.model].get("drop_path_rate", 0.0))

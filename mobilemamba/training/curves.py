@@ -1,4 +1,4 @@
-"""Curves of runs: reads their logs, and draws loss and accuracy over the epochs."""
+"""Curves of runs: reads their logs, and draws loss and accuracy, AP or mIoU over the epochs."""
 
 import io
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..weights.files import atomic_write
+from .config import MEASURES
 
 __all__ = ["SUFFIXES", "Curves", "draw", "read_curves"]
 
@@ -26,14 +27,16 @@ class Curves:
     Args:
         path: the log.
         loss: mean training loss, by epoch (from 1).
-        accuracy: test accuracy of the averaged weights, from 0 to 1, by epoch.
-        result: test accuracy of the stored model; None while the run goes on.
+        accuracy: accuracy, AP or mIoU of the averaged weights on the test images, from 0 to 1, by epoch.
+        measure: which of the three.
+        result: the same of the stored model; None while the run goes on.
         epochs: epochs that the run will have; None if the log does not say.
     """
 
     path: Path
     loss: dict[int, float] = field(default_factory=dict)
     accuracy: dict[int, float] = field(default_factory=dict)
+    measure: str = MEASURES["classify"]
     result: float | None = None
     epochs: int | None = None
 
@@ -90,13 +93,14 @@ def _add(curves: Curves, entry: dict[str, object]) -> None:
     if isinstance(config := entry.get("config"), dict):
         curves.result = None  # a run that goes on after its end
         curves.epochs = int(_number(config["epochs"])) if "epochs" in config else None
+        curves.measure = MEASURES.get(str(config.get("task")), curves.measure)
     elif "loss" in entry:
         epoch = int(_number(entry.get("epoch")))
         curves.loss[epoch] = _number(entry["loss"])
-        if "ema_accuracy" in entry:
-            curves.accuracy[epoch] = _number(entry["ema_accuracy"])
-    elif "test_accuracy" in entry:
-        curves.result = _number(entry["test_accuracy"])
+        if f"ema_{curves.measure}" in entry:
+            curves.accuracy[epoch] = _number(entry[f"ema_{curves.measure}"])
+    elif f"test_{curves.measure}" in entry:
+        curves.result = _number(entry[f"test_{curves.measure}"])
 
 
 def _number(value: object) -> float:
@@ -106,7 +110,7 @@ def _number(value: object) -> float:
 
 
 def draw(runs: Sequence[Curves], target: Path) -> None:
-    """Draw the loss and the accuracy of ``runs`` side by side, with one legend.
+    """Draw the loss and the accuracy, AP or mIoU of ``runs`` side by side, with one legend.
 
     Args:
         runs: at least one with an epoch; runs without one are only in the legend.
@@ -161,7 +165,8 @@ def draw(runs: Sequence[Curves], target: Path) -> None:
                 (line,) = panel.plot(epochs, [values[epoch] for epoch in epochs], **look)
             line.set_label(f"{name}  ({run.state})")
             handles.append(line)
-        for panel, title in zip(panels, ("training loss", "test accuracy"), strict=True):
+        measures = ", ".join(dict.fromkeys(run.measure for run in runs))
+        for panel, title in zip(panels, ("training loss", f"test {measures}"), strict=True):
             panel.set_title(title, loc="left")
             panel.set_xlabel("epoch")
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -37,7 +37,10 @@ class Downstream(Task):
             self.mean, self.std = normalisation(pretrained, self.config.model)
         source: bool | str = {"plain": True, None: False}.get(pretrained, pretrained)  # type: ignore[assignment]
         args = (self.kind, self.config.model, self.num_classes)
-        return downstream.create_model(*args, pretrained_backbone=source, **self.options())
+        try:
+            return downstream.create_model(*args, pretrained_backbone=source, **self.options())
+        except TypeError as error:
+            raise ValueError(f"model_options: {self.config.model_options}: {error}") from error
 
     @property
     def num_classes(self) -> int:

@@ -19,13 +19,12 @@ import torch
 from .. import data
 from ..data.coco import load_coco
 from ..data.mask_folder import load_masks
-from .config import TrainConfig
+from .config import MEASURES, TrainConfig
 from .folder import RunFolder
 from .interruption import Interrupted, Interruption
 from .log import Log
 from .processes import joined
 from .run import Run
-from .tasks import MEASURES
 
 __all__ = ["train"]
 

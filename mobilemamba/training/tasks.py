@@ -15,16 +15,13 @@ from .. import data, weights
 from ..models import MobileMamba
 from ..models.options import ModelOptions
 from ..zoo import create_model
-from .config import TrainConfig
+from .config import MEASURES, TrainConfig
 from .distillation import hard_loss, open_teacher, soft_loss
 from .evaluation import evaluate
 from .finetuning import freeze, freeze_norms, start_from
 from .processes import Processes
 
-__all__ = ["MEASURES", "Classification", "Task"]
-
-#: The measure of a result that each task reports as such; from 0 to 1.
-MEASURES = {"classify": "accuracy", "detect": "AP", "segment": "mIoU"}
+__all__ = ["Classification", "Task"]
 
 Part = tuple[Any, ...]
 
