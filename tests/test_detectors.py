@@ -12,6 +12,7 @@ import torch
 from downstream_figures import Case
 from figures import small_cases
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 pytest.importorskip("torchvision", reason="detectors need torchvision")
 
@@ -89,7 +90,7 @@ def test_training_reaches_every_parameter(
 def test_fused(model: nn.Module, images: list[Tensor]) -> None:
     expected, fused = model.eval()(images), model.fuse()
     assert not fused.training
-    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+    assert not any(isinstance(m, _BatchNorm) for m in fused.modules())
     for image, reference, found in zip(images, expected, fused(images), strict=True):
         count = len(reference["boxes"])
         assert count > 0
@@ -162,10 +163,16 @@ def test_levels_follow_the_strides_of_the_backbone() -> None:
 
 def test_norm_eval_follows_the_pretrained_backbone() -> None:
     """Published: statistics are frozen with weights of ImageNet. Without weights there are none to freeze."""
+
+    def trained(model: nn.Module) -> set[bool]:
+        return {m.training for m in model.train().backbone.body.modules() if isinstance(m, _BatchNorm)}
+
+    grey = {"image_mean": [0.5], "image_std": [0.5], "num_classes": 4}
+    assert trained(downstream.retinanet("nano", pretrained_backbone=True, **grey)) == {False}
+    assert trained(downstream.ssdlite("nano", pretrained_backbone=True, **grey)) == {True}
+    assert trained(make("retinanet")) == {True}
     extractor = mobilemamba.feature_extractor("b1", norm_eval=True, **SMALL)
-    assert not any(m.training for m in downstream.retinanet(extractor).train().modules() if type(m) is nn.BatchNorm2d)
-    plain = make("retinanet").train().backbone.body
-    assert all(m.training for m in plain.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    assert trained(downstream.retinanet(extractor)) == {False}
 
 
 def test_matcher_gives_low_quality_matches_to_their_ground_truth() -> None:
