@@ -10,7 +10,7 @@ import mobilemamba
 PACKAGE = Path(mobilemamba.__file__).parent
 
 #: From the top down. A room imports from those after it.
-ROOMS = ("cli", "deploy", "training", "zoo", "weights", "data", "models", "ops", "_native")
+ROOMS = ("cli", "deploy", "training", "downstream", "zoo", "weights", "data", "models", "ops", "_native")
 BESIDE = {("deploy", "training")}  # neigbours, which know nothing of each other
 
 
