@@ -4,8 +4,9 @@ A case is the published keys with their shapes, and figures by name. The backbon
 :func:`figures.make_input` stand for it. An array of 4000 values and more is stored as ``shape``, ``sum``, ``abssum``
 and ``sub``, 2000 of its values.
 
-The figures lie outside the repository (``MOBILEMAMBA_DOWNSTREAM_PARITY``), for a filling that ``MOBILEMAMBA_PARITY_SALT``
-names; ``parity/downstream/*.json`` are the leading values, written by ``python tests/downstream_figures.py NAME...``.
+The figures lie outside the repository (``MOBILEMAMBA_DOWNSTREAM_PARITY``), for a filling that
+``MOBILEMAMBA_PARITY_SALT`` names. ``parity/downstream/*.json`` are the leading values, written by
+``python tests/downstream_figures.py NAME...``.
 """
 
 import json

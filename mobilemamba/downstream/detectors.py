@@ -44,7 +44,8 @@ def mask_rcnn(
     ``loss_rpn_box_reg``, ``loss_classifier``, ``loss_box_reg`` and ``loss_mask``.
 
     Evaluation returns a dict for each image, best detection first: ``boxes`` ``(N, 4)``, ``labels`` ``(N,)``,
-    ``scores`` ``(N,)`` and ``masks`` ``(N, 1, H, W)``, probabilities; the published mask is where they are at least 0.5.
+    ``scores`` ``(N,)`` and ``masks`` ``(N, 1, H, W)``. These are probabilities; the published mask is where they are at
+    least 0.5.
 
     Args:
         backbone: name of a preset, or a :class:`mobilemamba.FeatureExtractor` of three stages.

@@ -197,8 +197,8 @@ class Heads(RoIHeads):
     ) -> Tensor:
         """Binary cross entropy of the labels' masks.
 
-        A target is where the RoIAlign of the ground truth's mask is at least 0.5. Masks are padded to ``canvas`` (height,
-        width), the size of the batch: at the border of an image RoIAlign reads the padding.
+        A target is where the RoIAlign of the ground truth's mask is at least 0.5. Masks are padded to ``canvas``
+        (height, width), the size of the batch: at the border of an image RoIAlign reads the padding.
         """
         if logits.size(0) == 0:
             return logits.sum() * 0
