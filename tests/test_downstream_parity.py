@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Callable
 from functools import cache, partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -102,9 +103,7 @@ def detections(found: dict[str, Tensor], name: str) -> Figures:
 
 def anchor_figures(generator: nn.Module, image_list: ImageList, maps: list[Tensor], which: str) -> Figures:
     figures: Figures = {}
-    counts = [
-        n * x.shape[2] * x.shape[3] for n, x in zip(generator.num_anchors_per_location(), maps, strict=True)
-    ]
+    counts = [n * x.shape[2] * x.shape[3] for n, x in zip(generator.num_anchors_per_location(), maps, strict=True)]
     for i, level in enumerate(generator(image_list, maps)[0].split(counts)):
         figures |= {f"base_anchors/{i}": generator.cell_anchors[i], f"{which}/anchors/{i}/first": level[:6]}
         figures |= {f"{which}/anchors/{i}/last": level[-2:], f"{which}/anchors/{i}/sum": level.sum()}
@@ -140,9 +139,7 @@ def published_layout(flat: Tensor, maps: list[Tensor], background: bool = False)
     flat = flat.roll(-1, 2) if background else flat
     per_pixel = rows // sum(x.shape[2] * x.shape[3] for x in maps)
     levels = flat.split([per_pixel * x.shape[2] * x.shape[3] for x in maps], dim=1)
-    return [
-        level.reshape(batch, *x.shape[2:], -1).permute(0, 3, 1, 2) for level, x in zip(levels, maps, strict=True)
-    ]
+    return [level.reshape(batch, *x.shape[2:], -1).permute(0, 3, 1, 2) for level, x in zip(levels, maps, strict=True)]
 
 
 def arrays(levels: dict[str, list[Tensor]], which: str) -> Figures:
@@ -231,13 +228,11 @@ def mask_rcnn_rois(case: Case, model: nn.Module, maps: dict[str, Tensor], which:
     with torch.no_grad():
         for name in ("test", "train"):
             model.rpn.train(name == "train")
-            kept: list[tuple[list[Tensor], list[Tensor]]] = []
-            choose = model.rpn.filter_proposals
-            model.rpn.filter_proposals = lambda *args: kept.append(choose(*args)) or kept[-1]
-            model.rpn(image_list, maps, targets(case, which, rois.dtype))
-            del model.rpn.filter_proposals
+            with mock.patch.object(model.rpn, "filter_proposals", wraps=model.rpn.filter_proposals) as choose:
+                model.rpn(image_list, maps, targets(case, which, rois.dtype))
+            chosen = model.rpn.filter_proposals(*choose.call_args.args)
             for i in range(batch):
-                prefix, (proposals, scores) = f"{which}/proposals_{name}/{i}", kept[0]
+                prefix, (proposals, scores) = f"{which}/proposals_{name}/{i}", chosen
                 figures |= {f"{prefix}/bboxes": proposals[i][:100], f"{prefix}/scores": scores[i][:100]}
                 figures[f"{prefix}/count"] = torch.tensor(len(proposals[i]))
         model.rpn.eval()
@@ -444,7 +439,7 @@ def test_fused_ssdlite(size: int) -> None:
 @pytest.mark.parametrize("name", ["maskrcnn", "retinanet", "ssdlite"])
 def test_leading_figures_are_those_of_the_full_ones(name: str) -> None:
     if not loaded(name).is_whole or SALT:
-        pytest.skip(f"no full figures of the default filling in {FULL}; MOBILEMAMBA_DOWNSTREAM_PARITY says where they are")
+        pytest.skip(f"no full figures of the default filling in {FULL}; MOBILEMAMBA_DOWNSTREAM_PARITY tells the folder")
     small, full = Case.small(name), loaded(name)
     assert small.keys == full.keys
     assert small.figures

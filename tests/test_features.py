@@ -16,7 +16,7 @@ from mobilemamba import FeatureExtractor, weights
 from mobilemamba.models import layers
 from mobilemamba.models.frozen import FrozenBatchNorm
 
-NANO = {"in_chans": 3, "drop_path_rate": 0.1}
+NANO = {"in_chans": 3, "depths": (1, 1, 1), "drop_path_rate": 0.1}
 WIDTHS = [48, 96, 128]
 
 
@@ -170,7 +170,7 @@ def test_gradients_with_norm_eval_are_those_of_torchs_norms(features: FeatureExt
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()), msg=name)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.full), True])
 @torch.no_grad()
 def test_torchscript_fx_and_export(features: FeatureExtractor, fused: bool) -> None:
     network = features.fuse() if fused else features

@@ -1,4 +1,4 @@
-"""Writes a model to a file for programs without Python: TorchScript, AOTInductor or ONNX. Then checks the file."""
+"""Writes a classifier or a segmenter for programs without Python: TorchScript, AOTInductor, ONNX. Checks the file."""
 
 import copy
 import os
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Preprocessing
+from ..downstream import Segmenter
 from ..models import MobileMamba
 from ..models.layers import check_foldable
 from ..weights.files import atomic_write, naming
@@ -23,7 +24,7 @@ FORMATS = ("torchscript", "aoti", "onnx")
 
 
 def export(
-    model: MobileMamba,
+    model: MobileMamba | Segmenter,
     path: str | os.PathLike[str],
     format: str,
     *,
@@ -34,10 +35,11 @@ def export(
 ) -> float:
     """Write ``model`` for inference on the device that it is on, for any batch size and image size.
 
-    The file takes images ``(B, in_chans, H, W)`` and returns logits ``(B, num_classes)``. It also holds the facts that
+    The file takes images ``(B, in_chans, H, W)`` and returns logits: ``(B, num_classes)`` of a classifier,
+    ``(B, num_classes, H, W)`` of a segmenter, whose auxiliary head is left out. It also holds the facts that
     a program needs, as text records: ``mobilemamba.version``, ``.dtype``, ``.device``, ``.labels`` (one per line, empty
     without labels), and the fields of :class:`Preprocessing`. They are extra files in a TorchScript or ``.pt2``
-    archive, and metadata in ONNX.
+    archive, and metadata in ONNX. That of a segmenter has ``mobilemamba.task`` too, which is ``segment``.
 
     Args:
         model: it is copied, and stays as it is.
@@ -65,7 +67,8 @@ def export(
         raise ValueError(f"expected float32 for ONNX, got {dtype}; convert the float32 file with ONNX tools")
     if not fuse and format != "torchscript":
         raise ValueError(f"expected torchscript for a module that can be trained, got {format}")
-    preprocessing.check_channels(model.in_chans)
+    network = model.network() if isinstance(model, Segmenter) else model
+    preprocessing.check_channels(network.in_chans)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("expected a model with values, got one on the device meta")
     if labels and len(labels) != model.num_classes:
@@ -83,20 +86,25 @@ def export(
     if any("\n" in label for label in labels or ()):
         raise ValueError("expected labels of one line each, got a label with a line break")
     records["mobilemamba.labels"] = "\n".join(labels or ())
+    if isinstance(model, Segmenter):
+        records["mobilemamba.task"] = "segment"
 
     # ONNX takes the unfused layers: the operators of fused ones have no translation. Its exporter folds BatchNorm.
     fuse = fuse and format != "onnx"
     if fuse:
         check_foldable(model)  # before the copy, which fails with torch's words on a pruned model
-    eager = copy.deepcopy(model).eval()
-    written = eager.fuse() if fuse else eager
+    copied = copy.deepcopy(model).eval()
+    eager, written = (
+        PixelLogits(form) if isinstance(form, Segmenter) else form
+        for form in (copied, copied.fuse() if fuse else copied)
+    )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / ("mobilemamba.pt2" if format == "aoti" else "mobilemamba")  # the archive stores the name
         with naming(folder):
             run = {"torchscript": _torchscript, "aoti": _aoti, "onnx": _onnx}[format](
-                copy.deepcopy(written).to(getattr(torch, dtype)), file, records
+                copy.deepcopy(written).to(getattr(torch, dtype)), network, file, records
             )
-        difference = _difference(eager, run, preprocessing.crop, getattr(torch, dtype))
+        difference = _difference(eager, run, network.in_chans, preprocessing.crop, getattr(torch, dtype))
         if not difference <= (1e-4 if dtype == "float32" else 0.1):
             raise ValueError(
                 f"the logits of the {format} file differ from the model's by {difference:.1e} of the largest"
@@ -106,16 +114,29 @@ def export(
 
 
 @torch.no_grad()
-def _difference(eager: MobileMamba, run: Callable[[Tensor], Tensor], pixels: int, dtype: torch.dtype) -> float:
+def _difference(
+    eager: nn.Module, run: Callable[[Tensor], Tensor], channels: int, pixels: int, dtype: torch.dtype
+) -> float:
     """The largest difference of logits over the largest logit, for two sizes that were not the example's."""
     worst = 0.0
     for batch, height, width in ((1, pixels, pixels), (3, pixels + 1, pixels // 2 + 1)):
         generator = torch.Generator().manual_seed(batch)
-        images = torch.randn(batch, eager.in_chans, height, width, generator=generator)
+        images = torch.randn(batch, channels, height, width, generator=generator)
         images = images.to(next(eager.parameters()).device)
         expected, actual = eager(images), run(images.to(dtype)).to(images)
         worst = max(worst, float((actual - expected).abs().max() / expected.abs().max()))
     return worst
+
+
+class PixelLogits(nn.Module):
+    """The logits of a segmenter as a tensor: images ``(B, C, H, W)`` -> ``(B, num_classes, H, W)``."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter.without_aux()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.segmenter(images)["out"]
 
 
 class NeedsLibrary(nn.Module):
@@ -138,16 +159,18 @@ class Exported(nn.Module):
         return self.network(images)
 
 
-def _torchscript(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[Tensor], Tensor]:
+def _torchscript(
+    model: nn.Module, network: MobileMamba, path: Path, records: dict[str, str]
+) -> Callable[[Tensor], Tensor]:
     with path.open("wb") as file:  # given a path, torch ends the process where the disk is full
         torch.jit.save(torch.jit.script(Exported(model)), file, _extra_files=records)
     return torch.jit.load(str(path), map_location=next(model.parameters()).device)
 
 
-def _aoti(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[Tensor], Tensor]:
+def _aoti(model: nn.Module, network: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[Tensor], Tensor]:
     from torch.export.pt2_archive._package import package_pt2
 
-    images, shapes = _example(model)
+    images, shapes = _example(model, network)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
         options = {"aot_inductor.package": True}
@@ -158,7 +181,7 @@ def _aoti(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[
     return torch._inductor.aoti_load_package(str(path))
 
 
-def _onnx(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[Tensor], Tensor]:
+def _onnx(model: nn.Module, network: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[Tensor], Tensor]:
     try:
         import onnxruntime
 
@@ -166,7 +189,7 @@ def _onnx(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[
     except ImportError as error:
         raise ValueError(f"ONNX files need the extra onnx: pip install 'mobilemamba[onnx]' ({error})") from error
 
-    images, shapes = _example(model)
+    images, shapes = _example(model, network)
     program = torch.onnx.export(
         model,
         (images,),
@@ -185,13 +208,15 @@ def _onnx(model: MobileMamba, path: Path, records: dict[str, str]) -> Callable[[
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy(force=True)})[0])
 
 
-def _example(model: MobileMamba) -> tuple[Tensor, tuple[dict[int, torch.export.Dim]]]:
+def _example(model: nn.Module, network: MobileMamba) -> tuple[Tensor, tuple[dict[int, torch.export.Dim]]]:
     """Example images for tracing, and their dynamic dimensions."""
     # torch.export specialises sizes of 1, so the last map must have at least 2 rows and columns here. The files compute
     # smaller images correctly too: tests/cpp checks it.
-    smallest = model.feature_info[-1]["reduction"] + 1
+    smallest = network.feature_info[-1]["reduction"] + 1
     parameter = next(model.parameters())
-    images = torch.randn(2, model.in_chans, 2 * smallest, 3 * smallest, dtype=parameter.dtype, device=parameter.device)
+    images = torch.randn(
+        2, network.in_chans, 2 * smallest, 3 * smallest, dtype=parameter.dtype, device=parameter.device
+    )
     varying = {0: torch.export.Dim("batch")}
     varying.update({i: torch.export.Dim(name, min=smallest) for i, name in ((2, "height"), (3, "width"))})
     return images, (varying,)

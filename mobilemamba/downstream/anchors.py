@@ -20,9 +20,9 @@ class GridAnchors(AnchorGenerator):
         cells: for each level the anchors of the cell at (0, 0): ``(A, 4)``, x1, y1, x2, y2 in pixels.
         strides: of each level in pixels.
 
-    Differs from torchvision's class: anchors are not rounded; the stride is given, not the quotient of the sizes of the
-    image and the map, which is no power of two for most images; anchors are float64. Anchors of several ratios that contain
-    a small box overlap it by nearly the same: their IoU differs by 3e-9. In float32 their rounding would choose the match.
+    Differs from torchvision's class: anchors are not rounded. The stride is given; for most images the quotient of the
+    sizes of the image and the map differs from it. Anchors are float64: the IoU of a small box and the anchors around
+    it differs by 3e-9 between ratios, and float32 would match by its rounding.
     """
 
     __annotations__ = {"cell_anchors": list[Tensor], "level_strides": list[int]}

@@ -11,6 +11,7 @@ from .scripting import inherited
 
 __all__ = ["BoxCoder", "Matcher", "best_boxes", "best_of_levels", "denominator"]
 
+
 def denominator(count: int) -> float:
     """``count``, at least 1, and the eps of float32, which the published losses add."""
     return max(count, 1) + 1.1920928955078125e-07
@@ -28,13 +29,15 @@ class BoxCoder(nn.Module, _utils.BoxCoder):
     def __init__(self, stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)) -> None:
         nn.Module.__init__(self)
         x, y, w, h = stds
-        _utils.BoxCoder.__init__(self, (1 / x, 1 / y, 1 / w, 1 / h), math.log(1000 / 16))
+        limit = math.log(1000 / 16)
+        _utils.BoxCoder.__init__(self, (1 / x, 1 / y, 1 / w, 1 / h), limit)
+        self.least = [-math.inf, -math.inf, -limit / w, -limit / h]
 
     _decode = inherited(_utils.BoxCoder.decode_single, "_decode")
     _encode = inherited(_utils.BoxCoder.encode_single, "_encode")
 
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
-        """Deltas ``(N, 4)``, in the dtype of ``reference_boxes``, that lead from ``proposals`` to them; both ``(N, 4)``."""
+        """Deltas ``(N, 4)`` from ``proposals`` to ``reference_boxes``, both ``(N, 4)``; in the dtype of the latter."""
         return self._encode(reference_boxes, proposals).to(reference_boxes.dtype)
 
     @torch.jit.export
@@ -44,11 +47,7 @@ class BoxCoder(nn.Module, _utils.BoxCoder):
         They have the dtype of the deltas, but at least 32 bits.
         """
         deltas = rel_codes.to(boxes.dtype).reshape(rel_codes.size(0), rel_codes.size(1) // 4, 4)
-        least = torch.tensor(
-            [-math.inf, -math.inf, -self.bbox_xform_clip * self.weights[2], -self.bbox_xform_clip * self.weights[3]],
-            dtype=deltas.dtype,
-            device=deltas.device,
-        )
+        least = torch.tensor(self.least, dtype=deltas.dtype, device=deltas.device)
         decoded = self._decode(torch.maximum(deltas, least).flatten(1), boxes)
         return decoded.to(torch.float64 if rel_codes.dtype == torch.float64 else torch.float32)
 

@@ -4,8 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from ..data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from ..models import FeatureExtractor, checks
 from ..zoo import feature_extractor
@@ -39,11 +37,14 @@ def mask_rcnn(
     """Mask R-CNN with the published pyramid (strides 4 to 64), heads, losses and test settings.
 
     It is a torchvision ``GeneralizedRCNN`` and is called as torchvision's detectors are. Input: a list of images
-    ``(C, H, W)`` in 0..1, of any sizes. Training needs a list of targets too: dicts of ``boxes`` ``(N, 4)`` (x1, y1, x2,
-    y2 in pixels), ``labels`` ``(N,)`` (int64, from 1) and ``masks`` ``(N, H, W)`` (0 or 1); it returns the losses
-    ``loss_objectness``, ``loss_rpn_box_reg``, ``loss_classifier``, ``loss_box_reg`` and ``loss_mask``. Evaluation returns a
-    dict for each image: ``boxes`` ``(N, 4)``, ``labels`` ``(N,)``, ``scores`` ``(N,)``, best first, and ``masks``
-    ``(N, 1, H, W)``, probabilities; the published mask is where they are at least 0.5.
+    ``(C, H, W)`` in 0..1, of any sizes.
+
+    Training needs a list of targets too: dicts of ``boxes`` ``(N, 4)`` (x1, y1, x2, y2 in pixels), ``labels`` ``(N,)``
+    (int64, from 1) and ``masks`` ``(N, H, W)`` (0 or 1). It returns the losses ``loss_objectness``,
+    ``loss_rpn_box_reg``, ``loss_classifier``, ``loss_box_reg`` and ``loss_mask``.
+
+    Evaluation returns a dict for each image, best detection first: ``boxes`` ``(N, 4)``, ``labels`` ``(N,)``,
+    ``scores`` ``(N,)`` and ``masks`` ``(N, 1, H, W)``, probabilities; the published mask is where they are at least 0.5.
 
     Args:
         backbone: name of a preset, or a :class:`mobilemamba.FeatureExtractor` of three stages.
@@ -57,10 +58,10 @@ def mask_rcnn(
         pyramid_channels: channels of the pyramid and of the convolutions of the heads; published: 256.
         options: torchvision's, with the published defaults: ``rpn_pre_nms_top_n_train`` (2000),
             ``rpn_pre_nms_top_n_test`` (1000), ``rpn_post_nms_top_n_train`` (1000), ``rpn_post_nms_top_n_test`` (1000),
-            ``rpn_nms_thresh`` (0.7), ``rpn_fg_iou_thresh`` (0.7), ``rpn_bg_iou_thresh`` (0.3), ``rpn_batch_size_per_image``
-            (256), ``rpn_positive_fraction`` (0.5), ``box_score_thresh`` (0.05), ``box_nms_thresh`` (0.5),
-            ``box_detections_per_img`` (100), ``box_fg_iou_thresh`` (0.5), ``box_bg_iou_thresh`` (0.5),
-            ``box_batch_size_per_image`` (512), ``box_positive_fraction`` (0.25).
+            ``rpn_nms_thresh`` (0.7), ``rpn_fg_iou_thresh`` (0.7), ``rpn_bg_iou_thresh`` (0.3),
+            ``rpn_batch_size_per_image`` (256), ``rpn_positive_fraction`` (0.5), ``box_score_thresh`` (0.05),
+            ``box_nms_thresh`` (0.5), ``box_detections_per_img`` (100), ``box_fg_iou_thresh`` (0.5),
+            ``box_bg_iou_thresh`` (0.5), ``box_batch_size_per_image`` (512), ``box_positive_fraction`` (0.25).
 
     Raises:
         ImportError: torchvision is missing.
@@ -68,10 +69,13 @@ def mask_rcnn(
 
     Source: arXiv 1703.06870; "MobileMamba" (arXiv 2411.15941) with the settings of its published configuration.
 
-    Differs from torchvision's ``maskrcnn_resnet50_fpn``: anchors are not rounded; dw and dh are clamped on both sides; a
-    low-quality match belongs to the ground truth that it is best for; RoIAlign has aligned corners and as many samples
-    as pixels; ground truths are the first proposals; box losses are L1; mask targets are binary; no small box is
-    dropped; deltas and masks have no channel for the background; masks are pasted at the pixels' centres.
+    Differs from torchvision's ``maskrcnn_resnet50_fpn``:
+
+    - Anchors are not rounded. dw and dh are clamped on both sides.
+    - A low-quality match belongs to the ground truth whose best match it is.
+    - RoIAlign has aligned corners and as many samples as pixels.
+    - Ground truths are the first proposals and belong to themselves. The box losses are L1. Mask targets are binary.
+    - No small box is dropped. The background has no deltas and no mask. Masks are pasted at the centres of the pixels.
     """
     need_torchvision()
     from .rcnn import MaskRCNN
@@ -136,8 +140,8 @@ def ssdlite(
     """SSDLite with the published extra levels, heads, losses and test settings.
 
     It is torchvision's ``SSD`` and is called as that. Images, targets and detections are those of :func:`mask_rcnn`
-    without ``masks``; the losses are ``classification`` and ``bbox_regression``. Training needs at least two images in a
-    batch: the last level is one pixel large, and a BatchNorm needs more than one value.
+    without ``masks``; the losses are ``classification`` and ``bbox_regression``. Training needs batches of at least two
+    images: the last level is one pixel large, and a BatchNorm needs more than one value.
 
     Args:
         backbone: name of a preset, or a :class:`mobilemamba.FeatureExtractor` of the stages 0 and 1.
@@ -146,7 +150,8 @@ def ssdlite(
         size: side of the square to which images are resized, without keeping their ratio. Published: 320 and 512. The
             anchors have the same sizes and strides in pixels at every size, as published.
         options: torchvision's, with the published defaults: ``score_thresh`` (0.02), ``nms_thresh`` (0.45),
-            ``detections_per_img`` (200), ``iou_thresh`` (0.5), ``topk_candidates`` (1000), ``positive_fraction`` (0.25).
+            ``detections_per_img`` (200), ``iou_thresh`` (0.5), ``topk_candidates`` (1000), ``positive_fraction``
+            (0.25).
 
     Raises:
         ImportError, ValueError, TypeError, OSError: as :func:`mask_rcnn`.
@@ -154,15 +159,17 @@ def ssdlite(
     Source: arXiv 1801.04381; "MobileMamba" (arXiv 2411.15941) with the settings of its published configuration.
 
     Differs from torchvision's ``ssdlite320_mobilenet_v3_large``: sizes and strides of the anchors; a level keeps its
-    best pairs of anchor and class, not the best anchors of each class; boxes without area are dropped; the coder is that
-    of :func:`mask_rcnn`.
+    best pairs of anchor and class, not the best anchors of each class; boxes without area are dropped; the coder is
+    that of :func:`mask_rcnn`.
     """
     need_torchvision()
     from .ssd import ANCHOR_SIZES, ExtraLevels, SSDLite
 
     size = checks.integer("size", size)
     body = _body(backbone, pretrained_backbone, backbone_options, 2, norm_eval=False)
-    transform = _transform(body, num_classes, size, size, image_mean, image_std, size_divisible=1, fixed_size=(size, size))
+    transform = _transform(
+        body, num_classes, size, size, image_mean, image_std, size_divisible=1, fixed_size=(size, size)
+    )
     neck, reduction = ExtraLevels(body.out_channels[-1]), body.feature_info.reduction()
     levels = len(ANCHOR_SIZES) - 1
     strides = [round(320 / side) for side in _sides(320, reduction, levels)]
@@ -181,9 +188,7 @@ def need_torchvision() -> None:
     try:
         import torchvision.models.detection  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"a detector needs torchvision: pip install 'mobilemamba[downstream]' ({error})"
-        ) from error
+        raise ImportError(f"a detector needs torchvision: pip install 'mobilemamba[downstream]' ({error})") from error
 
 
 def _body(
@@ -193,7 +198,9 @@ def _body(
         given = {"stages": tuple(range(stages)), **defaults, **(options or {})}
         backbone = feature_extractor(backbone, pretrained, **given)
     elif not isinstance(backbone, FeatureExtractor):
-        raise ValueError(f"backbone: expected the name of a preset or a FeatureExtractor, got {type(backbone).__name__}")
+        raise ValueError(
+            f"backbone: expected the name of a preset or a FeatureExtractor, got {type(backbone).__name__}"
+        )
     elif pretrained or options:
         raise ValueError("pretrained_backbone and backbone_options go with the name of a preset, not with a module")
     if len(backbone.out_channels) != stages:

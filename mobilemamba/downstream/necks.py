@@ -26,8 +26,8 @@ class FeaturePyramid(nn.Module):
         coarser: whether there is one more level, of twice the stride of the last input.
 
     The input is a dictionary with one map ``(B, in_channels[i], H_i, W_i)`` per stage, finest first. The output has the
-    keys ``"0"``, ``"1"``, ... finest first. A finer level has exactly 2 (4, ...) times the height and width of the finest
-    input, the coarser level has half of the last input's, rounded up.
+    keys ``"0"``, ``"1"``, ... finest first. A finer level has exactly 2 (4, ...) times the height and width of the
+    finest input, the coarser level has half of the last input's, rounded up.
 
     Initial values are the published ones: Xavier-uniform weights and, in the transposed convolutions, Kaiming-normal
     weights (fan out); zero biases.

@@ -138,12 +138,12 @@ def convert(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Ten
     """
     prefix = "backbone."
     extractor, features = next((name, m) for name, m in model.named_modules() if isinstance(m, FeatureExtractor))
-    stages = len(features.body.stages)
+    absent = tuple(f"stages.{i}." for i in range(len(features.body.stages), 3))
     backbone = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     converted = {
         f"{extractor}.body.{key}": value
         for key, value in published.convert(backbone).items()
-        if not key.startswith("head.") and not (match := re.match(r"stages\.(\d+)\.", key)) or int(match[1]) < stages
+        if not key.startswith(("head.", *absent))
     }
     for key, value in state_dict.items():
         if not key.startswith(prefix):
@@ -154,7 +154,7 @@ def convert(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Ten
     return converted
 
 
-def rename(model: nn.Module, key: str) -> str:
+def rename(model: Any, key: str) -> str:
     """The name in ``model`` of the published ``key`` of a neck or a head. An unknown key stays, and fits no model."""
     for pattern, replacement in RULES[type(model).__name__]:
         key = re.sub(pattern, replacement, key)
@@ -163,7 +163,7 @@ def rename(model: nn.Module, key: str) -> str:
     return key
 
 
-def _background_first(model: nn.Module, name: str, value: Tensor) -> Tensor:
+def _background_first(model: Any, name: str, value: Tensor) -> Tensor:
     if not re.search(CLASSES, name):
         return value
     classes = model.transform.num_classes

@@ -30,11 +30,9 @@ class ProposalNetwork(RegionProposalNetwork):
     # For TorchScript. torchvision's annotations would compile its own coder and matcher.
     __annotations__ = {"fg_bg_sampler": BalancedPositiveNegativeSampler}
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.box_coder = BoxCoder()
-        high, low = self.proposal_matcher.high_threshold, self.proposal_matcher.low_threshold
-        self.proposal_matcher = Matcher(high, low, least=low)
+    def __init__(self, matcher: Matcher, **options: Any) -> None:
+        super().__init__(fg_iou_thresh=matcher.high_threshold, bg_iou_thresh=matcher.low_threshold, **options)
+        self.box_coder, self.proposal_matcher = BoxCoder(), matcher
         self.min_size = torch.finfo(torch.float32).tiny  # only boxes without area are dropped
 
     def compute_loss(
@@ -128,11 +126,10 @@ class Heads(RoIHeads):
 
     __annotations__ = {"fg_bg_sampler": BalancedPositiveNegativeSampler}  # as in ProposalNetwork
 
-    def __init__(self, mask_stride: int, **parts: Any) -> None:
-        super().__init__(**parts)
-        self.box_coder = BoxCoder((0.1, 0.1, 0.2, 0.2))
-        high, low = self.proposal_matcher.high_threshold, self.proposal_matcher.low_threshold
-        self.proposal_matcher = Matcher(high, low, least=high)
+    def __init__(self, matcher: Matcher, mask_stride: int, **parts: Any) -> None:
+        high, low = matcher.high_threshold, matcher.low_threshold
+        super().__init__(fg_iou_thresh=high, bg_iou_thresh=low, bbox_reg_weights=None, **parts)
+        self.box_coder, self.proposal_matcher = BoxCoder((0.1, 0.1, 0.2, 0.2)), matcher
         self.mask_stride = mask_stride
 
     def add_gt_proposals(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
@@ -200,8 +197,8 @@ class Heads(RoIHeads):
     ) -> Tensor:
         """Binary cross entropy of the labels' masks.
 
-        A target is the RoIAlign of the ground truth's mask, at least 0.5. Masks are padded to ``canvas`` (height, width),
-        the size of the batch: at the border of an image RoIAlign reads the padding.
+        A target is where the RoIAlign of the ground truth's mask is at least 0.5. Masks are padded to ``canvas`` (height,
+        width), the size of the batch: at the border of an image RoIAlign reads the padding.
         """
         if logits.size(0) == 0:
             return logits.sum() * 0
@@ -276,27 +273,24 @@ class MaskRCNN(Fusible, GeneralizedRCNN):
     ) -> None:
         channels, anchors = backbone.out_channels, pyramid_anchors(backbone.strides, (8.0,))
         rpn = ProposalNetwork(
-            anchors,
-            RPNHead(channels, 3),
-            rpn_fg_iou_thresh,
-            rpn_bg_iou_thresh,
-            rpn_batch_size_per_image,
-            rpn_positive_fraction,
-            {"training": rpn_pre_nms_top_n_train, "testing": rpn_pre_nms_top_n_test},
-            {"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
-            rpn_nms_thresh,
+            Matcher(rpn_fg_iou_thresh, rpn_bg_iou_thresh, least=rpn_bg_iou_thresh),
+            anchor_generator=anchors,
+            head=RPNHead(channels, 3),
+            batch_size_per_image=rpn_batch_size_per_image,
+            positive_fraction=rpn_positive_fraction,
+            pre_nms_top_n={"training": rpn_pre_nms_top_n_train, "testing": rpn_pre_nms_top_n_test},
+            post_nms_top_n={"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
+            nms_thresh=rpn_nms_thresh,
         )
         strides = backbone.strides[:-1]  # the last level serves the proposals alone
         heads = Heads(
+            Matcher(box_fg_iou_thresh, box_bg_iou_thresh, least=box_fg_iou_thresh),
             strides[0],
             box_roi_pool=ProposalAlign(strides, 7),
             box_head=TwoMLPHead(channels * 7 * 7, 1024),
             box_predictor=BoxPredictor(1024, num_classes),
-            fg_iou_thresh=box_fg_iou_thresh,
-            bg_iou_thresh=box_bg_iou_thresh,
             batch_size_per_image=box_batch_size_per_image,
             positive_fraction=box_positive_fraction,
-            bbox_reg_weights=None,
             score_thresh=box_score_thresh,
             nms_thresh=box_nms_thresh,
             detections_per_img=box_detections_per_img,

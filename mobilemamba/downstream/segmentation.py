@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models import checks
+from ..models import MobileMamba, checks
 from .detectors import Backbone, Pretrained, _body
 from .fusing import Fusible
 from .necks import FeaturePyramid, WithNeck
@@ -29,13 +29,15 @@ class Segmenter(Fusible, nn.Module):
     Args:
         backbone: images -> feature maps by name, finest first.
         classifier: feature maps by name -> logits.
+        num_classes: channels of the logits.
         aux_classifier: as ``classifier``; its logits ``"aux"`` only serve training.
     """
 
-    __constants__ = ("aux_classifier",)  # torch.jit.script compiles the branch only if there is one
-
-    def __init__(self, backbone: nn.Module, classifier: nn.Module, aux_classifier: nn.Module | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module, classifier: nn.Module, num_classes: int, aux_classifier: nn.Module | None = None
+    ) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.backbone, self.classifier, self.aux_classifier = backbone, classifier, aux_classifier
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -63,6 +65,11 @@ class Segmenter(Fusible, nn.Module):
             size = checks.integers("size", tuple(size), 2)
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits.argmax(1)
+
+    @torch.jit.unused
+    def network(self) -> MobileMamba:
+        """The network that gives the feature maps."""
+        return next(module for module in self.modules() if isinstance(module, MobileMamba))
 
     @torch.jit.unused
     def without_aux(self) -> "Segmenter":
@@ -142,8 +149,9 @@ def semantic_fpn(
     """
     body = _body(backbone, pretrained_backbone, backbone_options, 3)
     neck = FeaturePyramid(body.out_channels, checks.integer("pyramid_channels", pyramid_channels))
-    head = SemanticFPNHead([neck.out_channels] * len(body.out_channels), *_checked(channels, num_classes, dropout))
-    return Segmenter(WithNeck(body, neck, neck.out_channels, body.feature_info.reduction()), head)
+    width, num_classes, rate = _checked(channels, num_classes, dropout)
+    head = SemanticFPNHead([neck.out_channels] * len(body.out_channels), width, num_classes, rate)
+    return Segmenter(WithNeck(body, neck, neck.out_channels, body.feature_info.reduction()), head, num_classes)
 
 
 def deeplabv3(
@@ -180,7 +188,7 @@ def deeplabv3(
     body = _body(backbone, pretrained_backbone, backbone_options, 3)
     width, classes, rate = _checked(channels, num_classes, dropout)
     head = DeepLabV3Head(body.out_channels[-1], width, classes, rate, checks.integers("dilations", dilations))
-    return Segmenter(body, head, _aux_head(aux, body.out_channels[-2], width, classes, rate))
+    return Segmenter(body, head, classes, _aux_head(aux, body.out_channels[-2], width, classes, rate))
 
 
 def pspnet(
@@ -213,7 +221,7 @@ def pspnet(
     body = _body(backbone, pretrained_backbone, backbone_options, 3)
     width, classes, rate = _checked(channels, num_classes, dropout)
     head = PSPHead(body.out_channels[-1], width, classes, rate, checks.integers("bins", bins))
-    return Segmenter(body, head, _aux_head(aux, body.out_channels[-2], width, classes, rate))
+    return Segmenter(body, head, classes, _aux_head(aux, body.out_channels[-2], width, classes, rate))
 
 
 def _checked(channels: int, num_classes: int, dropout: float) -> tuple[int, int, float]:

@@ -3,9 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
@@ -64,7 +62,11 @@ class ExtraLevels(nn.Module):
 
 
 class SSDLite(Fusible, SSD):
-    """SSDLite; :func:`mobilemamba.downstream.ssdlite` makes it and tells its arguments. ``sides`` are the levels' sizes."""
+    """SSDLite; :func:`mobilemamba.downstream.ssdlite` makes it and tells its arguments.
+
+    Args:
+        sides: sides of the maps of the six levels, in their pixels.
+    """
 
     __annotations__ = {"level_sizes": list[int]}  # torchvision's would compile its own coder and matcher
 

@@ -18,7 +18,7 @@ __all__ = ["Transform", "paste_masks"]
 class Transform(GeneralizedRCNNTransform):
     """torchvision's GeneralizedRCNNTransform with three differences, all as published, and with checks of its input.
 
-    Resized sides are rounded, not truncated. Boxes are scaled by the quotient of the sizes in the precision of the boxes.
+    Resized sides are rounded, not truncated. Boxes are scaled by the quotient of the sizes in the boxes' own precision.
     Masks are pasted by bilinear interpolation at the centres of the pixels (:func:`paste_masks`).
 
     Args:

@@ -101,13 +101,25 @@ def load_torch(path: Path) -> Any:
         raise ValueError(f"expected a complete torch file, got a damaged one: {_one_line(error)}") from error
 
 
+class _Ignored:
+    """Stands for a class of a framework that is not installed, and that weights do not depend on."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def _plain_classes() -> list[Any]:
-    """What trainers store beside weights and torch does not know as plain: options, paths, scalars of numpy."""
-    scalar = np.float64(0).__reduce__()[0]  # its module has another name in numpy 1
+    """What trainers store beside weights and torch does not know as plain: options, paths, numpy's values, logs."""
+    scalar, array = (
+        np.float64(0).__reduce__()[0],
+        np.zeros(0).__reduce__()[0],
+    )  # numpy 1 has another name for the module
     kinds = (np.bool_, np.int32, np.int64, np.float32, np.float64)
     return [
         *(argparse.Namespace, PosixPath, np.dtype, *(type(np.dtype(kind)) for kind in kinds)),
         *((scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),
+        *((array, f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
+        *(np.ndarray, (_Ignored, "mmengine.logging.history_buffer.HistoryBuffer")),
     ]
 
 

@@ -1,0 +1,322 @@
+"""The detectors as users meet them: training, fused and compiled inference, published files, and bad input."""
+
+import math
+import re
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from downstream_figures import Case
+from figures import small_cases
+from torch import Tensor, nn
+
+pytest.importorskip("torchvision", reason="detectors need torchvision")
+
+from torchvision.ops import box_iou
+
+import mobilemamba
+from mobilemamba import downstream
+from mobilemamba.downstream.boxes import Matcher
+from mobilemamba.downstream.published import rename
+
+SMALL = {"widths": (16, 24, 32), "depths": (1, 1, 1)}
+DETECTORS = ("mask_rcnn", "retinanet", "ssdlite")
+
+
+def make(kind: str, **options: object) -> nn.Module:
+    """A detector of 3 classes and the background on a small backbone, which keeps many detections."""
+    threshold = "box_score_thresh" if kind == "mask_rcnn" else "score_thresh"
+    sizes = {"size": 64} if kind == "ssdlite" else {"min_size": 64, "max_size": 96}
+    torch.manual_seed(0)
+    return downstream.create_model(kind, "b1", 4, backbone_options=SMALL, **{threshold: 0.0}, **sizes, **options)
+
+
+@pytest.fixture(params=DETECTORS, scope="module")
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return make(request.param)
+
+
+@pytest.fixture
+def images() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.rand(3, 50, 70), torch.rand(3, 80, 60)]
+
+
+@pytest.fixture
+def targets() -> list[dict[str, Tensor]]:
+    """Two boxes in the first image, none in the second one."""
+    masks = torch.zeros(2, 50, 70, dtype=torch.uint8)
+    masks[0, 5:30, 5:30], masks[1, 20:45, 30:68] = 1, 1
+    boxes = torch.tensor([[5.0, 5, 30, 30], [30, 20, 68, 45]])
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    return [
+        {"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks},
+        {**none, "masks": torch.zeros(0, 80, 60, dtype=torch.uint8)},
+    ]
+
+
+def test_training_reaches_every_parameter(
+    model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]
+) -> None:
+    model.train()
+    losses = model(images, targets)
+    total = torch.stack(list(losses.values())).sum()
+    assert total.isfinite()
+    assert all(x > 0 for x in losses.values())
+    gradients = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    without = [name for (name, _), x in zip(model.named_parameters(), gradients, strict=True) if x is None]
+    assert not without
+    nothing = model(images[1:] * 2, targets[1:] * 2)  # no box in the whole batch
+    assert all(x.isfinite() for x in nothing.values())
+
+
+@torch.no_grad()
+def test_fused_and_scripted(model: nn.Module, images: list[Tensor], tmp_path: Path) -> None:
+    """The fused copy and its TorchScript file find what the model finds."""
+    expected = model.eval()(images)
+    fused = model.fuse()
+    assert not fused.training
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+    torch.jit.script(fused).save(tmp_path / "model.pt")
+    _, scripted = torch.jit.load(tmp_path / "model.pt")(images)
+    for image, reference, *others in zip(images, expected, fused(images), scripted, strict=True):
+        count = len(reference["boxes"])
+        assert count > 0
+        assert reference["labels"].min() >= 1
+        assert reference["labels"].max() <= 3
+        assert reference["boxes"].max() <= max(image.shape) + 1e-3
+        for found in others:
+            assert found.keys() == reference.keys()
+            assert len(found["boxes"]) == count
+            torch.testing.assert_close(found["scores"], reference["scores"], rtol=1e-4, atol=1e-5)
+        if "masks" in reference:
+            assert reference["masks"].shape == (count, 1, *image.shape[1:])
+    for first, second in zip(fused(images), scripted, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-4)
+
+
+def test_detections_are_the_same_in_16_bit_arithmetic(model: nn.Module, images: list[Tensor]) -> None:
+    """Boxes are of 32 bits: 16 would round their corners to pixels."""
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.eval()(images)
+    assert all(x["boxes"].dtype == torch.float32 and x["boxes"].isfinite().all() for x in found)
+
+
+def test_initial_values() -> None:
+    """As published; the spread is measured on at least 2,000 values."""
+    mask, retina, ssd = (make(kind) for kind in DETECTORS)
+    spread = {
+        mask.rpn.head.conv[0][0]: 0.01,
+        mask.roi_heads.box_predictor.cls_score: 0.01,
+        mask.roi_heads.box_predictor.bbox_pred: 0.001,
+        mask.roi_heads.box_head.fc7: math.sqrt(2 / 2048),
+        mask.roi_heads.mask_head[0][0]: math.sqrt(2 / (9 * 256)),
+        mask.roi_heads.mask_predictor.upsample: math.sqrt(2 / (4 * 256)),
+        mask.backbone.neck.output[0]: math.sqrt(2 / (2 * 9 * 256)),
+        mask.backbone.neck.upsample[0]: math.sqrt(2 / (4 * 256)),
+        retina.backbone.neck.coarser[0]: math.sqrt(2 / (9 * (32 + 256))),
+        retina.head.classification_head.cls_logits: 0.01,
+        retina.head.regression_head.conv[3][0]: 0.01,
+        ssd.head.classification_head.module_list[2][0][0]: 0.001,
+        ssd.backbone.neck.levels[0][0][0]: 0.03,
+    }
+    for layer, expected in spread.items():
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.08), layer
+        if layer.bias is not None and layer is not retina.head.classification_head.cls_logits:
+            assert not layer.bias.any()
+    assert retina.head.classification_head.cls_logits.bias.unique().item() == pytest.approx(-math.log(99))
+    norm = ssd.head.regression_head.module_list[0][0][1]
+    assert (norm.eps, norm.momentum) == (1e-3, 0.03)
+
+
+def test_levels_follow_the_strides_of_the_backbone() -> None:
+    grey = {"image_mean": [0.5], "image_std": [0.5]}
+    assert make("mask_rcnn").backbone.strides == [4, 8, 16, 32, 64]
+    assert make("retinanet").backbone.strides == [8, 16, 32, 64, 128]
+    assert downstream.ssdlite("b1", 4).backbone.strides == [16, 32, 64, 107, 160, 320]
+    nano = downstream.mask_rcnn("nano", 4, **grey).eval()
+    assert nano.backbone.strides == [4, 8, 16]
+    with torch.no_grad():
+        (found,) = nano([torch.rand(1, 28, 28)])
+    assert found["masks"].shape[2:] == (28, 28)
+    with pytest.raises(ValueError, match=r"^image_mean: expected a value for each of the 1 channels, got None"):
+        downstream.mask_rcnn("nano", 4)
+
+
+def test_norm_eval_follows_the_pretrained_backbone() -> None:
+    """Published: statistics are frozen with weights of ImageNet. Without weights there are none to freeze."""
+    extractor = mobilemamba.feature_extractor("b1", norm_eval=True, **SMALL)
+    assert not any(m.training for m in downstream.retinanet(extractor).train().modules() if type(m) is nn.BatchNorm2d)
+    plain = make("retinanet").train().backbone.body
+    assert all(m.training for m in plain.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+
+def test_matcher_gives_low_quality_matches_to_their_ground_truth() -> None:
+    truth = torch.tensor([[0.0, 0, 100, 100], [0, 0, 10, 10], [200, 200, 201, 201]])
+    boxes = torch.tensor([[0.0, 0, 60, 60], [0, 0, 20, 20], [20, 20, 40, 40], [0, 0, 99, 99]])
+    iou = box_iou(truth, boxes)
+    assert Matcher(0.5, 0.3, least=0.2)(iou).tolist() == [-2, 1, -1, 0]
+    assert Matcher(0.5, 0.3, least=0.3)(iou).tolist() == [-2, -1, -1, 0]
+    # two boxes are equally good for both ground truths: the later one has them, or the first box only
+    twice = torch.tensor([[0.4, 0.4, 0.1], [0.4, 0.4, 0.0]])
+    assert Matcher(0.5, 0.3, least=0.0)(twice).tolist() == [1, 1, -1]
+    assert Matcher(0.5, 0.3, least=0.0, all_best=False)(twice).tolist() == [1, -2, -1]
+
+
+def published_file(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """A state dict with the published keys and random values: mmdetection's neck and heads, the classifier's T2."""
+    own = model.state_dict()
+    (t2,) = (case for case in small_cases() if case.name == "T2")
+    state_dict = {f"backbone.{key}": value for key, value in t2.state_dict().items()}
+    for key in Case.small(name).keys:
+        reference = own[rename(model, key)]
+        state_dict[key] = torch.rand(reference.shape) if reference.is_floating_point() else torch.tensor(7)
+    return state_dict
+
+
+def test_published_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file as mmengine writes it, with logs of a class that is not installed; the model has two of three stages."""
+    model = downstream.ssdlite("t2", 81)
+    state_dict = published_file(model, "ssdlite")
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    history = type("HistoryBuffer", (), {"__module__": module.__name__, "__qualname__": "HistoryBuffer"})
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    module.HistoryBuffer = history  # type: ignore[attr-defined]
+    log = history()
+    log.max_length, log._log_history = 10, np.array([0.5, 0.25])
+    path = tmp_path / "epoch_120.pth"
+    meta = {"meta": {"epoch": 120}, "message_hub": {"log_scalars": {"train/loss": log}}}
+    torch.save({**meta, "state_dict": state_dict}, path)
+    downstream.load_published(model, path)
+    own = model.state_dict()
+    bias, published = own["head.classification_head.module_list.3.1.bias"], state_dict["bbox_head.cls_convs.3.1.bias"]
+    assert torch.equal(bias.view(6, 81)[:, 0], published.view(6, 81)[:, 80])  # the background
+    assert torch.equal(bias.view(6, 81)[:, 1:], published.view(6, 81)[:, :80])
+    assert torch.equal(
+        own["backbone.neck.levels.3.2.0.weight"], state_dict["neck.extra_layers.3.1.pointwise_conv.conv.weight"]
+    )
+    assert torch.equal(
+        own["backbone.body.body.patch_embed.0.conv.weight"], state_dict["backbone.patch_embed.0.c.weight"]
+    )
+    assert own["backbone.neck.levels.0.0.1.num_batches_tracked"] == 7
+
+
+def test_published_file_that_does_not_fit(tmp_path: Path) -> None:
+    model = downstream.ssdlite("t2", 81)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state_dict = published_file(model, "ssdlite")
+    key = "bbox_head.cls_convs.3.1.bias"
+
+    def refused(given: object, message: str, kind: type[Exception] = ValueError) -> None:
+        with pytest.raises(kind, match=message) as caught:
+            downstream.load_published(model, given)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+    missing = {name: value for name, value in state_dict.items() if name != key}
+    refused(missing, r"do not fit the model; 1 missing: head\.classification_head\.module_list\.3\.1\.bias$")
+    refused({**state_dict, "neck.new": torch.zeros(1)}, r"; 1 unexpected: neck\.new$")
+    refused(
+        {**state_dict, key: torch.zeros(12)}, r"; 1 mis-shaped: .*module_list\.3\.1\.bias \[12\] instead of \[486\]$"
+    )
+    refused({**state_dict, "backbone.blocks1.0.new": torch.zeros(1)}, r"; 1 unexpected: .*blocks\.0\.new$")
+    refused({"meta": 1}, r"^expected a state dict of tensors$")
+    refused(tmp_path / "none.pth", r"none\.pth: no such checkpoint file$", FileNotFoundError)
+    (tmp_path / "page.pth").write_text("<html>")
+    refused(tmp_path / "page.pth", r"page\.pth: expected a checkpoint")
+    with pytest.raises(ValueError, match=r"^model: expected one of MaskRCNN, .*, got Linear$"):
+        downstream.load_published(nn.Linear(1, 1), state_dict)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"boxes": torch.ones(2, 3)},
+            r"targets\[0\]\['boxes'\]: expected floating-point values of shape \(N, 4\), got",
+        ),
+        ({"boxes": torch.ones(2, 4)}, r"targets\[0\]\['boxes'\]: expected x1 < x2 and y1 < y2, got \[1\.0, .*\] at 0$"),
+        (
+            {"labels": torch.tensor([1])},
+            r"targets\[0\]\['labels'\]: expected int64 of shape \(2,\), one for each box, got",
+        ),
+        (
+            {"labels": torch.tensor([1, 4])},
+            r"targets\[0\]\['labels'\]: expected 1 to 3 \(0 is the background\), got 4$",
+        ),
+        (
+            {"labels": torch.tensor([0, 1])},
+            r"targets\[0\]\['labels'\]: expected 1 to 3 \(0 is the background\), got 0$",
+        ),
+        ({"labels": torch.ones(2)}, r"targets\[0\]\['labels'\]: expected int64"),
+        (
+            {"masks": torch.ones(2, 70, 50)},
+            r"targets\[0\]\['masks'\]: expected the shape \(2, 50, 70\), one for each box",
+        ),
+        ({"masks": None}, r"targets\[0\]: expected a tensor 'masks', got NoneType$"),
+    ],
+)
+def test_bad_targets(
+    images: list[Tensor], targets: list[dict[str, Tensor]], change: dict[str, Tensor], message: str
+) -> None:
+    model = MODELS.setdefault("mask_rcnn", make("mask_rcnn")).train()
+    targets[0] |= change
+    if change.get("boxes", torch.ones(1, 4)).shape[1] != 4:  # torchvision's own check comes first
+        message = r"Expected target boxes to be a tensor of shape \[N, 4\]"
+    with pytest.raises((ValueError, AssertionError), match=message) as caught:
+        model(images, targets)
+    assert "\n" not in str(caught.value)
+
+
+MODELS: dict[str, nn.Module] = {}
+
+
+def test_bad_images(images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
+    model = MODELS.setdefault("mask_rcnn", make("mask_rcnn"))
+    with pytest.raises(ValueError, match=r"^images: expected at least one image, got none$"):
+        model.eval()([])
+    for image in (torch.rand(1, 50, 70), torch.zeros(3, 50, 70, dtype=torch.uint8), torch.rand(3, 0, 70)):
+        with pytest.raises(
+            ValueError, match=r"^images\[1\]: expected floating-point values \(0\.\.1\) of shape \(3, heig"
+        ):
+            model.eval()([images[0], image])
+    with pytest.raises(ValueError, match=r"^targets: expected one for each of the 2 images, got 1$"):
+        model.train()(images, targets[:1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "yolo"}, r"^kind: expected one of mask_rcnn, .*, got 'yolo'$"),
+        ({"num_classes": 1}, r"^num_classes: expected an integer of at least 2, got 1$"),
+        ({"backbone": nn.Identity()}, r"^backbone: expected the name of a preset or a FeatureExtractor, got Identity$"),
+        ({"backbone": "b9"}, r"^unknown model 'b9'"),
+        ({"backbone_options": {"stages": (1, 2)}}, r"^backbone: expected feature maps of 3 stages, got 2$"),
+        ({"backbone_options": {"patch_strides": (3, 2)}}, r"^backbone: expected a first stride that is a power of two"),
+        ({"min_size": 0}, r"^min_size: expected an integer of at least 1, got 0$"),
+        ({"image_std": (1.0,)}, r"^image_std: expected a value for each of the 3 channels, got \(1\.0,\)$"),
+    ],
+)
+def test_bad_arguments(options: dict[str, object], message: str) -> None:
+    given = {"kind": "retinanet", "backbone": "b1", "num_classes": 4, **options}
+    extra = given.setdefault("backbone_options", SMALL) if isinstance(given["backbone"], str) else None
+    assert extra is None or isinstance(extra, dict)
+    with pytest.raises(ValueError, match=message):
+        downstream.create_model(**given)  # type: ignore[arg-type]
+
+
+def test_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if re.match(r"torchvision(\.|$)|mobilemamba\.downstream(\.|$)", name)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    import mobilemamba.downstream as fresh
+
+    for kind in DETECTORS:
+        with pytest.raises(
+            ImportError, match=r"^a detector needs torchvision: pip install 'mobilemamba\[downstream\]'"
+        ):
+            fresh.create_model(kind)
+    monkeypatch.setattr(mobilemamba, "downstream", downstream)
