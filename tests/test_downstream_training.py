@@ -277,6 +277,11 @@ def test_published_recipes():
         assert made.kind == name.replace("-", "_")
         assert made.schedule == "late-cosine"
     assert made.image_size == 512
+    for name in ("retinanet", "mask-rcnn", "semantic-fpn"):
+        options = recipe(f"shapes-{name}")
+        made = TrainConfig(**options, data="masks:x" if options["task"] == "segment" else "coco:x")
+        assert (made.kind, made.image_size) == (name.replace("-", "_"), 128)
+        assert made.arguments["pyramid_channels"] < 256
     assert TrainConfig(**{**recipe("published-ssdlite"), "data": "coco:x"}).image_size == 320
 
 
