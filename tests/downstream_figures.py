@@ -33,7 +33,7 @@ ZERO = 1e-12  # a norm under this is zero in exact arithmetic
 LARGE = 10**6
 
 #: Figures that are the input of others: stored whole in the small copy, to the last digit.
-INPUTS = re.compile(r"(^|/)(rois|deltas|gts|boxes|labels|pos_anchor|pos_gt|packed|loss_proposals/\d+)$")
+INPUTS = re.compile(r"(^|/)(rois|deltas|gts|boxes|labels|pos_anchor|pos_gt|loss_proposals/\d+)$")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from mobilemamba.data import shapes
 from mobilemamba.data.coco import load_coco
 from mobilemamba.data.mask_folder import load_masks
 from mobilemamba.downstream.checkpoint import Preparation
+from mobilemamba.models.frozen import FrozenBatchNorm, freeze_statistics
 from mobilemamba.training import (
     TrainConfig,
     evaluate_detector,
@@ -24,6 +25,7 @@ from mobilemamba.training import (
 )
 from mobilemamba.training.curves import read_curves
 from mobilemamba.training.loop import open_data
+from mobilemamba.training.processes import SyncBatchNorm, synchronize_norms
 from mobilemamba.training.run import Run
 
 pytest.importorskip("torchvision", reason="needs torchvision: pip install 'mobilemamba[downstream]'")
@@ -275,6 +277,11 @@ def test_published_recipes():
         assert made.kind == name.replace("-", "_")
         assert made.schedule == "late-cosine"
     assert made.image_size == 512
+    for name in ("retinanet", "mask-rcnn", "semantic-fpn"):
+        options = recipe(f"shapes-{name}")
+        made = TrainConfig(**options, data="masks:x" if options["task"] == "segment" else "coco:x")
+        assert (made.kind, made.image_size) == (name.replace("-", "_"), 128)
+        assert made.arguments["pyramid_channels"] < 256
     assert TrainConfig(**{**recipe("published-ssdlite"), "data": "coco:x"}).image_size == 320
 
 
@@ -297,6 +304,14 @@ def test_groups_with_another_rate_for_heads():
     ]
     decayed, exempt = parameter_groups(model, 0.05, decay_vectors=True)
     assert (len(decayed["params"]), len(exempt["params"])) == (4, 0)
+
+
+def test_frozen_norms_stay_frozen_where_norms_are_synchronized():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Sequential(nn.BatchNorm2d(3)))
+    freeze_statistics(model[1])
+    synchronize_norms(model, CPU)
+    assert (type(model[0]), type(model[1][0])) == (SyncBatchNorm, FrozenBatchNorm)
+    assert not model.train()[1][0].training
 
 
 def test_pretrained_backbones_are_restored_with_their_normalisation(drawn, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 import mobilemamba.data
 from mobilemamba.data import DataSet
 from mobilemamba.data.splits import InMemory
-from mobilemamba.training import EXIT_CODE, Interrupted, TrainConfig, finetuning, run, train
+from mobilemamba.models.frozen import freeze_statistics
+from mobilemamba.training import EXIT_CODE, Interrupted, TrainConfig, tasks, train
 from mobilemamba.training.processes import Processes, SyncBatchNorm, synchronize_norms
 from mobilemamba.training.run import Run
 
@@ -104,7 +106,7 @@ def test_synchronized_norms_of_one_process_are_those_of_torch():
 @pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_parts_of_a_batch_have_its_gradient(tmp_path, digits, monkeypatch, accumulate):
     """With frozen norms, parts of a batch do not see each other."""
-    monkeypatch.setattr(run, "freeze_norms", finetuning._freeze_norms)  # the head's too
+    monkeypatch.setattr(tasks, "freeze_norms", partial(freeze_statistics, affine=True))  # the head's too
     config = replace(CONFIG, pretrained="plain", freeze_norm=True, drop_path=0.0, epochs=1)
     train(config, tmp_path / "whole")
     train(replace(config, accumulate=accumulate), tmp_path / "parts")

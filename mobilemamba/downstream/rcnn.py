@@ -272,6 +272,7 @@ class MaskRCNN(Fusible, GeneralizedRCNN):
         box_positive_fraction: float = 0.25,
     ) -> None:
         channels, anchors = backbone.out_channels, pyramid_anchors(backbone.strides, (8.0,))
+        assert isinstance(channels, int)  # those of a pyramid
         rpn = ProposalNetwork(
             Matcher(rpn_fg_iou_thresh, rpn_bg_iou_thresh, least=rpn_bg_iou_thresh),
             anchor_generator=anchors,

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from ..models.frozen import FrozenBatchNorm
+
 __all__ = ["ALONE", "Processes", "joined", "synchronize_norms"]
 
 Item = TypeVar("Item")
@@ -110,11 +112,11 @@ def joined(device: str) -> Iterator[tuple[Processes, torch.device]]:
 def synchronize_norms(model: nn.Module, device: torch.device) -> None:
     """Replace every BatchNorm in ``model`` by one with the statistics of all processes, in place.
 
-    On a GPU it is torch's, which takes CUDA tensors only.
+    Those with frozen statistics stay as they are. On a GPU it is torch's, which takes CUDA tensors only.
     """
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, FrozenBatchNorm):
                 kind = nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm
                 new = kind(norm.num_features, norm.eps, norm.momentum, device="meta")
                 new._parameters, new._buffers = norm._parameters, norm._buffers

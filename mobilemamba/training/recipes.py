@@ -58,6 +58,15 @@ _SEGMENTATION: dict[str, Any] = {
     "reduce_zero_label": True,
 }
 
+# nano's weights for grey clothes are a start for shapes too. The first stride of the detectors' backbone is 8.
+_SHAPES: dict[str, Any] = {
+    "pretrained": "plain",
+    "norm_eval": False,
+    "image_size": 128,
+    "lr": 1e-3,
+    "clip_grad": 1.0,
+}
+
 #: Options that differ from the defaults of :class:`TrainConfig`. The published ones are those of the configurations
 #: ``mobilemamba_*.py`` (plain) and ``mobilemamba_*s.py`` (distilled) of the authors' repository, and of arXiv
 #: 2411.15941. The teacher of the distilled models is TResNet-L v2 with
@@ -77,9 +86,39 @@ RECIPES: dict[str, dict[str, Any]] = {
         "crop_scale": 0.25,
         "erase": 0.0,
     },
-    # Random weights and small images: what the drawn shapes are trained with (docs/downstream.md)
+    # Random weights and small images
     "detect": {"task": "detect", "batch_size": 16, "lr": 1e-3, "ema_decay": 0.99},
     "segment": {"task": "segment", "batch_size": 16, "lr": 1e-3, "ema_decay": 0.99, "photometric": True},
+    # Half an hour each on two cores (docs/downstream.md)
+    "shapes-retinanet": {
+        **_SHAPES,
+        "task": "detect",
+        "kind": "retinanet",
+        "epochs": 16,
+        "batch_size": 4,
+        "ema_decay": 0.998,
+        "model_options": '{"pyramid_channels": 96, "backbone_options": {"patch_strides": [2, 2, 2]}}',
+    },
+    "shapes-mask-rcnn": {
+        **_SHAPES,
+        "task": "detect",
+        "kind": "mask_rcnn",
+        "epochs": 8,
+        "batch_size": 4,
+        "ema_decay": 0.998,
+        "model_options": '{"pyramid_channels": 64, "backbone_options": {"patch_strides": [2, 2, 2]}, '
+        '"rpn_pre_nms_top_n_train": 300, "rpn_post_nms_top_n_train": 100, "box_batch_size_per_image": 32, '
+        '"rpn_pre_nms_top_n_test": 300, "rpn_post_nms_top_n_test": 100, "box_detections_per_img": 30}',
+    },
+    "shapes-semantic-fpn": {
+        **_SHAPES,
+        "task": "segment",
+        "kind": "semantic_fpn",
+        "epochs": 12,
+        "batch_size": 8,
+        "ema_decay": 0.995,
+        "model_options": '{"pyramid_channels": 96, "channels": 64}',
+    },
     # The configurations for COCO and ADE20K of the authors' repository
     "published-retinanet": {**_DETECTION, "kind": "retinanet"},
     "published-mask-rcnn": {**_DETECTION, "kind": "mask_rcnn"},
