@@ -90,10 +90,10 @@ def make_peer(kind: str, name: str) -> nn.Module:
     size, strides = MODELS[kind]
     body = PeerMaps(name, strides)
     if kind == "ssdlite":
-        from mobilemamba.downstream.detectors import _sides
+        from mobilemamba.downstream.backbones import level_sides
         from mobilemamba.downstream.ssd import ExtraLevels, SSDLite
 
-        neck, sides = ExtraLevels(body.out_channels[-1]), _sides(size[0], strides, 6)
+        neck, sides = ExtraLevels(body.out_channels[-1]), level_sides(size[0], strides, 6)
         channels = [*body.out_channels, *neck.out_channels]
         backbone = WithNeck(body, neck, channels, [round(320 / side) for side in sides])
         return SSDLite(backbone, 91, sides, model.transform).eval()

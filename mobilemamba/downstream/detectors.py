@@ -1,13 +1,12 @@
 """The published detectors by name. torchvision is imported when one is made."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from ..models import FeatureExtractor, checks
-from ..zoo import feature_extractor
-from .necks import FeaturePyramid, WithNeck
+from .backbones import Backbone, Pretrained, level_sides, make_backbone, with_pyramid
+from .necks import WithNeck
 
 if TYPE_CHECKING:
     from .rcnn import MaskRCNN
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     from .transform import Transform
 
 __all__ = ["mask_rcnn", "retinanet", "ssdlite"]
-
-Backbone = str | FeatureExtractor
-Pretrained = bool | str | os.PathLike[str]
 
 
 def mask_rcnn(
@@ -81,9 +77,9 @@ def mask_rcnn(
     need_torchvision()
     from .rcnn import MaskRCNN
 
-    body = _body(backbone, pretrained_backbone, backbone_options, 3, norm_eval=bool(pretrained_backbone))
+    body = make_backbone(backbone, pretrained_backbone, backbone_options, 3, norm_eval=bool(pretrained_backbone))
     transform = _transform(body, num_classes, min_size, max_size, image_mean, image_std, masks=True)
-    return MaskRCNN(_pyramid(body, 4, False, pyramid_channels), num_classes, transform, **options)
+    return MaskRCNN(with_pyramid(body, 4, False, pyramid_channels), num_classes, transform, **options)
 
 
 def retinanet(
@@ -122,9 +118,9 @@ def retinanet(
     need_torchvision()
     from .retina import RetinaNet
 
-    body = _body(backbone, pretrained_backbone, backbone_options, 3, norm_eval=bool(pretrained_backbone))
+    body = make_backbone(backbone, pretrained_backbone, backbone_options, 3, norm_eval=bool(pretrained_backbone))
     transform = _transform(body, num_classes, min_size, max_size, image_mean, image_std)
-    return RetinaNet(_pyramid(body, 8, True, pyramid_channels), num_classes, transform, **options)
+    return RetinaNet(with_pyramid(body, 8, True, pyramid_channels), num_classes, transform, **options)
 
 
 def ssdlite(
@@ -167,16 +163,16 @@ def ssdlite(
     from .ssd import ANCHOR_SIZES, ExtraLevels, SSDLite
 
     size = checks.integer("size", size)
-    body = _body(backbone, pretrained_backbone, backbone_options, 2, norm_eval=False)
+    body = make_backbone(backbone, pretrained_backbone, backbone_options, 2, norm_eval=False)
     transform = _transform(
         body, num_classes, size, size, image_mean, image_std, size_divisible=1, fixed_size=(size, size)
     )
     neck, reduction = ExtraLevels(body.out_channels[-1]), body.feature_info.reduction()
     levels = len(ANCHOR_SIZES) - 1
-    strides = [round(320 / side) for side in _sides(320, reduction, levels)]
+    strides = [round(320 / side) for side in level_sides(320, reduction, levels)]
     channels = [*body.out_channels, *neck.out_channels]
     return SSDLite(
-        WithNeck(body, neck, channels, strides), num_classes, _sides(size, reduction, levels), transform, **options
+        WithNeck(body, neck, channels, strides), num_classes, level_sides(size, reduction, levels), transform, **options
     )
 
 
@@ -190,48 +186,6 @@ def need_torchvision() -> None:
         import torchvision.models.detection  # noqa: F401
     except ImportError as error:
         raise ImportError(f"a detector needs torchvision: pip install 'mobilemamba[downstream]' ({error})") from error
-
-
-def _body(
-    backbone: Any, pretrained: Pretrained, options: Mapping[str, Any] | None, stages: int, **defaults: Any
-) -> FeatureExtractor:
-    if isinstance(backbone, str):
-        given = {"stages": tuple(range(stages)), **defaults, **(options or {})}
-        backbone = feature_extractor(backbone, pretrained, **given)
-    elif not isinstance(backbone, FeatureExtractor):
-        raise ValueError(
-            f"backbone: expected the name of a preset or a FeatureExtractor, got {type(backbone).__name__}"
-        )
-    elif pretrained or options:
-        raise ValueError("pretrained_backbone and backbone_options go with the name of a preset, not with a module")
-    if len(backbone.out_channels) != stages:
-        raise ValueError(f"backbone: expected feature maps of {stages} stages, got {len(backbone.out_channels)}")
-    return backbone
-
-
-def _pyramid(body: FeatureExtractor, finest: int, coarser: bool, channels: int) -> WithNeck:
-    """``body`` with a pyramid from the stride ``finest`` on, or from its own if that is coarser by no power of two."""
-    strides = list(body.feature_info.reduction())
-    if strides != [strides[0] * 2**i for i in range(len(strides))]:
-        raise ValueError(f"backbone: expected strides that double from stage to stage, got {strides}")
-    finer = 0
-    while strides[0] > finest:
-        if strides[0] % 2:
-            raise ValueError(f"backbone: expected a first stride that is a power of two, got {strides[0] * 2**finer}")
-        strides.insert(0, strides[0] // 2)
-        finer += 1
-    if coarser:
-        strides.append(2 * strides[-1])
-    neck = FeaturePyramid(body.out_channels, channels, finer=finer, coarser=coarser)
-    return WithNeck(body, neck, neck.out_channels, strides)
-
-
-def _sides(size: int, reduction: Sequence[int], levels: int) -> list[int]:
-    """The sides of the feature maps of a square image: of the stages, and of levels that halve the last one."""
-    sides = [-(-size // stride) for stride in reduction]
-    while len(sides) < levels:
-        sides.append((sides[-1] + 1) // 2)
-    return sides
 
 
 def _transform(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import MobileMamba, checks
-from .detectors import Backbone, Pretrained, _body
+from .backbones import Backbone, Pretrained, make_backbone
 from .fusing import Fusible
 from .necks import FeaturePyramid, WithNeck
 from .segmentation_heads import DeepLabV3Head, FCNHead, PSPHead, SemanticFPNHead, resize
@@ -147,7 +147,7 @@ def semantic_fpn(
 
     torchvision has no such model. Of its ``FeaturePyramidNetwork``, initial biases and weights differ.
     """
-    body = _body(backbone, pretrained_backbone, backbone_options, 3)
+    body = make_backbone(backbone, pretrained_backbone, backbone_options, 3)
     neck = FeaturePyramid(body.out_channels, checks.integer("pyramid_channels", pyramid_channels))
     width, num_classes, rate = _checked(channels, num_classes, dropout)
     head = SemanticFPNHead([neck.out_channels] * len(body.out_channels), width, num_classes, rate)
@@ -185,7 +185,7 @@ def deeplabv3(
     half of the pixels, and a 3x3; dropout takes whole channels before the last layer; the auxiliary head has as many
     channels as the main head.
     """
-    body = _body(backbone, pretrained_backbone, backbone_options, 3)
+    body = make_backbone(backbone, pretrained_backbone, backbone_options, 3)
     width, classes, rate = _checked(channels, num_classes, dropout)
     head = DeepLabV3Head(body.out_channels[-1], width, classes, rate, checks.integers("dilations", dilations))
     return Segmenter(body, head, classes, _aux_head(aux, body.out_channels[-2], width, classes, rate))
@@ -218,7 +218,7 @@ def pspnet(
 
     torchvision has no such model. Differs from the paper: the backbone is not dilated, so logits have a stride of 64.
     """
-    body = _body(backbone, pretrained_backbone, backbone_options, 3)
+    body = make_backbone(backbone, pretrained_backbone, backbone_options, 3)
     width, classes, rate = _checked(channels, num_classes, dropout)
     head = PSPHead(body.out_channels[-1], width, classes, rate, checks.integers("bins", bins))
     return Segmenter(body, head, classes, _aux_head(aux, body.out_channels[-2], width, classes, rate))
