@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mobilemamba import ops
-from mobilemamba.models import layers
-from mobilemamba.models.folded import fold_batchnorm
+from mobilemamba.models.folded import Folded, fold_batchnorm
 from mobilemamba.models.layers import PatchEmbedding, PatchMerging
 
 EMBEDDINGS = [  # batch, height, width, channels of the input and of each convolution, strides
@@ -247,7 +246,7 @@ def test_layers_fold_to_the_operators():
         names = set(folded.state_dict())
         assert relative_error(folded(x), expected) < 1e-12
         for layer in folded.modules():
-            if isinstance(layer, layers.Folded):
+            if isinstance(layer, Folded):
                 layer.pack()
         assert relative_error(folded(x), expected) < 1e-12
         assert set(folded.state_dict()) == names
