@@ -314,8 +314,9 @@ def test_frozen_norms_stay_frozen_where_norms_are_synchronized():
     assert not model.train()[1][0].training
 
 
-def test_pretrained_backbones_are_restored_with_their_normalisation(drawn, tmp_path):
-    options = config(drawn, "semantic_fpn", widths=None, pretrained="plain", epochs=1, model_options="")
+@pytest.mark.parametrize("kind", ["semantic_fpn", "retinanet"])
+def test_pretrained_backbones_are_restored_with_their_normalisation(drawn, tmp_path, kind):
+    options = config(drawn, kind, widths=None, pretrained="plain", epochs=1, model_options="")
     dataset = open_data(options, False)
     run = Run(options, dataset, CPU)
     assert run.task.mean == pytest.approx((0.286,) * 3)
@@ -324,6 +325,12 @@ def test_pretrained_backbones_are_restored_with_their_normalisation(drawn, tmp_p
     again.load(tmp_path / "last.pt")
     assert again.task.preparation == run.task.preparation
     assert again.task.meta() == run.task.meta()
+    if kind == "retinanet":  # the average, which is evaluated and stored, has a transform of its own
+        for model in (again.model, again.ema.module):
+            assert (model.transform.image_mean, model.transform.image_std) == (
+                pytest.approx(list(run.model.transform.image_mean)),
+                pytest.approx(list(run.model.transform.image_std)),
+            )
     assert TrainConfig(**json.loads(json.dumps(vars(replace(options, image_size=48))))).image_size == 48
 
 

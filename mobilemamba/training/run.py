@@ -241,7 +241,8 @@ class Run:
         state = read_state(path)
         try:
             if state["config"].get("task", "classify") == self.config.task:  # otherwise check_same() refuses
-                self.task.restore(self.model, state["meta"])
+                for model in (self.model, self.ema.module):
+                    self.task.restore(model, state["meta"])
             check_same(state, self.config, self.task.meta(), self.fingerprint)
             weights.load_into(self.model, state["model"])
             weights.load_into(self.ema.module, state["ema"])
