@@ -45,7 +45,7 @@ def drawn(tmp_path_factory):
 
 
 def config(drawn, kind: str, **options) -> TrainConfig:
-    if kind == "semantic_fpn":
+    if kind in ("semantic_fpn", "deeplabv3"):
         task, data, extra = "segment", f"masks:{drawn}", ', "pyramid_channels": 16, "channels": 16'
     else:
         task, data, extra = "detect", f"coco:{drawn}", ', "pyramid_channels": 16'
@@ -304,6 +304,24 @@ def test_groups_with_another_rate_for_heads():
     ]
     decayed, exempt = parameter_groups(model, 0.05, decay_vectors=True)
     assert (len(decayed["params"]), len(exempt["params"])) == (4, 0)
+    with pytest.raises(ValueError, match="head_lr: expected a model with parameters to train in rpn or roi, got none"):
+        parameter_groups(model, 0.05, head_lr=10.0, heads=("rpn", "roi"))
+
+
+@pytest.mark.parametrize("kind", ["semantic_fpn", "deeplabv3", "retinanet", "mask_rcnn", "ssdlite"])
+def test_the_rate_of_the_head_is_that_of_all_but_backbone_and_pyramid(drawn, kind):
+    options = '{"channels": 16}' if kind == "deeplabv3" else ""
+    run = Run(config(drawn, kind, head_lr=10.0, model_options=options), open_data(config(drawn, kind), False), CPU)
+    faster = {id(each) for group in run.optimizer.param_groups if group["lr_scale"] == 10 for each in group["params"]}
+    named = {name for name, parameter in run.model.named_parameters() if id(parameter) in faster}
+    assert named == {name for name, _ in run.model.named_parameters() if not name.startswith("backbone.")}
+
+
+def test_heads_with_a_norm_behind_a_mean_need_two_images(drawn):
+    dataset = open_data(config(drawn, "semantic_fpn"), False)
+    assert Run(config(drawn, "semantic_fpn", batch_size=1), dataset, CPU).batch_size == 1
+    with pytest.raises(ValueError, match="BatchNorm needs at least 2 images in each part of a batch, got 1"):
+        Run(config(drawn, "deeplabv3", batch_size=1, model_options='{"channels": 16}'), dataset, CPU)
 
 
 def test_frozen_norms_stay_frozen_where_norms_are_synchronized():
@@ -316,7 +334,8 @@ def test_frozen_norms_stay_frozen_where_norms_are_synchronized():
 
 @pytest.mark.parametrize("kind", ["semantic_fpn", "retinanet"])
 def test_pretrained_backbones_are_restored_with_their_normalisation(drawn, tmp_path, kind):
-    options = config(drawn, kind, widths=None, pretrained="plain", epochs=1, model_options="")
+    few = '{"pyramid_channels": 16}'
+    options = config(drawn, kind, widths=None, pretrained="plain", epochs=1, model_options=few)
     dataset = open_data(options, False)
     run = Run(options, dataset, CPU)
     assert run.task.mean == pytest.approx((0.286,) * 3)

@@ -115,7 +115,7 @@ class TrainConfig:
         "after the warm-up a cosine down to lr / 100; or, late-cosine, lr until half of the steps, then a cosine to 0",
         SCHEDULES,
     )
-    head_lr: float = option(1.0, "factor of the learning rate of parameters with 'head' in their names")
+    head_lr: float = option(1.0, "factor of the learning rate of the head: of all but the backbone and its pyramid")
     weight_decay: float = option(0.05, "weight decay of AdamW, on weights with more than one dimension")
     decay_vectors: bool = option(False, "weight decay on biases and norms too")
     clip_grad: float = option(5.0, "largest norm of the gradient; a longer one is scaled down; 0: no limit")

@@ -89,6 +89,8 @@ class Downstream(Task):
 class Detection(Downstream):
     """Boxes, and masks with Mask R-CNN, of the objects in an image. Arguments: :class:`Task`."""
 
+    heads = ("rpn", "roi_heads", "head")  # mmdetection's rpn_head, roi_head, bbox_head
+
     def __init__(self, config: TrainConfig, dataset: AnnotatedData, device: torch.device) -> None:
         super().__init__(config, dataset, device)
         self.least_images = 2 if self.kind == "ssdlite" else 1  # its last maps have one pixel
@@ -139,7 +141,12 @@ class Detection(Downstream):
 class Segmentation(Downstream):
     """A class for each pixel. Arguments: :class:`Task`."""
 
-    least_images = 2  # some heads have a BatchNorm behind a mean over the image
+    heads = ("classifier", "aux_classifier")  # mmsegmentation's decode_head, auxiliary_head
+
+    def __init__(self, config: TrainConfig, dataset: AnnotatedData, device: torch.device) -> None:
+        super().__init__(config, dataset, device)
+        # these have a BatchNorm behind a mean over the image
+        self.least_images = 2 if self.kind in ("deeplabv3", "pspnet") else 1
 
     def restore(self, model: nn.Module, meta: dict[str, Any]) -> None:
         self.mean, self.std = (tuple(meta["preprocessing"][name]) for name in ("mean", "std"))

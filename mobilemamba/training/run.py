@@ -68,7 +68,11 @@ class Run:
                 module.set_grad_checkpointing(config.grad_checkpointing)
         self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         groups = parameter_groups(
-            self.model, config.weight_decay, decay_vectors=config.decay_vectors, head_lr=config.head_lr
+            self.model,
+            config.weight_decay,
+            decay_vectors=config.decay_vectors,
+            head_lr=config.head_lr,
+            heads=self.task.heads,
         )
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
