@@ -133,7 +133,9 @@ def test_evaluate_prints_the_ap_of_a_detector(drawn, retinanet, capsys):
     command = ["evaluate", "--checkpoint", str(retinanet / "model.pt"), "--workers", "0", "--data", f"coco:{drawn}"]
     assert cli.main([*command, "--csv", str(retinanet / "classes.csv")]) == 0
     value = f"{entries(retinanet)[-1]['test_AP']:.2%}".replace("%", " %")
-    assert f"AP             {value}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"AP             {value}" in out
+    assert "(cpu, float32, batches of 8)" in out
     header, *rows = (retinanet / "classes.csv").read_text().splitlines()
     assert header == "label,AP,AP50,AP75"
     assert [row.split(",")[0] for row in rows] == ["circle", "square", "triangle", "star"]
@@ -170,6 +172,10 @@ def test_accumulated_parts_are_the_whole_batch(drawn):
     unknown = config(drawn, "retinanet", model_options='{"neck": 1}')
     with pytest.raises(ValueError, match=r"model_options: \{\"neck\": 1\}: .*unexpected keyword argument 'neck'"):
         Run(unknown, dataset, CPU)
+    headed = config(drawn, "retinanet", model_options='{"backbone_options": {"distillation": true}}')
+    with pytest.raises(ValueError, match=r"model_options: .*: feature_extractor: expected no distillation"):
+        Run(headed, dataset, CPU)
+    assert "distillation" not in config(drawn, "retinanet", pretrained="distilled").backbone_options
     runs = [Run(config(drawn, "retinanet", norm_eval=True, accumulate=n), dataset, CPU) for n in (1, 2)]
     picture, target = dataset.train.image(0), dataset.train.target(0)
     images, targets = zip(*[runs[0].task.transform(picture, target) for _ in range(1)] * 2, strict=True)
@@ -218,6 +224,13 @@ def test_average_precision(drawn):
     empty = {name: values[:0] for name, values in targets[0].items()}
     nothing = evaluate_detector(Knowing([empty] * 4), split, 3).measures
     assert set(nothing.values()) == {0.0}
+    boxes = Knowing(targets)
+    boxes.fuse = lambda: lambda images: [{k: v for k, v in found.items() if k != "masks"} for found in boxes(images)]
+    with pytest.raises(ValueError, match=r"val\.json: expected a detector of masks for a split with masks, got one of"):
+        evaluate_detector(boxes, split, 3)
+    others = [{**target, "labels": target["labels"] + 4} for target in map(split.target, range(4))]
+    with pytest.raises(ValueError, match=r"val\.json: expected a detector of its 4 classes, got label [5-8]$"):
+        evaluate_detector(Knowing(others), split, 3)
 
 
 class Told(Knowing):
@@ -248,6 +261,10 @@ def test_mean_iou(drawn):
     assert result.iou[wrong] == 0.0
     assert result.iou[0] == pytest.approx(float(pixels[0] / (pixels[0] + pixels[wrong])))
     assert result.measures["pixel_accuracy"] == pytest.approx(float(1 - pixels[wrong] / pixels.sum()))
+    more = Told(targets)
+    more.fuse = lambda: lambda images: {"out": torch.zeros(len(images), 6, 48, 48)}
+    with pytest.raises(ValueError, match="val: expected a segmenter of 5 classes, got 6"):
+        evaluate_segmenter(more, split, preparation, 3)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +279,18 @@ def test_mean_iou(drawn):
         ({"norm_eval": True}, "norm_eval is for --task detect or segment"),
         ({"task": "detect", "data": "coco:x", "scale": (2.0, 0.5)}, "scale must be a smallest and a largest factor"),
         ({"task": "detect", "data": "coco:x", "model_options": "[1"}, "model_options: expected a JSON object, got"),
+        (
+            {"task": "detect", "data": "coco:x", "model_options": '{"min_size": 640}'},
+            "^model_options: expected no min_size: --image-size determines it$",
+        ),
+        (
+            {"task": "segment", "data": "masks:x", "model_options": '{"backbone_options": {"frozen_stages": 1}}'},
+            "^model_options: expected no frozen_stages: --frozen-stages determines it$",
+        ),
+        (
+            {"task": "segment", "data": "masks:x", "model_options": '{"backbone_options": [1]}'},
+            r"^model_options: backbone_options: expected a JSON object, got \(1,\)$",
+        ),
     ],
 )
 def test_options_of_other_tasks_are_refused(options, message):
@@ -283,6 +312,16 @@ def test_published_recipes():
         assert (made.kind, made.image_size) == (name.replace("-", "_"), 128)
         assert made.arguments["pyramid_channels"] < 256
     assert TrainConfig(**{**recipe("published-ssdlite"), "data": "coco:x"}).image_size == 320
+
+
+@pytest.mark.parametrize("text", ["unexpected keyword argument 'neck'", "unsupported operand types"])
+def test_other_type_errors_are_not_told_as_model_options(drawn, monkeypatch, text):
+    def broken(*args, **options):
+        raise TypeError(text)
+
+    monkeypatch.setattr(downstream, "create_model", broken)
+    with pytest.raises(TypeError, match=text):
+        Run(config(drawn, "retinanet"), open_data(config(drawn, "retinanet"), False), CPU)
 
 
 def test_the_late_cosine():

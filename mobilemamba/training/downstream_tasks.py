@@ -1,5 +1,6 @@
 """Detection and segmentation as tasks of a run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ class Downstream(Task):
         try:
             return downstream.create_model(*args, pretrained_backbone=source, **self.options())
         except TypeError as error:
+            given = self.config.arguments
+            unknown = re.search(r"(?:unexpected keyword argument '|expected no )(\w+)", str(error))
+            if unknown is None or unknown[1] not in {**given, **given.get("backbone_options", {})}:
+                raise
             raise ValueError(f"model_options: {self.config.model_options}: {error}") from error
 
     @property
