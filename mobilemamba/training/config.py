@@ -100,7 +100,9 @@ class TrainConfig:
     norm_eval: bool | None = option(
         None, "the backbone's BatchNorm keeps its statistics (default: in RetinaNet and Mask R-CNN with --pretrained)"
     )
-    frozen_stages: int = option(-1, "-1 trains everything; 0 freezes the stem; k freezes the stem and the first k stages")
+    frozen_stages: int = option(
+        -1, "-1 trains everything; 0 freezes the stem; k freezes the stem and the first k stages"
+    )
     freeze: str = option("none", "the part of the model that does not learn", FREEZABLE)
     freeze_norm: bool = option(False, "BatchNorm keeps its statistics, weight and bias")
     drop_path: float | None = option(None, "rate of stochastic depth (default: the preset's)")
