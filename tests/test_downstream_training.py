@@ -45,7 +45,7 @@ def drawn(tmp_path_factory):
 
 
 def config(drawn, kind: str, **options) -> TrainConfig:
-    if kind == "semantic_fpn":
+    if kind in ("semantic_fpn", "deeplabv3"):
         task, data, extra = "segment", f"masks:{drawn}", ', "pyramid_channels": 16, "channels": 16'
     else:
         task, data, extra = "detect", f"coco:{drawn}", ', "pyramid_channels": 16'
@@ -133,7 +133,9 @@ def test_evaluate_prints_the_ap_of_a_detector(drawn, retinanet, capsys):
     command = ["evaluate", "--checkpoint", str(retinanet / "model.pt"), "--workers", "0", "--data", f"coco:{drawn}"]
     assert cli.main([*command, "--csv", str(retinanet / "classes.csv")]) == 0
     value = f"{entries(retinanet)[-1]['test_AP']:.2%}".replace("%", " %")
-    assert f"AP             {value}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"AP             {value}" in out
+    assert "(cpu, float32, batches of 8)" in out
     header, *rows = (retinanet / "classes.csv").read_text().splitlines()
     assert header == "label,AP,AP50,AP75"
     assert [row.split(",")[0] for row in rows] == ["circle", "square", "triangle", "star"]
@@ -170,6 +172,10 @@ def test_accumulated_parts_are_the_whole_batch(drawn):
     unknown = config(drawn, "retinanet", model_options='{"neck": 1}')
     with pytest.raises(ValueError, match=r"model_options: \{\"neck\": 1\}: .*unexpected keyword argument 'neck'"):
         Run(unknown, dataset, CPU)
+    headed = config(drawn, "retinanet", model_options='{"backbone_options": {"distillation": true}}')
+    with pytest.raises(ValueError, match=r"model_options: .*: feature_extractor: expected no distillation"):
+        Run(headed, dataset, CPU)
+    assert "distillation" not in config(drawn, "retinanet", pretrained="distilled").backbone_options
     runs = [Run(config(drawn, "retinanet", norm_eval=True, accumulate=n), dataset, CPU) for n in (1, 2)]
     picture, target = dataset.train.image(0), dataset.train.target(0)
     images, targets = zip(*[runs[0].task.transform(picture, target) for _ in range(1)] * 2, strict=True)
@@ -218,6 +224,13 @@ def test_average_precision(drawn):
     empty = {name: values[:0] for name, values in targets[0].items()}
     nothing = evaluate_detector(Knowing([empty] * 4), split, 3).measures
     assert set(nothing.values()) == {0.0}
+    boxes = Knowing(targets)
+    boxes.fuse = lambda: lambda images: [{k: v for k, v in found.items() if k != "masks"} for found in boxes(images)]
+    with pytest.raises(ValueError, match=r"val\.json: expected a detector of masks for a split with masks, got one of"):
+        evaluate_detector(boxes, split, 3)
+    others = [{**target, "labels": target["labels"] + 4} for target in map(split.target, range(4))]
+    with pytest.raises(ValueError, match=r"val\.json: expected a detector of its 4 classes, got label [5-8]$"):
+        evaluate_detector(Knowing(others), split, 3)
 
 
 class Told(Knowing):
@@ -248,6 +261,10 @@ def test_mean_iou(drawn):
     assert result.iou[wrong] == 0.0
     assert result.iou[0] == pytest.approx(float(pixels[0] / (pixels[0] + pixels[wrong])))
     assert result.measures["pixel_accuracy"] == pytest.approx(float(1 - pixels[wrong] / pixels.sum()))
+    more = Told(targets)
+    more.fuse = lambda: lambda images: {"out": torch.zeros(len(images), 6, 48, 48)}
+    with pytest.raises(ValueError, match="val: expected a segmenter of 5 classes, got 6"):
+        evaluate_segmenter(more, split, preparation, 3)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +279,18 @@ def test_mean_iou(drawn):
         ({"norm_eval": True}, "norm_eval is for --task detect or segment"),
         ({"task": "detect", "data": "coco:x", "scale": (2.0, 0.5)}, "scale must be a smallest and a largest factor"),
         ({"task": "detect", "data": "coco:x", "model_options": "[1"}, "model_options: expected a JSON object, got"),
+        (
+            {"task": "detect", "data": "coco:x", "model_options": '{"min_size": 640}'},
+            "^model_options: expected no min_size: --image-size determines it$",
+        ),
+        (
+            {"task": "segment", "data": "masks:x", "model_options": '{"backbone_options": {"frozen_stages": 1}}'},
+            "^model_options: expected no frozen_stages: --frozen-stages determines it$",
+        ),
+        (
+            {"task": "segment", "data": "masks:x", "model_options": '{"backbone_options": [1]}'},
+            r"^model_options: backbone_options: expected a JSON object, got \(1,\)$",
+        ),
     ],
 )
 def test_options_of_other_tasks_are_refused(options, message):
@@ -285,6 +314,16 @@ def test_published_recipes():
     assert TrainConfig(**{**recipe("published-ssdlite"), "data": "coco:x"}).image_size == 320
 
 
+@pytest.mark.parametrize("text", ["unexpected keyword argument 'neck'", "unsupported operand types"])
+def test_other_type_errors_are_not_told_as_model_options(drawn, monkeypatch, text):
+    def broken(*args, **options):
+        raise TypeError(text)
+
+    monkeypatch.setattr(downstream, "create_model", broken)
+    with pytest.raises(TypeError, match=text):
+        Run(config(drawn, "retinanet"), open_data(config(drawn, "retinanet"), False), CPU)
+
+
 def test_the_late_cosine():
     rates = [learning_rate(step, 100, 10, 1.0, "late-cosine") for step in range(101)]
     assert rates[0] == pytest.approx(1e-5)
@@ -304,6 +343,24 @@ def test_groups_with_another_rate_for_heads():
     ]
     decayed, exempt = parameter_groups(model, 0.05, decay_vectors=True)
     assert (len(decayed["params"]), len(exempt["params"])) == (4, 0)
+    with pytest.raises(ValueError, match="head_lr: expected a model with parameters to train in rpn or roi, got none"):
+        parameter_groups(model, 0.05, head_lr=10.0, heads=("rpn", "roi"))
+
+
+@pytest.mark.parametrize("kind", ["semantic_fpn", "deeplabv3", "retinanet", "mask_rcnn", "ssdlite"])
+def test_the_rate_of_the_head_is_that_of_all_but_backbone_and_pyramid(drawn, kind):
+    options = '{"channels": 16}' if kind == "deeplabv3" else ""
+    run = Run(config(drawn, kind, head_lr=10.0, model_options=options), open_data(config(drawn, kind), False), CPU)
+    faster = {id(each) for group in run.optimizer.param_groups if group["lr_scale"] == 10 for each in group["params"]}
+    named = {name for name, parameter in run.model.named_parameters() if id(parameter) in faster}
+    assert named == {name for name, _ in run.model.named_parameters() if not name.startswith("backbone.")}
+
+
+def test_heads_with_a_norm_behind_a_mean_need_two_images(drawn):
+    dataset = open_data(config(drawn, "semantic_fpn"), False)
+    assert Run(config(drawn, "semantic_fpn", batch_size=1), dataset, CPU).batch_size == 1
+    with pytest.raises(ValueError, match="BatchNorm needs at least 2 images in each part of a batch, got 1"):
+        Run(config(drawn, "deeplabv3", batch_size=1, model_options='{"channels": 16}'), dataset, CPU)
 
 
 def test_frozen_norms_stay_frozen_where_norms_are_synchronized():
@@ -314,8 +371,10 @@ def test_frozen_norms_stay_frozen_where_norms_are_synchronized():
     assert not model.train()[1][0].training
 
 
-def test_pretrained_backbones_are_restored_with_their_normalisation(drawn, tmp_path):
-    options = config(drawn, "semantic_fpn", widths=None, pretrained="plain", epochs=1, model_options="")
+@pytest.mark.parametrize("kind", ["semantic_fpn", "retinanet"])
+def test_pretrained_backbones_are_restored_with_their_normalisation(drawn, tmp_path, kind):
+    few = '{"pyramid_channels": 16}'
+    options = config(drawn, kind, widths=None, pretrained="plain", epochs=1, model_options=few)
     dataset = open_data(options, False)
     run = Run(options, dataset, CPU)
     assert run.task.mean == pytest.approx((0.286,) * 3)
@@ -324,6 +383,12 @@ def test_pretrained_backbones_are_restored_with_their_normalisation(drawn, tmp_p
     again.load(tmp_path / "last.pt")
     assert again.task.preparation == run.task.preparation
     assert again.task.meta() == run.task.meta()
+    if kind == "retinanet":  # the average, which is evaluated and stored, has a transform of its own
+        for model in (again.model, again.ema.module):
+            assert (model.transform.image_mean, model.transform.image_std) == (
+                pytest.approx(list(run.model.transform.image_mean)),
+                pytest.approx(list(run.model.transform.image_std)),
+            )
     assert TrainConfig(**json.loads(json.dumps(vars(replace(options, image_size=48))))).image_size == 48
 
 

@@ -55,7 +55,8 @@ def add_options(parser: Parser) -> None:
     text = "masks:DIR has 0 for ignored pixels, and v for class v - 1 (ADE20K)"
     parser.add_argument("--reduce-zero-label", action="store_true", help=text)
     add_model_options(parser)
-    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per pass (default: 64)")
+    text = "images per pass (default: 64; for detectors and segmenters 8)"
+    parser.add_argument("--batch-size", type=positive, metavar="N", help=text)
     text = f"processes that decode images (default: one for each CPU, at most {MAX_WORKERS})"
     parser.add_argument("--workers", type=int, metavar="N", help=text)
     add_device_option(parser)
@@ -73,7 +74,10 @@ def run(args: argparse.Namespace) -> None:
     for target in (args.json, args.csv, args.confusion):
         if target is not None:
             check_target(target)  # now, not after the evaluation
-    if args.data.startswith(("coco:", "masks:")):
+    whole_images = args.data.startswith(("coco:", "masks:"))
+    if args.batch_size is None:
+        args.batch_size = 8 if whole_images else 64
+    if whole_images:
         return run_downstream(args, device)
     if args.reduce_zero_label:
         raise ValueError(f"--reduce-zero-label is for masks:DIR, got --data {args.data}")
@@ -137,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
         write(args.confusion, as_csv([["", *names], *lines]))
 
 
-#: Options that say nothing about a detector or segmenter.
+#: Options of classifiers.
 OF_CLASSIFIERS = (
     *("model", "distilled", "labels", "mean", "std", "resize", "crop", "interpolation", "ground_truth", "confusion"),
 )

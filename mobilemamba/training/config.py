@@ -44,6 +44,23 @@ OF_TASKS = {
     "segment": ("kind", "model_options", "norm_eval", "frozen_stages", "scale", "photometric", "reduce_zero_label"),
 }
 
+#: Keys of ``model_options``, and of its ``backbone_options``, that another option determines.
+DETERMINED = {
+    "kind": "kind",
+    "backbone": "model",
+    "num_classes": "data",
+    "pretrained_backbone": "pretrained",
+    "size": "image_size",
+    "min_size": "image_size",
+}
+DETERMINED_OF_BACKBONE = {
+    "norm_eval": "norm_eval",
+    "frozen_stages": "frozen_stages",
+    "widths": "widths",
+    "drop_path_rate": "drop_path",
+    "in_chans": "data",
+}
+
 
 def tuples(value: Any) -> Any:
     """``value`` with tuples for lists, at any depth."""
@@ -83,7 +100,9 @@ class TrainConfig:
     norm_eval: bool | None = option(
         None, "the backbone's BatchNorm keeps its statistics (default: in RetinaNet and Mask R-CNN with --pretrained)"
     )
-    frozen_stages: int = option(-1, "0: the backbone's stem does not learn; k: nor do its first k stages")
+    frozen_stages: int = option(
+        -1, "-1 trains everything; 0 freezes the stem; k freezes the stem and the first k stages"
+    )
     freeze: str = option("none", "the part of the model that does not learn", FREEZABLE)
     freeze_norm: bool = option(False, "BatchNorm keeps its statistics, weight and bias")
     drop_path: float | None = option(None, "rate of stochastic depth (default: the preset's)")
@@ -115,7 +134,7 @@ class TrainConfig:
         "after the warm-up a cosine down to lr / 100; or, late-cosine, lr until half of the steps, then a cosine to 0",
         SCHEDULES,
     )
-    head_lr: float = option(1.0, "factor of the learning rate of parameters with 'head' in their names")
+    head_lr: float = option(1.0, "factor of the learning rate of the head: of all but the backbone and its pyramid")
     weight_decay: float = option(0.05, "weight decay of AdamW, on weights with more than one dimension")
     decay_vectors: bool = option(False, "weight decay on biases and norms too")
     clip_grad: float = option(5.0, "largest norm of the gradient; a longer one is scaled down; 0: no limit")
@@ -163,7 +182,7 @@ class TrainConfig:
             if choices and value not in choices:
                 raise ValueError(f"{option.name} must be {' or '.join(choices)}, got {value}")
         self.check_task()
-        self.arguments  # noqa: B018  (refuses text that is no JSON)
+        self.check_arguments()
         self.check_used()
         if self.drop_path is None:
             object.__setattr__(self, "drop_path", PRESETS[self.model].get("drop_path_rate", 0.0))
@@ -198,6 +217,17 @@ class TrainConfig:
         data = next((task for task, prefix in PREFIXES.items() if self.data.startswith(prefix)), "classify")
         if data != self.task:
             raise ValueError(f"data: expected {TASKS[self.task]} for --task {self.task}, got '{self.data}'")
+
+    def check_arguments(self) -> None:
+        """Refuse :attr:`model_options` that are no JSON, and those that another option determines."""
+        given, inner = self.arguments, self.arguments.get("backbone_options", {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"model_options: backbone_options: expected a JSON object, got {inner!r}")
+        for names, known in ((given, DETERMINED), (inner, DETERMINED_OF_BACKBONE)):
+            for name in names:
+                if name in known:
+                    option = known[name].replace("_", "-")
+                    raise ValueError(f"model_options: expected no {name}: --{option} determines it")
 
     def check_used(self) -> None:
         """Refuse options that would have no effect."""
@@ -251,6 +281,7 @@ class TrainConfig:
         options: dict[str, Any] = {"drop_path_rate": self.drop_path}
         if self.widths:
             options["widths"] = self.widths
-        if self.pretrained == "distilled" or (self.teacher and self.distill == "hard"):
+        two_heads = self.pretrained == "distilled" or (self.teacher and self.distill == "hard")
+        if self.task == "classify" and two_heads:
             options["distillation"] = True
         return options

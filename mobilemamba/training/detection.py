@@ -72,10 +72,11 @@ def evaluate_detector(
 
     Raises:
         ImportError: pycocotools is missing.
-        ValueError: an image or its annotations are bad and bad images are not skipped; or no image can be read.
+        ValueError: an image or its annotations are bad and bad images are not skipped; no image can be read;
+            ``split.masks`` is set and the model finds no masks; or the model has more classes than ``split``.
     """
     library = mask_library()
-    device, fused = next(model.parameters()).device, fuse(model)
+    device, fused = next(model.parameters()).device, model.fuse()  # type: ignore[operator]
     start = time.perf_counter()
     batches = evaluation_batches(
         split, as_tensors, batch_size=batch_size, share=processes.share, workers=workers, pin=device.type == "cuda"
@@ -109,13 +110,12 @@ def evaluate_detector(
     return DetectionResult(measures, classes, len(seen), len(split) - len(seen), seconds)
 
 
-def fuse(model: nn.Module) -> nn.Module:
-    """The form of a detector or segmenter for inference."""
-    return model.fuse()  # type: ignore[operator]
-
-
 def detections(split: CocoImages, i: int, result: dict[str, Tensor], library: Any) -> list[dict[str, Any]]:
     """What a detector found in image ``i``, in COCO's format of results."""
+    if split.masks and "masks" not in result:
+        raise ValueError(f"{split.file}: expected a detector of masks for a split with masks, got one of boxes")
+    if (highest := max(result["labels"].tolist(), default=0)) > len(split.labels):
+        raise ValueError(f"{split.file}: expected a detector of its {len(split.labels)} classes, got label {highest}")
     boxes = result["boxes"].float().cpu()
     boxes[:, 2:] -= boxes[:, :2]
     rows: list[dict[str, Any]] = [

@@ -1,5 +1,6 @@
 """Detection and segmentation as tasks of a run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ class Downstream(Task):
         try:
             return downstream.create_model(*args, pretrained_backbone=source, **self.options())
         except TypeError as error:
+            given = self.config.arguments
+            unknown = re.search(r"(?:unexpected keyword argument '|expected no )(\w+)", str(error))
+            if unknown is None or unknown[1] not in {**given, **given.get("backbone_options", {})}:
+                raise
             raise ValueError(f"model_options: {self.config.model_options}: {error}") from error
 
     @property
@@ -88,6 +93,8 @@ class Downstream(Task):
 
 class Detection(Downstream):
     """Boxes, and masks with Mask R-CNN, of the objects in an image. Arguments: :class:`Task`."""
+
+    heads = ("rpn", "roi_heads", "head")  # mmdetection's rpn_head, roi_head, bbox_head
 
     def __init__(self, config: TrainConfig, dataset: AnnotatedData, device: torch.device) -> None:
         super().__init__(config, dataset, device)
@@ -139,7 +146,12 @@ class Detection(Downstream):
 class Segmentation(Downstream):
     """A class for each pixel. Arguments: :class:`Task`."""
 
-    least_images = 2  # some heads have a BatchNorm behind a mean over the image
+    heads = ("classifier", "aux_classifier")  # mmsegmentation's decode_head, auxiliary_head
+
+    def __init__(self, config: TrainConfig, dataset: AnnotatedData, device: torch.device) -> None:
+        super().__init__(config, dataset, device)
+        # these have a BatchNorm behind a mean over the image
+        self.least_images = 2 if self.kind in ("deeplabv3", "pspnet") else 1
 
     def restore(self, model: nn.Module, meta: dict[str, Any]) -> None:
         self.mean, self.std = (tuple(meta["preprocessing"][name]) for name in ("mean", "std"))

@@ -1,6 +1,7 @@
 """Parameter groups, the learning rate of each step, and the moving average of the weights."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,12 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, decay_vectors: bool = False, head_lr: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    decay_vectors: bool = False,
+    head_lr: float = 1.0,
+    heads: Sequence[str] = ("head",),
 ) -> list[dict[str, Any]]:
     """Groups for AdamW: first the parameters with weight decay, then those without.
 
@@ -22,8 +28,12 @@ def parameter_groups(
 
     Args:
         decay_vectors: parameters of one dimension have weight decay too.
-        head_lr: factor of the learning rate of parameters with ``head`` in their names. Where it is not 1, they are two
-            more groups. Each group has the factor as ``lr_scale``.
+        head_lr: factor of the learning rate of the parameters of the head. Where it is not 1, they are two more groups.
+            Each group has the factor as ``lr_scale``.
+        heads: names of the children of ``model`` that are its head.
+
+    Raises:
+        ValueError: ``head_lr`` is not 1, and no parameter of a head is trained.
     """
     exempt = {
         f"{prefix}.{name}" if prefix else name
@@ -34,8 +44,10 @@ def parameter_groups(
     groups: list[list[Tensor]] = [[], [], [], []]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            in_head = head_lr != 1 and "head" in name
+            in_head = head_lr != 1 and name.partition(".")[0] in heads
             groups[2 * in_head + ((parameter.dim() <= 1 and not decay_vectors) or name in exempt)].append(parameter)
+    if head_lr != 1 and not groups[2] + groups[3]:
+        raise ValueError(f"head_lr: expected a model with parameters to train in {' or '.join(heads)}, got none")
     return [
         {"params": group, "weight_decay": 0.0 if i % 2 else weight_decay, "lr_scale": head_lr if i > 1 else 1.0}
         for i, group in enumerate(groups[: 2 if head_lr == 1 else 4])

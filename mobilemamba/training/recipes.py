@@ -86,7 +86,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "crop_scale": 0.25,
         "erase": 0.0,
     },
-    # Random weights and small images
+    # Random weights, and images of the published size
     "detect": {"task": "detect", "batch_size": 16, "lr": 1e-3, "ema_decay": 0.99},
     "segment": {"task": "segment", "batch_size": 16, "lr": 1e-3, "ema_decay": 0.99, "photometric": True},
     # Half an hour each on two cores (docs/downstream.md)

@@ -68,7 +68,11 @@ class Run:
                 module.set_grad_checkpointing(config.grad_checkpointing)
         self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         groups = parameter_groups(
-            self.model, config.weight_decay, decay_vectors=config.decay_vectors, head_lr=config.head_lr
+            self.model,
+            config.weight_decay,
+            decay_vectors=config.decay_vectors,
+            head_lr=config.head_lr,
+            heads=self.task.heads,
         )
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
@@ -241,7 +245,8 @@ class Run:
         state = read_state(path)
         try:
             if state["config"].get("task", "classify") == self.config.task:  # otherwise check_same() refuses
-                self.task.restore(self.model, state["meta"])
+                for model in (self.model, self.ema.module):
+                    self.task.restore(model, state["meta"])
             check_same(state, self.config, self.task.meta(), self.fingerprint)
             weights.load_into(self.model, state["model"])
             weights.load_into(self.ema.module, state["ema"])

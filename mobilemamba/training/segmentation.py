@@ -14,7 +14,6 @@ from ..data.joint import SegmentationTransform
 from ..data.loading import evaluation_batches
 from ..data.mask_folder import IGNORED, MaskFolder
 from ..downstream.checkpoint import Preparation
-from .detection import fuse
 from .log import progress as progress_line
 from .processes import ALONE, Processes
 
@@ -91,12 +90,13 @@ def evaluate_segmenter(
         workers, processes, precision, progress: as for :func:`evaluate_detector`.
 
     Raises:
-        ValueError: an image or its mask is bad and bad images are not skipped; or no image can be read.
+        ValueError: an image or its mask is bad and bad images are not skipped; no image can be read; or
+            the model has other classes than ``split``.
     """
     classes = len(split.labels)
     assert preparation.size is not None
     transform = SegmentationTransform(preparation.size, training=False)
-    device, fused = next(model.parameters()).device, fuse(model)
+    device, fused = next(model.parameters()).device, model.fuse()  # type: ignore[operator]
     confusion = torch.zeros(classes * classes, dtype=torch.int64)
     seen = 0
     start = time.perf_counter()
@@ -112,6 +112,8 @@ def evaluate_segmenter(
             pixels = torch.stack([images[i] for i in group]).to(device, non_blocking=True)
             with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
                 logits = fused(preparation.normalize(pixels))["out"]
+            if logits.shape[1] != classes:
+                raise ValueError(f"{split.root}: expected a segmenter of {classes} classes, got {logits.shape[1]}")
             for i, output in zip(group, logits.float(), strict=True):
                 mask = targets[i]["mask"].to(device).long()
                 if output.shape[-2:] != mask.shape:

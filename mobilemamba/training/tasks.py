@@ -35,6 +35,7 @@ class Task(ABC):
     """
 
     least_images = 1  # in each part of a batch
+    heads: tuple[str, ...] = ("head",)  #: the children of the model that are its head
 
     def __init__(self, config: TrainConfig, dataset: Any, device: torch.device) -> None:
         self.config, self.dataset, self.device = config, dataset, device
