@@ -10,7 +10,7 @@ from PIL import Image
 
 from mobilemamba import data
 from mobilemamba.data import shapes
-from mobilemamba.data.coco import decode, load_coco, load_coco_split
+from mobilemamba.data.coco import decode, load_coco, load_coco_split, run_lengths
 from mobilemamba.data.joint import DetectionTransform, SegmentationTransform, as_tensors, fitted_size
 from mobilemamba.data.mask_folder import load_masks, load_masks_split
 
@@ -80,11 +80,11 @@ def test_coco_targets(drawn):
 def test_polygons_and_run_lengths_are_one_mask():
     square = np.zeros((6, 8), dtype=bool)
     square[1:4, 2:5] = True
-    lengths = shapes.run_lengths(square)
+    lengths = run_lengths(square)
     assert sum(lengths["counts"]) == 48
     assert np.array_equal(decode(lengths, 6, 8), square)
     assert np.array_equal(decode([[2, 1, 5, 1, 5, 4, 2, 4]], 6, 8), square)
-    assert np.array_equal(decode(shapes.run_lengths(~square), 6, 8), ~square)
+    assert np.array_equal(decode(run_lengths(~square), 6, 8), ~square)
 
 
 def test_crowds_and_images_without_objects(folder):

@@ -20,7 +20,7 @@ from .splits import AnnotatedData
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["CocoImages", "load_coco", "load_coco_split", "mask_library"]
+__all__ = ["CocoImages", "load_coco", "load_coco_split", "mask_library", "run_lengths"]
 
 NEEDED = {
     "images": ("id", "file_name", "height", "width"),
@@ -193,6 +193,17 @@ def mask_library() -> Any:
     except ImportError as error:
         raise ImportError("masks and COCO AP need pycocotools: pip install 'mobilemamba[downstream]'") from error
     return pycocotools.mask
+
+
+def run_lengths(mask: "np.ndarray[Any, np.dtype[np.bool_]]") -> dict[str, list[int]]:
+    """A mask, bool ``(H, W)``, in COCO's uncompressed form: lengths of runs of 0 and 1 in turn, down the columns.
+
+    The first length is that of a run of 0, and is 0 if the mask begins with 1.
+    """
+    line = mask.T.ravel()
+    bounds = np.flatnonzero(line[1:] != line[:-1]) + 1
+    counts: list[int] = np.diff(bounds, prepend=0, append=line.size).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if line[0] else counts}
 
 
 def decode(segmentation: Any, height: int, width: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
