@@ -206,6 +206,13 @@ def test_that_workers_and_processes_change_nothing(drawn):
         assert bool((target["boxes"][:, 2] <= width).all())
 
 
+def test_steps_remove_boxes_below_one_pixel(drawn):
+    split = load_coco(drawn).train
+    target = {"boxes": torch.tensor([[4.0, 4.0, 4.9, 9.0], [4.0, 4.0, 5.0, 9.0]]), "labels": torch.tensor([1, 2])}
+    assert DetectionTransform()(split.image(0), target)[1]["labels"].tolist() == [1, 2]
+    assert DetectionTransform(flip=True)(split.image(0), target)[1]["labels"].tolist() == [2]
+
+
 def test_flipped_boxes_fit_their_masks(drawn):
     split = load_coco(drawn, masks=True).train
     target = split.target(0)
@@ -253,11 +260,17 @@ def test_bad_masks(folder, capsys):
     for content, message in (
         (Image.new("L", (40, 48)), r"000001\.png: expected a mask of 48 x 48 pixels, as its image, got 40 x 48"),
         (Image.new("L", (48, 48), 5), r"000001\.png: expected class numbers 0 to 4 or 255, got 5"),
-        (Image.new("RGB", (48, 48)), r"000001\.png: expected a mask with a class number for each pixel, got colours"),
+        (
+            Image.new("RGB", (48, 48)),
+            r"000001\.png: expected a mask with a class number for each pixel .*, got the mode RGB",
+        ),
     ):
         content.save(mask)
         with pytest.raises(ValueError, match=message):
-            load_masks_split(folder, "train").target(1)
+            load_masks_split(folder, "train", skip=True).target(1)
+        if "class numbers" not in message:  # they need decoding
+            with pytest.raises(ValueError, match=message):
+                load_masks_split(folder, "train")
     mask.write_bytes(b"")
     with pytest.raises(ValueError, match=r"000001\.png: expected an image"):
         load_masks(folder)
@@ -266,6 +279,34 @@ def test_bad_masks(folder, capsys):
         load_masks(folder)
     with pytest.raises(FileNotFoundError, match=r"expected the folders images/test and masks/test"):
         load_masks_split(folder, "test")
+
+
+def test_masks_of_two_classes_may_have_one_bit(folder):
+    Image.fromarray(np.eye(48, dtype=bool)).save(folder / "masks/train/000000.png")
+    mask = load_masks_split(folder, "train").target(0)["mask"]
+    assert torch.equal(mask, torch.eye(48, dtype=torch.uint8))
+    mask = load_masks_split(folder, "train", reduce_zero_label=True).target(0)["mask"]
+    assert torch.equal(mask, torch.where(torch.eye(48) > 0, 0, 255).to(torch.uint8))
+
+
+def test_bad_names_of_classes(folder):
+    for content, message in (
+        (b"one\n\ntwo\n", r"classes\.txt, line 2: expected the name of a class, got an empty line"),
+        (b"", r"classes\.txt: expected 1 to 255 names of classes, one in each line, got 0"),
+        (b"\xff\n", r"classes\.txt: expected text in UTF-8"),
+    ):
+        (folder / "classes.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_masks_split(folder, "train")
+
+
+def test_turned_images_fit_their_masks(folder):
+    """The size in the header of an image that EXIF turns is that of the image upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (48, 30)).save(folder / "images/train/000000.jpg", exif=exif)
+    Image.new("L", (30, 48)).save(folder / "masks/train/000000.png")
+    assert load_masks_split(folder, "train").target(0)["mask"].shape == (48, 30)
 
 
 def test_segmentation_transform(drawn):
