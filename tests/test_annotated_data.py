@@ -10,7 +10,15 @@ from PIL import Image
 
 from mobilemamba import data
 from mobilemamba.data import shapes
-from mobilemamba.data.coco import decode, load_coco, load_coco_split, run_lengths
+from mobilemamba.data.coco import (
+    decode,
+    load_coco,
+    load_coco_split,
+    mask_library,
+    mask_problem,
+    run_lengths,
+    text_counts,
+)
 from mobilemamba.data.joint import DetectionTransform, SegmentationTransform, as_tensors, fitted_size
 from mobilemamba.data.mask_folder import load_masks, load_masks_split
 
@@ -135,6 +143,117 @@ def test_bad_annotations_are_one_line_with_the_file(folder, change, message):
     with pytest.raises(ValueError, match=message) as error:
         load_coco(folder, masks=True)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bbox": []}, r"expected a box of four numbers, got \[\]"),
+        ({"bbox": None}, r"expected a box of four numbers, got None"),
+        ({"bbox": "all"}, r"expected a box of four numbers, got 'all'"),
+        ({"bbox": [0, 0, True, 4]}, r"expected a box of four numbers, got \[0, 0, True"),
+        ({"bbox": [0, 0, float("nan"), 4]}, r"expected a box .* inside the"),
+        ({"category_id": 2}, r"expected one of the categories 1, 3, 4, 7, got 2"),
+        ({"category_id": [1]}, r"expected one of the categories 1, 3, 4, 7, got \[1\]"),
+        ({"iscrowd": "0"}, r"expected iscrowd to be 0 or 1, got '0'"),
+        ({"area": "9"}, r"expected an area of 0 or more, got '9'"),
+        ({"segmentation": None}, r"expected a mask \(polygons or run lengths\), got None"),
+        ({"segmentation": [["a"] * 6]}, r"expected polygons of three corners or more, .* got \['a'"),
+        ({"segmentation": [[1, 1, 5, 1, 5, 5, 1]]}, r"expected polygons of three corners or more, x and y of each"),
+        ({"segmentation": [[1, 1, 5, 1, 5, 10**400]]}, r"expected polygons near the 48 x 48 pixels"),
+        ({"segmentation": {"size": [48, 48.0], "counts": [2304]}}, r"expected a mask of 48 x 48 .*got \[48, 48\.0\]"),
+        ({"segmentation": {"size": [48, 48], "counts": ["a"]}}, r"expected run lengths, got \['a'\]"),
+        ({"segmentation": {"size": [48, 48], "counts": [-1, 2305]}}, r"expected run lengths, got \[-1, 2305\]"),
+        ({"segmentation": {"size": [48, 48], "counts": "zz"}}, r"expected run lengths, got 'zz'"),
+        ({"segmentation": {"size": [48, 48], "counts": ""}}, r"expected run lengths, got ''"),
+        ({"segmentation": {"size": [48, 48], "counts": "oooooooo0"}}, r"expected run lengths, got 'oooo"),
+        ({"segmentation": {"size": [48, 48], "counts": "51"}}, r"expected run lengths of 2304 pixels, got 6"),
+    ],
+)
+def test_bad_objects_make_their_image_bad(drawn, folder, change, message, capsys):
+    """An error that names the file; with ``skip``, the image is named once and left out."""
+    edit(folder, lambda content: content["annotations"][0].update(change))
+    with pytest.raises(ValueError, match=r"train\.json: annotation 1 of 000000\.jpg: " + message) as error:
+        load_coco_split(folder, "train", masks=True)
+    assert str(error.value).endswith("or skip the image with --on-bad-image skip")
+    split = load_coco(folder, masks=True, skip=True).train
+    batches = data.evaluation_batches(split, as_tensors, batch_size=6)
+    assert [int(target["index"]) for _, targets in batches for target in targets] == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().err.count("000000.jpg: expected") == 1
+
+
+def test_run_lengths_as_text_are_those_of_pycocotools():
+    generator = np.random.default_rng(0)
+    for share in (0.0, 0.01, 0.5, 1.0):
+        mask = generator.random((53, 70)) < share
+        text = mask_library().encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+        assert text_counts(text) == run_lengths(mask)["counts"]
+        assert mask_problem({"size": [53, 70], "counts": text}, 53, 70) == ""
+
+
+@pytest.mark.parametrize("side", ["48", 0, 48.0, None])
+def test_bad_sizes_make_an_image_bad(folder, side, capsys):
+    edit(folder, lambda content: content["images"][0].update(width=side))
+    with pytest.raises(
+        ValueError, match=r"train\.json: image 000000\.jpg: expected a width and height of at least one"
+    ):
+        load_coco_split(folder, "train")
+    split = load_coco(folder, skip=True).train
+    batches = data.evaluation_batches(split, as_tensors, batch_size=6)
+    assert sum(len(images) for images, _ in batches) == 5
+    assert "000000.jpg: expected a width and height" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["categories"][0].update(id=[1]), r"categories\[0\]: expected a whole number as id, got \[1\]"),
+        (lambda c: c["categories"][0].update(id="1"), r"categories\[0\]: expected a whole number as id, got '1'"),
+        (lambda c: c["images"][0].update(id=None), r"images\[0\]: expected a whole number or text as id, got None"),
+        (lambda c: c["images"][0].update(file_name=""), r"images\[0\]: expected the name of a file, got ''"),
+        (lambda c: c["images"][0].update(file_name=None), r"images\[0\]: expected the name of a file, got None"),
+        (lambda c: c["annotations"][0].update(image_id=[1]), r"expected the id of an image in the file, got \[1\]"),
+    ],
+)
+def test_bad_ids_and_names(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(ValueError, match=message):
+        load_coco_split(folder, "train")
+
+
+def test_sizes_are_compared_before_training(folder):
+    edit(folder, lambda content: content["images"][3].update(height=50))
+    with pytest.raises(ValueError, match=r"000003\.jpg: expected 48 x 50 pixels, as .*train\.json says, got 48 x 48"):
+        load_coco_split(folder, "train")
+
+
+def test_the_first_image_may_be_missing(folder):
+    (folder / "images/train/000000.jpg").unlink()
+    split = load_coco(folder, skip=True).train
+    assert split.folder == str(folder / "images/train")
+    with pytest.raises(ValueError, match=r"000000\.jpg: no such image file"):
+        load_coco_split(folder, "train")
+    shutil.rmtree(folder / "images")
+    with pytest.raises(FileNotFoundError, match=r"train\.json: expected images such as 000000\.jpg in one of"):
+        load_coco_split(folder, "train", skip=True)
+
+
+def test_boxes_that_rounding_removes_are_left_out(folder):
+    def change(content):
+        keys = {each["image_id"]: each for each in content["annotations"]}
+        content["annotations"] = [keys[1], keys[2], keys[3]]
+        keys[1]["bbox"] = [40, 3, 1e-9, 5]  # in float32, no width
+        keys[2]["bbox"] = [48, 3, 1, 5]  # in the tolerance beyond the image
+        keys[3]["bbox"] = [40, 3, 0.001, 5]
+
+    edit(folder, change)
+    dataset = load_coco(folder)
+    assert dataset.train.names == ["000002.jpg"]
+    assert "2 training boxes without area left out" in dataset.describe()
+    split = load_coco_split(folder, "train")
+    assert [len(split.target(i)["boxes"]) for i in range(3)] == [0, 0, 1]
+    box = split.target(2)["boxes"] * 0.77
+    assert bool((box[:, 2:] > box[:, :2]).all())
 
 
 def test_bad_files_of_coco(folder):
