@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import open_image
+from ..data.coco import run_lengths
 from ..data.preprocessing import to_mode, to_tensor
 from ..downstream.checkpoint import DownstreamCheckpoint
 from .drawing import Drawings, class_color, open_model
@@ -64,17 +65,9 @@ def describe(found: dict[str, Tensor], stored: DownstreamCheckpoint) -> list[dic
         if stored.category_ids:
             detection["category_id"] = stored.category_ids[label - 1]
         if "masks" in found:
-            detection["mask"] = run_lengths(found["masks"][i, 0] >= 0.5)
+            detection["mask"] = run_lengths((found["masks"][i, 0] >= 0.5).numpy())
         detections.append(detection)
     return detections
-
-
-def run_lengths(mask: Tensor) -> dict[str, list[int]]:
-    """A mask ``(H, W)`` in COCO's uncompressed form: lengths of runs of 0 and 1 in turn, column by column, 0 first."""
-    line = mask.t().flatten()
-    bounds = torch.where(line[1:] != line[:-1])[0] + 1
-    counts = torch.diff(bounds, prepend=torch.tensor([0]), append=torch.tensor([len(line)])).tolist()
-    return {"size": list(mask.shape), "counts": [0, *counts] if bool(line[0]) else counts}
 
 
 def draw(pixels: Tensor, found: dict[str, Tensor], detections: list[dict[str, Any]]) -> Tensor:

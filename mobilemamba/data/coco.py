@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 from .folder import check_files, listing
-from .preprocessing import open_image, to_mode
+from .preprocessing import image_header, open_image, to_mode
 from .splits import AnnotatedData
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["CocoImages", "load_coco", "load_coco_split", "mask_library"]
+__all__ = ["CocoImages", "load_coco", "load_coco_split", "mask_library", "run_lengths"]
 
 NEEDED = {
     "images": ("id", "file_name", "height", "width"),
@@ -30,6 +31,9 @@ NEEDED = {
 
 #: Pixels by which a box may leave its image. COCO's own boxes do so by rounding.
 TOLERANCE = 1.0
+
+#: Least side of a box, as a share of the longer side of its image: four steps of float32 at the far edge.
+RESOLUTION = 2.0**-21
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class CocoImages:
         folder: the folder of the images.
         names: path of each image below ``folder``.
         ids: COCO's number of each image.
-        sizes: width and height of each image.
+        sizes: width and height of each image; :meth:`size` checks them.
         annotations: COCO's annotations of each image, as JSON: text takes a tenth of the memory of dicts, and worker
             processes share it.
         category_ids: COCO's number of each class, in ascending order.
@@ -73,52 +77,65 @@ class CocoImages:
         Raises:
             ValueError, OSError: it cannot be read, or has another size than the JSON file says; the message names it.
         """
+        size = self.size(i)
         path = os.path.join(self.folder, self.names[i])
         image = open_image(path)
-        if image.size != self.sizes[i]:
-            (width, height), found = self.sizes[i], f"{image.width} x {image.height}"
-            raise ValueError(f"{path}: expected {width} x {height} pixels, as {self.file} says, got {found}")
+        if image.size != size:
+            found = f"{image.width} x {image.height}"
+            raise ValueError(f"{path}: expected {size[0]} x {size[1]} pixels, as {self.file} says, got {found}")
         try:
             return to_mode(image, "RGB")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    def size(self, i: int) -> tuple[int, int]:
+        """Width and height of image ``i``, as the JSON file says.
+
+        Raises:
+            ValueError: they are no sizes; the message names the file.
+        """
+        if not all(type(side) is int and side > 0 for side in self.sizes[i]):
+            width, height = self.sizes[i]
+            raise ValueError(
+                f"{self.file}: image {self.names[i]}: expected a width and height of at least one pixel, got "
+                f"{width!r:.80} and {height!r:.80}"
+            )
+        return self.sizes[i]
+
     def objects(self, i: int) -> list[dict[str, Any]]:
         """COCO's annotations of image ``i``, checked.
 
         Raises:
-            ValueError: a box is outside the image, or a mask has another size; the message names the file.
+            ValueError: a category is unknown, a box is outside the image, a mask has another size, or a value has
+                another type; the message names the file.
         """
+        size = self.size(i)
         objects: list[dict[str, Any]] = json.loads(self.annotations[i])
         for annotation in objects:
-            if problem := self.problem(annotation, self.sizes[i]):
-                raise ValueError(f"{self.file}: annotation {annotation['id']} of {self.names[i]}: {problem}")
+            if problem := self.problem(annotation, size):
+                raise ValueError(f"{self.file}: annotation {annotation['id']!s:.80} of {self.names[i]}: {problem}")
         return objects
 
     def problem(self, annotation: dict[str, Any], size: tuple[int, int]) -> str:
         """What is wrong with an annotation of an image of ``size``; empty if nothing is."""
         width, height = size
+        category = annotation["category_id"]
+        if not is_number(category) or category not in self.category_ids:
+            known = listing([str(key) for key in self.category_ids])
+            return f"expected one of the categories {known}, got {category!r:.80}"
+        if annotation.get("iscrowd", 0) not in (0, 1):
+            return f"expected iscrowd to be 0 or 1, got {annotation['iscrowd']!r:.80}"
+        area = annotation.get("area", 0)
+        if not (is_number(area) and 0 <= area < math.inf):
+            return f"expected an area of 0 or more, got {area!r:.80}"
         box = annotation["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)):
+        if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
             return f"expected a box of four numbers, got {box!r:.80}"
         x, y, w, h = box
         inside = x >= -TOLERANCE and y >= -TOLERANCE and x + w <= width + TOLERANCE and y + h <= height + TOLERANCE
         if not (inside and w >= 0 and h >= 0):
             return f"expected a box x, y, width, height inside the {width} x {height} pixels of the image, got {box}"
-        if not self.masks:
-            return ""
-        segmentation = annotation.get("segmentation")
-        if isinstance(segmentation, dict):
-            if segmentation.get("size") != [height, width]:
-                return f"expected a mask of {height} x {width} (height, width), got {segmentation.get('size')}"
-            counts = segmentation.get("counts")
-            if isinstance(counts, list) and sum(counts) != height * width:
-                return f"expected run lengths of {height * width} pixels, got {sum(counts)}"
-            return "" if isinstance(counts, list | str) else f"expected run lengths, got {counts!r:.80}"
-        polygons = isinstance(segmentation, list) and segmentation
-        if not polygons or not all(isinstance(part, list) and len(part) >= 6 for part in polygons):
-            return f"expected a mask (polygons of three corners or more, or run lengths), got {segmentation!r:.80}"
-        return ""
+        return mask_problem(annotation.get("segmentation"), height, width) if self.masks else ""
 
     def target(self, i: int) -> dict[str, Tensor]:
         """The objects of image ``i`` that a detector learns from: all but crowds and boxes without area.
@@ -130,15 +147,10 @@ class CocoImages:
         Raises:
             ValueError: as :meth:`objects`.
         """
-        width, height = self.sizes[i]
+        width, height = size = self.size(i)
         number = {key: place for place, key in enumerate(self.category_ids, 1)}
-        objects, boxes = [], []
-        for each in self.objects(i):
-            x, y, w, h = each["bbox"]
-            box = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
-            if not each.get("iscrowd") and box[0] < box[2] and box[1] < box[3]:
-                objects.append(each)
-                boxes.append(box)
+        objects = [each for each in self.objects(i) if learned(each, size)]
+        boxes = [visible_box(each, size) for each in objects]
         target = {
             "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
             "labels": torch.tensor([number[each["category_id"]] for each in objects], dtype=torch.int64),
@@ -149,26 +161,44 @@ class CocoImages:
         return target
 
     def check(self) -> None:
-        """Check every annotation, and that every image file is there and complete.
+        """Check every annotation, and that every image file is there, complete, and of the size in the JSON file.
 
         Raises:
-            ValueError: as :meth:`objects`, or some files are not complete images; the message names the first one.
+            ValueError: as :meth:`objects`, or some files are not such images; the message names the first one.
         """
         for i in range(len(self)):
-            self.objects(i)
-        check_files(self.folder, self.names, lambda path: open_image(path))
+            try:
+                self.objects(i)
+            except ValueError as error:
+                raise ValueError(f"{error}: mend the file, or skip the image with --on-bad-image skip") from error
 
-    def with_objects(self) -> "tuple[CocoImages, list[str]]":
-        """The images that have objects to learn from, and the names of the others."""
-        kept, others = [], []
-        for i, text in enumerate(self.annotations):
-            if any(map(learned, json.loads(text))):
+        def check_size(i: int) -> None:
+            if image_header(os.path.join(self.folder, self.names[i]))[0] != self.sizes[i]:
+                self.image(i)
+
+        check_files(self.folder, self.names, lambda path: open_image(path), check_size)
+
+    def with_objects(self) -> "tuple[CocoImages, list[str], int]":
+        """The images that have objects to learn from, the names of the others, and the number of boxes without area.
+
+        With :attr:`skip`, images with bad annotations stay: they are named when their turn comes.
+        """
+        kept, others, flat = [], [], 0
+        for i in range(len(self)):
+            try:
+                objects = self.objects(i) if self.skip else json.loads(self.annotations[i])  # else check() was there
+            except ValueError:
+                kept.append(i)
+                continue
+            found = sum(learned(each, self.sizes[i]) for each in objects)
+            flat += sum(not each.get("iscrowd") for each in objects) - found
+            if found:
                 kept.append(i)
             else:
                 others.append(self.names[i])
         parts = ("names", "ids", "sizes", "annotations")
         selected: dict[str, Any] = {name: [getattr(self, name)[i] for i in kept] for name in parts}
-        return replace(self, **selected, bad={}), others
+        return replace(self, **selected, bad={}), others, flat
 
     def fingerprint(self) -> dict[str, list[Any]]:
         digest = hashlib.sha256(repr((self.names, self.category_ids, self.labels)).encode("utf-8", "surrogateescape"))
@@ -177,9 +207,69 @@ class CocoImages:
         return {"all": [len(self), digest.hexdigest()]}
 
 
-def learned(annotation: dict[str, Any]) -> bool:
-    """Whether a detector learns from this object: it is no crowd, and its box has an area."""
-    return not annotation.get("iscrowd") and annotation["bbox"][2] > 0 and annotation["bbox"][3] > 0
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON file is a number; ``true`` and ``false`` are none."""
+    return type(value) in (int, float)
+
+
+def visible_box(annotation: dict[str, Any], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """x1, y1, x2, y2 of the part of a checked box inside the image."""
+    x, y, w, h = annotation["bbox"]
+    return max(x, 0.0), max(y, 0.0), min(x + w, size[0]), min(y + h, size[1])
+
+
+def learned(annotation: dict[str, Any], size: tuple[int, int]) -> bool:
+    """Whether a detector learns from this object: it is no crowd, and its box has an area inside the image.
+
+    The area must outlast the rounding of the coordinates to float32, in the target and once more in a resize.
+    """
+    x1, y1, x2, y2 = visible_box(annotation, size)
+    least = max(size) * RESOLUTION
+    return not annotation.get("iscrowd") and x2 - x1 > least and y2 - y1 > least
+
+
+def mask_problem(segmentation: object, height: int, width: int) -> str:
+    """What is wrong with polygons or run lengths, as COCO has them; empty if nothing is."""
+    if isinstance(segmentation, dict):
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if size != [height, width] or not all(type(side) is int for side in size):
+            return f"expected a mask of {height} x {width} (height, width), got {size!r:.80}"
+        lengths = text_counts(counts) if isinstance(counts, str) else counts
+        if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
+            return f"expected run lengths, got {counts!r:.80}"
+        if sum(lengths) != height * width:
+            return f"expected run lengths of {height * width} pixels, got {sum(lengths)}"
+        return ""
+    if not isinstance(segmentation, list) or not segmentation:
+        return f"expected a mask (polygons or run lengths), got {segmentation!r:.80}"
+    for part in segmentation:
+        if not isinstance(part, list) or len(part) < 6 or len(part) % 2 or not all(map(is_number, part)):
+            return f"expected polygons of three corners or more, x and y of each, got {part!r:.80}"
+        for values, side in ((part[::2], width), (part[1::2], height)):
+            if not all(-side <= value <= 2 * side for value in values):  # not so with NaN either
+                return f"expected polygons near the {width} x {height} pixels of the image, got {part!r:.80}"
+    return ""
+
+
+def text_counts(text: str) -> list[int] | None:
+    """The run lengths in COCO's text form, or None if it is none.
+
+    A character has five bits of a number, lowest first, and a sixth that says whether more follow. The numbers are
+    signed. From the fourth on they are differences to the length two runs before.
+    """
+    data = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - ord("0")
+    if not data.size or data.min() < 0 or data.max() > 63 or data[-1] & 32:
+        return None
+    ends = np.flatnonzero(data & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    characters = ends - starts + 1
+    if characters.max() > 7:  # more than 32 bits
+        return None
+    shifts = 5 * (np.arange(data.size) - np.repeat(starts, characters))
+    values = np.add.reduceat((data & 31) << shifts, starts) - np.where(data[ends] & 16, 1 << 5 * characters, 0)
+    values[1::2] = values[1::2].cumsum()
+    values[2::2] = values[2::2].cumsum()
+    return values.tolist()
 
 
 def mask_library() -> Any:
@@ -193,6 +283,17 @@ def mask_library() -> Any:
     except ImportError as error:
         raise ImportError("masks and COCO AP need pycocotools: pip install 'mobilemamba[downstream]'") from error
     return pycocotools.mask
+
+
+def run_lengths(mask: "np.ndarray[Any, np.dtype[np.bool_]]") -> dict[str, list[int]]:
+    """A mask, bool ``(H, W)``, in COCO's uncompressed form: lengths of runs of 0 and 1 in turn, down the columns.
+
+    The first length is that of a run of 0, and is 0 if the mask begins with 1.
+    """
+    line = mask.T.ravel()
+    bounds = np.flatnonzero(line[1:] != line[:-1]) + 1
+    counts: list[int] = np.diff(bounds, prepend=0, append=line.size).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if line[0] else counts}
 
 
 def decode(segmentation: Any, height: int, width: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
@@ -222,7 +323,18 @@ def read_json(file: Path) -> dict[str, list[dict[str, Any]]]:
         for number, row in enumerate(rows):
             if missing := [name for name in names if name not in row]:
                 raise ValueError(f"{file}: {part}[{number}]: expected {', '.join(names)}, got no {', '.join(missing)}")
-        if part != "annotations" and (twice := [key for key, n in Counter(row["id"] for row in rows).items() if n > 1]):
+        if part == "annotations":
+            continue
+        # a detector's classes are in the order of these numbers
+        types, kind = ((int, str), " or text") if part == "images" else ((int,), "")
+        for number, row in enumerate(rows):
+            if type(row["id"]) not in types:
+                raise ValueError(
+                    f"{file}: {part}[{number}]: expected a whole number{kind} as id, got {row['id']!r:.80}"
+                )
+            if part == "images" and not (isinstance(name := row["file_name"], str) and name and "\0" not in name):
+                raise ValueError(f"{file}: images[{number}]: expected the name of a file, got {name!r:.80}")
+        if twice := [key for key, n in Counter(row["id"] for row in rows).items() if n > 1]:
             raise ValueError(f"{file}: {part}: expected ids that differ, got {twice[0]} twice")
     if not content["categories"]:
         raise ValueError(f"{file}: expected categories, got none")
@@ -261,32 +373,29 @@ def load_coco_split(root: Path, part: str, masks: bool = False, skip: bool = Fal
     categories = {row["id"]: str(row["name"]) for row in sorted(content["categories"], key=lambda row: row["id"])}
     grouped: dict[Any, list[dict[str, Any]]] = {key: [] for key in rows}
     for annotation in content["annotations"]:
-        place = f"{file}: annotation {annotation['id']}"
-        if annotation["category_id"] not in categories:
-            known = listing([str(key) for key in categories])
-            raise ValueError(f"{place}: expected one of the categories {known}, got {annotation['category_id']}")
-        if annotation["image_id"] in grouped:
-            grouped[annotation["image_id"]].append(annotation)
+        place = f"{file}: annotation {annotation['id']!s:.80}"
+        image = annotation["image_id"]
+        if isinstance(image, int | float | str) and image in grouped:
+            grouped[image].append(annotation)
         elif skip:
-            print(
-                f"skipped: {place} is of image {annotation['image_id']}, which the file does not list", file=sys.stderr
-            )
+            print(f"skipped: {place} is of image {image!s:.80}, which the file does not list", file=sys.stderr)
         else:
             raise ValueError(
-                f"{place}: expected the id of an image in the file, got {annotation['image_id']}: mend the file, or "
-                "skip it with --on-bad-image skip"
+                f"{place}: expected the id of an image in the file, got {image!s:.80}: mend the file, or skip it with "
+                "--on-bad-image skip"
             )
-    first = str(next(iter(rows.values()))["file_name"])
+    names = [row["file_name"] for row in rows.values()]
     name = file.stem.removeprefix("instances_")
     folders = [root / "images" / name, root / name, root / "images", root]
-    folder = next((folder for folder in folders if (folder / first).exists()), None)
+    present = (place for place in folders if place.is_dir() and any((place / each).is_file() for each in names))
+    folder = next(present, None)
     if folder is None:
         tried = ", ".join(map(str, folders))
-        raise FileNotFoundError(f"{file}: no image {first} in {tried}")
+        raise FileNotFoundError(f"{file}: expected images such as {names[0]} in one of {tried}, got none of them")
     images = CocoImages(
         os.fspath(file),
         os.fspath(folder),
-        [str(row["file_name"]) for row in rows.values()],
+        names,
         list(rows),
         [(row["width"], row["height"]) for row in rows.values()],
         [json.dumps(objects).encode() for objects in grouped.values()],
@@ -317,11 +426,10 @@ def load_coco(root: Path, masks: bool = False, skip: bool = False) -> AnnotatedD
             if classes[0].get(key) != classes[1].get(key)
         ]
         raise ValueError(f"{test.file}: expected the categories of {train.file}, got others: {listing(differing)}")
-    learnable, others = train.with_objects()
+    learnable, others, flat = train.with_objects()
     if not len(learnable):
         raise ValueError(f"{train.file}: expected objects, got images without any")
     notes = [f"{len(others)} training images without objects left out ({listing(others)})"] if others else []
-    flat = sum(not each.get("iscrowd") and not learned(each) for text in train.annotations for each in json.loads(text))
     if flat:
         notes.append(f"{flat} training boxes without area left out")
     return AnnotatedData(learnable, test, train.labels, tuple(notes), train.category_ids)

@@ -76,27 +76,35 @@ class ImageFiles:
         return found
 
 
-def check_files(root: str, names: list[str], read: Callable[[str], object]) -> None:
+def check_files(
+    root: str, names: list[str], read: Callable[[str], object], look: Callable[[int], object] | None = None
+) -> None:
     """Look at both ends of each JPEG, PNG and WebP file, and ``read`` those that look damaged, and other formats.
 
+    Args:
+        look: called with the place in ``names`` of each complete file. It may raise OSError or ValueError.
+
     Raises:
-        ValueError: some files are not complete images; the message names the first of them and says how many.
+        ValueError: some files are not complete images, or ``look`` finds something; the message names the first of them
+            and says how many.
     """
 
-    def problems(names: list[str]) -> list[tuple[str, str]]:
+    def problems(chunk: list[tuple[int, str]]) -> list[tuple[str, str]]:
         found = []
-        for name in names:
+        for i, name in chunk:
             path = os.path.join(root, name)
             try:
                 if not has_its_end(path):
                     read(path)
+                if look is not None:
+                    look(i)
             except FileNotFoundError:
                 found.append((path, f"{path}: no such image file"))
             except (OSError, ValueError) as error:
                 found.append((path, str(error)))
         return found
 
-    iterator = iter(names)
+    iterator = enumerate(names)
     chunks = iter(lambda: list(itertools.islice(iterator, CHUNK)), [])
     bad = [problem for chunk in read_ahead(problems, chunks, 4 * torch.get_num_threads()) for problem in chunk]
     if bad:

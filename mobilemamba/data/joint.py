@@ -1,7 +1,6 @@
 """Random changes of an image together with its boxes and masks, by torchvision, and the size of a segmenter's image."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +47,8 @@ class DetectionTransform:
     """Random changes of an image and its objects. The defaults change nothing.
 
     The steps are torchvision's, in this order: change of colours; ``zoom_out``; crop that keeps some object; scale and
-    crop; flip. Objects that a crop leaves less than one pixel of are removed.
+    crop; flip. If there is a step, objects whose box then has a side below one pixel are removed: those that a crop cut
+    or a scale shrank, and those that were so small before.
 
     Args:
         flip: mirror with probability 1/2.
@@ -159,6 +159,3 @@ class SegmentationTransform:
         if self.photometric:
             pixels = v2.RandomPhotometricDistort(p=0.5)(pixels)
         return pixels.contiguous(), {"mask": mask.contiguous()}
-
-
-Transform = Callable[["Image.Image", Target], tuple[Tensor, Target]]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .folder import check_files
 from .image_files import find_images
-from .preprocessing import open_image, to_mode
+from .preprocessing import image_header, open_image, to_mode
 from .splits import AnnotatedData
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["IGNORED", "MaskFolder", "load_masks", "load_masks_split"]
 
 IGNORED = 255  # the class of pixels that do not count
+
+#: Pillow's modes of images with a number for each pixel; "1" has the classes 0 and 1.
+MODES = ("1", "L", "P", "I;16", "I")
 
 #: Names of the parts' folders: this package's, and ADE20K's.
 PARTS = {"train": ("train", "training"), "val": ("val", "validation")}
@@ -70,9 +73,20 @@ class MaskFolder:
         """
         path = os.path.join(self.masks_root, self.masks[i])
         image = open_image(path)
-        if image.mode not in ("L", "P", "I;16", "I"):
-            raise ValueError(f"{path}: expected a mask with a class number for each pixel, got colours ({image.mode})")
+        if image.mode not in MODES:
+            raise ValueError(
+                f"{path}: expected a mask with a class number for each pixel (a mode of {', '.join(MODES)}), got the "
+                f"mode {image.mode}"
+            )
+        if not self.fits(i, image.size):
+            width, height = self.image(i).size
+            raise ValueError(
+                f"{path}: expected a mask of {width} x {height} pixels, as its image, got "
+                f"{image.width} x {image.height}"
+            )
         values = np.asarray(image)
+        if image.mode == "1":
+            values = values.astype(np.uint8)
         if self.reduce_zero_label:
             values = np.where(values == 0, IGNORED, np.where(values == IGNORED, IGNORED, values.astype(np.int64) - 1))
         classes = len(self.labels)
@@ -81,35 +95,31 @@ class MaskFolder:
             found = int(values[outside].max()) + self.reduce_zero_label
             allowed = f"{int(self.reduce_zero_label)} to {classes - 1 + self.reduce_zero_label} or {IGNORED}"
             raise ValueError(f"{path}: expected class numbers {allowed}, got {found}")
-        size = image_size(os.path.join(self.root, self.names[i]))
-        if image.size != size:
-            raise ValueError(
-                f"{path}: expected a mask of {size[0]} x {size[1]} pixels, as its image, got "
-                f"{image.width} x {image.height}"
-            )
         return {"mask": torch.from_numpy(values.astype(np.uint8))}
 
+    def fits(self, i: int, size: tuple[int, int]) -> bool:
+        """Whether image ``i`` has this width and height."""
+        return image_header(os.path.join(self.root, self.names[i]))[0] == size or self.image(i).size == size
+
     def check(self) -> None:
-        """Look at both ends of each image and mask.
+        """Look at both ends of each image and mask, and compare their sizes.
 
         Raises:
-            ValueError: some files are not complete; the message names the first one.
+            ValueError: some files are not complete, or some masks have colours or another size than their image; the
+                message names the first one.
         """
+
+        def check_mask(i: int) -> None:
+            size, mode = image_header(os.path.join(self.masks_root, self.masks[i]))
+            if mode not in MODES or not self.fits(i, size):
+                self.target(i)
+
         check_files(self.root, self.names, lambda path: open_image(path))
-        check_files(self.masks_root, self.masks, lambda path: open_image(path))
+        check_files(self.masks_root, self.masks, lambda path: open_image(path), check_mask)
 
     def fingerprint(self) -> dict[str, list[Any]]:
         facts = (self.names, self.masks, self.labels, self.reduce_zero_label)
         return {"all": [len(self), hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()]}
-
-
-def image_size(path: str) -> tuple[int, int]:
-    """Width and height of an upright image, from its header."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientations that swap width and height
-        return (image.height, image.width) if turned else image.size
 
 
 def read_classes(root: Path) -> tuple[str, ...]:
@@ -117,16 +127,22 @@ def read_classes(root: Path) -> tuple[str, ...]:
 
     Raises:
         FileNotFoundError: there is neither.
-        ValueError: the file has no names, or more than 255.
+        ValueError: the file has no names, more than 255 or an empty line, or is no text; the message names it.
     """
     ours, ade = root / "classes.txt", root / "objectInfo150.txt"
-    if ours.is_file():
-        path, names = ours, tuple(ours.read_text(encoding="utf-8").splitlines())
-    elif ade.is_file():
-        path, names = ade, tuple(line.split("\t")[-1] for line in ade.read_text(encoding="utf-8").splitlines()[1:])
-    else:
+    path = next((path for path in (ours, ade) if path.is_file()), None)
+    if path is None:
         raise FileNotFoundError(f"{root}: expected classes.txt with the name of a class in each line, got no such file")
-    if not 1 <= len(names) <= IGNORED or not all(names):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, got other bytes ({error})") from error
+    heading = int(path == ade)  # lines before the names
+    names = tuple(line.split("\t")[-1] if heading else line for line in lines[heading:])
+    for number, name in enumerate(names, 1 + heading):
+        if not name.strip():
+            raise ValueError(f"{path}, line {number}: expected the name of a class, got an empty line")
+    if not 1 <= len(names) <= IGNORED:
         raise ValueError(f"{path}: expected 1 to {IGNORED} names of classes, one in each line, got {len(names)}")
     return names
 

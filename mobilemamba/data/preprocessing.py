@@ -3,8 +3,8 @@
 import io
 import math
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Union, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "open_image"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "image_header", "open_image"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -37,13 +37,38 @@ def open_image(path: str | os.PathLike[str], content: bytes | None = None) -> "I
     """
     from PIL import Image, ImageOps
 
+    with named_errors(path), Image.open(path if content is None else io.BytesIO(content)) as image:
+        image.load()
+        with suppress(SyntaxError):  # EXIF data that are none; of a JPEG file, Pillow ignores them itself
+            ImageOps.exif_transpose(image, in_place=True)
+        image.filename = os.fspath(path)
+        return image
+
+
+def image_header(path: str) -> tuple[tuple[int, int], str]:
+    """Width and height of an image file when it is upright, and its colour mode, without decoding it.
+
+    It takes about 0.1 ms if the file is in the page cache. Metadata that follow the pixels, which PNG allows, are not
+    seen: where the size is not the expected one, :func:`open_image` has the last word.
+
+    Raises: as :func:`open_image`.
+    """
+    from PIL import Image
+
+    turned = False
+    with named_errors(path), Image.open(path) as image:
+        with suppress(SyntaxError):  # as in open_image; the method of PNG images would decode them
+            turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)  # orientations that swap width and height
+        return (image.height, image.width) if turned else image.size, image.mode
+
+
+@contextmanager
+def named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make of every error in reading an image one that names its file (:func:`open_image`)."""
+    from PIL import Image
+
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
-            image.load()
-            with suppress(SyntaxError):  # EXIF data that are none; of a JPEG file, Pillow ignores them itself
-                ImageOps.exif_transpose(image, in_place=True)
-            image.filename = os.fspath(path)
-            return image
+        yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such image file") from error
     except IsADirectoryError as error:

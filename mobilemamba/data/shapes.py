@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .coco import run_lengths
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -107,14 +109,6 @@ def coverage(corners: "NDArray[np.float64]", size: int) -> "NDArray[np.float64]"
     canvas = Image.new("L", (size * SMOOTH, size * SMOOTH))
     ImageDraw.Draw(canvas).polygon([(x * SMOOTH, y * SMOOTH) for x, y in corners], fill=1)
     return np.asarray(canvas, dtype=np.float64).reshape(size, SMOOTH, size, SMOOTH).mean((1, 3))
-
-
-def run_lengths(mask: "NDArray[np.bool_]") -> dict[str, Any]:
-    """COCO's uncompressed run-length encoding: lengths of the runs of 0 and 1 in turn, down the columns."""
-    flat = mask.T.ravel()
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts: list[int] = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
-    return {"counts": [0, *counts] if flat[0] else counts, "size": list(mask.shape)}
 
 
 def write(folder: Path, images: int = 2000, val_images: int = 500, size: int = 128, seed: int = 0) -> None:
