@@ -22,6 +22,7 @@ import mobilemamba
 from mobilemamba import downstream
 from mobilemamba.downstream.boxes import Matcher
 from mobilemamba.downstream.published import rename
+from mobilemamba.downstream.transform import paste_masks
 
 SMALL = {"widths": (16, 24, 32), "depths": (1, 1, 1)}
 DETECTORS = ("mask_rcnn", "retinanet", "ssdlite")
@@ -118,6 +119,30 @@ def test_boxes_have_32_bits_under_autocast(images: list[Tensor]) -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = make("retinanet").eval()(images)
     assert all(x["boxes"].dtype == torch.float32 and x["boxes"].isfinite().all() for x in found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)])
+def test_detectors_of_16_bits(model: nn.Module, images: list[Tensor], dtype: torch.dtype) -> None:
+    """Boxes, scores and masks have 32 bits: the heads' outputs alone are rounded."""
+    expected = model.eval()(images)
+    found = model.fuse().to(dtype)([image.to(dtype) for image in images])
+    for reference, half in zip(expected, found, strict=True):
+        assert len(half["boxes"]) > 0
+        assert all(
+            half[name].dtype == torch.float32 and half[name].isfinite().all() for name in reference.keys() - {"labels"}
+        )
+        count = min(len(half["scores"]), len(reference["scores"]))
+        torch.testing.assert_close(half["scores"][:count], reference["scores"][:count], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masks_of_16_bits_are_pasted_to_the_pixel(dtype: torch.dtype) -> None:
+    """A column beyond 256 has no number of its own in bfloat16, nor one beyond 2048 in float16."""
+    masks, boxes = torch.rand(2, 1, 28, 28).to(dtype), torch.tensor([[2950.3, 3.2, 2990.7, 40.1], [300.1, 2, 351.4, 9]])
+    pasted = paste_masks(masks, boxes, (48, 3000))
+    torch.testing.assert_close(pasted, paste_masks(masks.float(), boxes, (48, 3000)))
+    assert paste_masks(masks.double(), boxes, (48, 3000)).dtype == torch.float64
 
 
 def test_initial_values() -> None:
