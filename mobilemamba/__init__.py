@@ -1,6 +1,6 @@
-"""MobileMamba (CVPR 2025) as a C++/CUDA extension of PyTorch: operators, models, weights, training."""
+"""MobileMamba (CVPR 2025) as a C++/CUDA extension of PyTorch: operators, models, weights, training, detectors."""
 
-from . import data, deploy, models, ops, training, weights
+from . import data, deploy, downstream, models, ops, training, weights
 from .deploy import export
 from .models import MRFFI, PRESETS, FeatureExtractor, MobileMamba
 from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d
@@ -21,6 +21,7 @@ __all__ = [
     "data",
     "deploy",
     "depthwise_conv2d",
+    "downstream",
     "export",
     "feature_extractor",
     "haar_conv2d",

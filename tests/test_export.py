@@ -177,7 +177,7 @@ def test_what_contradicts_the_model_is_refused(model, tmp_path):
 
 
 def test_a_wrong_file_is_not_kept(model, tmp_path, monkeypatch):
-    def wrong(model, path, records):
+    def wrong(model, network, path, records):
         path.touch()
         return lambda images: model(images) + 1
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import mobilemamba
 from mobilemamba import ops
 from mobilemamba.models import backbone, layers
+from mobilemamba.models.folded import fold_batchnorm
 
 NAMES = ("input", "residual", "expand_weight", "expand_bias", "project_weight", "project_bias")
 MATRICES = (2, 4)
@@ -267,7 +268,7 @@ def test_modules_fold_to_the_operator():
                     tensor.normal_()
         x = torch.randn(2, 32, 9, 6, dtype=torch.float64)
         expected = module(x)
-        folded = layers.fold_batchnorm(module)
+        folded = fold_batchnorm(module)
         parts = [part for part in folded.modules() if isinstance(part, layers.FoldedFFN)]
         assert len(parts) == count
         assert type(folded) in (layers.FoldedFFN, backbone.FoldedBlock)

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mobilemamba import ops
-from mobilemamba.models import layers
-from mobilemamba.models.folded import fold_batchnorm
-from mobilemamba.models.layers import PatchEmbedding, PatchMerging
+from mobilemamba.models.folded import Folded, fold_batchnorm
+from mobilemamba.models.layers import ConvNorm, PatchEmbedding, PatchMerging
 
 EMBEDDINGS = [  # batch, height, width, channels of the input and of each convolution, strides
     (2, 9, 12, (3, 4, 6), (2, 2)),
@@ -232,7 +231,7 @@ def test_vmap_and_grad():
 def test_layers_fold_to_the_operators():
     """In the order of the layers; statistics are not those of a fresh BatchNorm."""
     torch.manual_seed(0)
-    convs = [layers.ConvNorm(3, 8, 3, 2), torch.nn.ReLU(), layers.ConvNorm(8, 16, 3, 1)]
+    convs = [ConvNorm(3, 8, 3, 2), torch.nn.ReLU(), ConvNorm(8, 16, 3, 1)]
     for module, channels in ((PatchEmbedding(*convs), 3), (PatchMerging(16, 24), 16)):
         module.double().eval()
         for norm in module.modules():
@@ -247,7 +246,7 @@ def test_layers_fold_to_the_operators():
         names = set(folded.state_dict())
         assert relative_error(folded(x), expected) < 1e-12
         for layer in folded.modules():
-            if isinstance(layer, layers.Folded):
+            if isinstance(layer, Folded):
                 layer.pack()
         assert relative_error(folded(x), expected) < 1e-12
         assert set(folded.state_dict()) == names
