@@ -80,7 +80,7 @@ def feature_extractor(
 ) -> FeatureExtractor:
     """Make a backbone for detection or segmentation by name: images -> ``OrderedDict`` of feature maps.
 
-    :class:`FeatureExtractor` documents the result, and how timm's list comes of it.
+    :class:`FeatureExtractor` documents the result, and how to get timm's list.
 
     Args:
         name, pretrained: as for :func:`create_model`. The head of the weights is left out.

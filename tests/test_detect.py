@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from mobilemamba import cli, downstream
-from mobilemamba.cli.drawing import Drawings, class_color
+from mobilemamba.cli.drawing import Drawings, class_color, class_colors
 from mobilemamba.data.coco import run_lengths
-from mobilemamba.downstream.checkpoint import DownstreamCheckpoint, Preparation, save_model
+from mobilemamba.downstream.checkpoint import DownstreamCheckpoint, Preparation, read_checkpoint, save_model
 
 pytest.importorskip("torchvision", reason="needs torchvision: pip install 'mobilemamba[downstream]'")
+from mobilemamba.downstream import transform
 
 BACKBONE = {"in_chans": 3, "widths": (16, 24, 32)}
 
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
         Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(root / name)
     (root / "bad.png").write_bytes(b"no image")
     torch.manual_seed(0)
-    sizes = {"min_size": 64, "max_size": 128, "backbone_options": BACKBONE}
+    sizes = {"min_size": 64, "max_size": 128, "backbone_options": BACKBONE, "pyramid_channels": 16}
     few = {"box_score_thresh": 0.0, "box_detections_per_img": 3, "rpn_post_nms_top_n_test": 20}
     for kind, options in (
         ("retinanet", {**sizes, "score_thresh": 0.0, "detections_per_img": 5}),
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
     ):
         count = 3 if kind == "semantic_fpn" else 4
         model = downstream.create_model(kind, "nano", count, **options)
-        labels = ["cat", "dog", "owl"]
+        labels = ["background" if kind == "semantic_fpn" else "cat", "dog", "owl"]
         prepared = Preparation(64, (0.5,) * 3, (0.2,) * 3) if count == 3 else Preparation()
         ids = None if count == 3 else [2, 5, 9]
         stored = DownstreamCheckpoint(model.state_dict(), kind, "nano", count, options, labels, ids, prepared)
@@ -106,14 +107,58 @@ def test_segment_names_the_class_of_each_pixel(folder, tmp_path, capsys):
         counts = {item["class"]: item["pixels"] for item in result["classes"]}
         assert counts == {i: int((planes == i).sum()) for i in np.unique(planes)}
         assert [item["pixels"] for item in result["classes"]] == sorted(counts.values(), reverse=True)
-        assert all(item["label"] == ("cat", "dog", "owl")[item["class"]] for item in result["classes"])
+        assert all(item["label"] == ("background", "dog", "owl")[item["class"]] for item in result["classes"])
         overlay = np.asarray(Image.open(result["drawing"])).astype(int)
         image = np.asarray(Image.open(result["image"]).convert("RGB")).astype(int)
         colors = np.array([class_color(i) for i in range(3)])
-        assert np.abs(2 * overlay - image - colors[planes]).max() <= 1
+        mixed = np.where((planes == 0)[..., None], image, (image + colors[planes]) // 2)  # class 0 is the background
+        assert np.array_equal(overlay, mixed)
     code, out, _ = run(capsys, *args)
     assert code == 0
     assert out.splitlines()[1].split()[1].endswith("%")
+
+
+def test_only_the_background_has_no_colour():
+    assert class_colors(["wall", "Background"], 2) == [class_color(0), None]  # ADE20K's class 0 is no background
+    assert class_colors(None, 3) == [None, class_color(1), class_color(2)]
+
+
+def test_masks_below_the_threshold_are_not_pasted(folder, capsys, monkeypatch):
+    """A pasted mask has the size of the image: all 100 of a large photo would fill the memory."""
+    model, pasted = folder / "mask_rcnn.pt", []
+    paste = transform.paste_masks
+    monkeypatch.setattr(
+        transform, "paste_masks", lambda masks, *rest: (pasted.append(len(masks)), paste(masks, *rest))[1]
+    )
+    scores = []
+    for threshold in (0, 1):
+        args = ("detect", folder / "a.jpg", "--model", model, "--threshold", threshold, "--json")
+        scores += [found["score"] for found in json.loads(run(capsys, *args)[1])[0]["detections"]]
+    assert pasted == [3, 0] == [len(scores), 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("retinanet", "head.classification_head.cls_logits.bias"),
+        ("mask_rcnn", "rpn.head.bbox_pred.bias"),
+        ("mask_rcnn", "roi_heads.box_predictor.cls_score.bias"),
+        ("mask_rcnn", "roi_heads.mask_predictor.logits.bias"),
+        ("semantic_fpn", "classifier.classify.1.bias"),
+    ],
+)
+def test_outputs_that_are_not_finite_are_refused(folder, tmp_path, capsys, kind, part):
+    stored = read_checkpoint(folder / f"{kind}.pt")
+    stored.state_dict[part].fill_(float("nan"))
+    save_model(tmp_path / "nan.pt", stored)
+    command = "segment" if kind == "semantic_fpn" else "detect"
+    keep_all = ("--threshold", 0) if command == "detect" else ()
+    code, out, err = run(capsys, command, folder / "a.jpg", folder / "b.png", "--model", tmp_path / "nan.pt", *keep_all)
+    assert (code, out) == (1, "")
+    assert err.splitlines() == [
+        f"mobilemamba {command}: error: {folder / name}: expected finite outputs of the model, got nan"
+        for name in ("a.jpg", "b.png")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +182,19 @@ def test_refusals(folder, capsys, monkeypatch, command, model, message):
     assert not (folder / "never").exists()
     code, _, err = run(capsys, "detect", "a.jpg", "--model", "retinanet.pt", "--threshold", 1.5)
     assert (code, err) == (2, "mobilemamba detect: error: --threshold: expected a score from 0 to 1, got 1.5\n")
+
+
+@pytest.mark.parametrize(("command", "model"), [("detect", "retinanet.pt"), ("segment", "semantic_fpn.pt")])
+@pytest.mark.parametrize("below", ["", "/new"])
+def test_out_that_is_a_file(folder, capsys, command, model, below):
+    file = folder / "bad.png"
+    code, out, err = run(capsys, command, folder / "a.jpg", "--model", folder / model, "--out", f"{file}{below}")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"mobilemamba {command}: error: --out: expected a folder, or the name of a new one, got {file}{below}: "
+        f"{file} is a file\n"
+    )
+    assert file.read_bytes() == b"no image"
 
 
 def test_run_lengths_are_those_of_coco():

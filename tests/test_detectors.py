@@ -1,5 +1,6 @@
 """The detectors as users meet them: training, fused and compiled inference, published files, and bad input."""
 
+import dataclasses
 import math
 import re
 import sys
@@ -19,9 +20,11 @@ pytest.importorskip("torchvision", reason="detectors need torchvision")
 from torchvision.ops import box_iou
 
 import mobilemamba
-from mobilemamba import downstream
+from mobilemamba import cli, downstream
+from mobilemamba.data import Preprocessing
 from mobilemamba.downstream.boxes import Matcher
 from mobilemamba.downstream.published import rename
+from mobilemamba.downstream.transform import paste_masks
 
 SMALL = {"widths": (16, 24, 32), "depths": (1, 1, 1)}
 DETECTORS = ("mask_rcnn", "retinanet", "ssdlite")
@@ -118,6 +121,30 @@ def test_boxes_have_32_bits_under_autocast(images: list[Tensor]) -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = make("retinanet").eval()(images)
     assert all(x["boxes"].dtype == torch.float32 and x["boxes"].isfinite().all() for x in found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)])
+def test_detectors_of_16_bits(model: nn.Module, images: list[Tensor], dtype: torch.dtype) -> None:
+    """Boxes, scores and masks have 32 bits: the heads' outputs alone are rounded."""
+    expected = model.eval()(images)
+    found = model.fuse().to(dtype)([image.to(dtype) for image in images])
+    for reference, half in zip(expected, found, strict=True):
+        assert len(half["boxes"]) > 0
+        assert all(
+            half[name].dtype == torch.float32 and half[name].isfinite().all() for name in reference.keys() - {"labels"}
+        )
+        count = min(len(half["scores"]), len(reference["scores"]))
+        torch.testing.assert_close(half["scores"][:count], reference["scores"][:count], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masks_of_16_bits_are_pasted_to_the_pixel(dtype: torch.dtype) -> None:
+    """A column beyond 256 has no number of its own in bfloat16, nor one beyond 2048 in float16."""
+    masks, boxes = torch.rand(2, 1, 28, 28).to(dtype), torch.tensor([[2950.3, 3.2, 2990.7, 40.1], [300.1, 2, 351.4, 9]])
+    pasted = paste_masks(masks, boxes, (48, 3000))
+    torch.testing.assert_close(pasted, paste_masks(masks.float(), boxes, (48, 3000)))
+    assert paste_masks(masks.double(), boxes, (48, 3000)).dtype == torch.float64
 
 
 def test_initial_values() -> None:
@@ -319,6 +346,19 @@ def test_bad_images(images: list[Tensor], targets: list[dict[str, Tensor]]) -> N
         ({"backbone_options": {"stages": (1, 2)}}, r"^backbone: expected feature maps of 3 stages, got 2$"),
         ({"backbone_options": {"patch_strides": (3, 3)}}, r"^backbone: expected a first stride that is a power of two"),
         ({"min_size": 0}, r"^min_size: expected an integer of at least 1, got 0$"),
+        ({"min_size": "a"}, r"^min_size: expected an integer of at least 1, got 'a'$"),
+        ({"min_size": 64.5}, r"^min_size: expected an integer of at least 1, got 64\.5$"),
+        ({"score_thresh": "a"}, r"^score_thresh: expected a number of at least 0, got 'a'$"),
+        ({"nms_thresh": 1.5}, r"^nms_thresh: expected a number from 0 to 1, got 1\.5$"),
+        (
+            {"kind": "mask_rcnn", "box_score_thresh": None},
+            r"^box_score_thresh: expected a number of at least 0, got No",
+        ),
+        ({"kind": "mask_rcnn", "rpn_batch_size_per_image": 0}, r"^rpn_batch_size_per_image: expected an integer"),
+        ({"kind": "ssdlite", "detections_per_img": 1.5}, r"^detections_per_img: expected an integer"),
+        ({"image_std": [0, 0, 0]}, r"^image_mean and image_std: expected finite means and positive deviations, got "),
+        ({"image_mean": ["a", 0, 0]}, r"^image_mean: expected a number"),
+        ({"image_std": 1.0}, r"^image_std: expected a value for each of the 3 channels, got 1\.0$"),
         ({"image_std": (1.0,)}, r"^image_std: expected a value for each of the 3 channels, got \(1\.0,\)$"),
     ],
 )
@@ -328,6 +368,40 @@ def test_bad_arguments(options: dict[str, object], message: str) -> None:
     assert extra is None or isinstance(extra, dict)
     with pytest.raises(ValueError, match=message):
         downstream.create_model(**given)  # type: ignore[arg-type]
+
+
+def test_stored_options_that_do_not_fit(tmp_path: Path) -> None:
+    """The message names the file."""
+    options = {"backbone_options": SMALL, "size": 64}
+    stored = downstream.DownstreamCheckpoint({}, "ssdlite", "b1", 4, options)
+    path = tmp_path / "model.pt"
+    for wrong, message in (
+        ({"colour": 1}, r".*unexpected keyword argument 'colour'$"),
+        ({"nms_thresh": -1}, "nms_thresh: expected a number of at least 0, got -1$"),
+        ({}, r"the weights do not fit a ssdlite on b1; \d+ missing: backbone\."),
+    ):
+        downstream.save_model(path, dataclasses.replace(stored, options={**options, **wrong}))
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {message}"):
+            downstream.open_model(path)
+
+
+@pytest.mark.parametrize("format", ["mobilemamba-downstream", "mobilemamba-training"])
+def test_a_detectors_file_is_no_classifiers(format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"format": format, "version": 1, "meta": {"kind": "ssdlite"}, "state_dict": {}, "ema": {}}, path)
+    for command in (["classify", "x.png"], ["export", "--format", "onnx", str(tmp_path / "x.onnx")]):
+        assert cli.main([*command, "--checkpoint", str(path)]) == 2
+        assert capsys.readouterr().err == (
+            f"mobilemamba {command[0]}: error: {path}: expected a classifier's weights, got a detector or segmenter "
+            "(ssdlite): use mobilemamba detect or segment, in Python mobilemamba.downstream.open_model\n"
+        )
+
+
+def test_export_refuses_a_detector(model: nn.Module, tmp_path: Path) -> None:
+    preprocessing = Preprocessing(resize=64, crop=64)
+    message = r"^model: expected a classifier or a segmenter, got \w+; a detector is written by torch\.jit\.script\("
+    with pytest.raises(ValueError, match=message):
+        mobilemamba.export(model, tmp_path / "x.pt", "torchscript", preprocessing=preprocessing)  # type: ignore[arg-type]
 
 
 def test_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:

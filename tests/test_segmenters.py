@@ -197,6 +197,17 @@ def test_wrong_arguments_are_refused(wrong: dict[str, Any], message: str) -> Non
         downstream.deeplabv3("nano", backbone_options=BODY, **wrong)
 
 
+@torch.no_grad()
+def test_predict_resizes_logits_of_16_bits_in_32(model: Segmenter) -> None:
+    """In bfloat16 the interpolated logits of two classes are often equal."""
+    images = torch.randn(1, 3, 24, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(images)["out"]
+        classes = model.predict(images, (50, 70))
+    expected = F.interpolate(logits.float(), (50, 70), mode="bilinear").argmax(1)
+    assert torch.equal(classes, expected)
+
+
 def test_predict_refuses_training() -> None:
     with pytest.raises(ValueError, match=re.escape("got one in training mode; call eval()")):
         make("pspnet").train().predict(torch.zeros(1, 3, 8, 8))

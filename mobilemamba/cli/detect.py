@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import open_image
 from ..data.coco import run_lengths
@@ -17,7 +17,10 @@ from .images import ImageReader, add_images_argument
 from .options import Parser, add_device_option, checked_device, number
 from .results import print_json, print_tables
 
-HELP = "Find objects in images with a trained detector. The exit code is 1 if some of the images cannot be read."
+HELP = (
+    "Find objects in images with a trained detector. "
+    "The exit code is 1 if some images cannot be read or give outputs that are not finite."
+)
 
 
 def add_options(parser: Parser) -> None:
@@ -35,13 +38,18 @@ def run(args: argparse.Namespace) -> int:
     device = checked_device(args.device)
     detector, stored = open_model(args.model, "detect")
     detector.to(device)
+    keep_scores_above(args.threshold, detector)
     drawings = Drawings(args.out, ".detect.png") if args.out else None
     reader = ImageReader("detect", lambda path: to_mode(open_image(path), "RGB"))
 
     def results() -> Iterator[dict[str, Any]]:
         for ((path, image),) in reader.chunks(args.images, 1):
-            with torch.inference_mode():
-                (found,) = detector([stored.preparation(image).to(device)])
+            try:
+                with torch.inference_mode():
+                    (found,) = detector([stored.preparation(image).to(device)])
+            except FloatingPointError as error:
+                reader.refuse(f"{path}: {error}")
+                continue
             found = {name: values.cpu() for name, values in found.items()}
             found = {name: values[found["scores"] >= args.threshold] for name, values in found.items()}
             detections = describe(found, stored)
@@ -52,6 +60,13 @@ def run(args: argparse.Namespace) -> int:
 
     print_json(results()) if args.json else print_tables(results(), table)
     return int(reader.failed)
+
+
+def keep_scores_above(threshold: float, detector: nn.Module) -> None:
+    """Raise the detector's own threshold: Mask R-CNN pastes each mask into a whole image, 48 MB for 12 megapixels."""
+    chooser: Any = getattr(detector, "roi_heads", detector)
+    below = threshold - 1e-6  # the detector keeps scores above its threshold; the command keeps equal ones too
+    chooser.score_thresh = max(chooser.score_thresh, below)
 
 
 def describe(found: dict[str, Tensor], stored: DownstreamCheckpoint) -> list[dict[str, Any]]:

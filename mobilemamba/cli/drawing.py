@@ -1,19 +1,27 @@
-"""What ``detect`` and ``segment`` share: the model, colours, and the files of the drawings."""
+"""What ``detect`` and ``segment`` share: the model and the check of its outputs, colours, files of the drawings."""
 
 import colorsys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .. import downstream
 from ..downstream.checkpoint import DownstreamCheckpoint
 from ..weights.files import atomic_write
 
-__all__ = ["Drawings", "class_color", "open_model"]
+__all__ = ["Drawings", "class_color", "class_colors", "open_model"]
+
+#: The modules whose outputs are logits or deltas: of all detectors and segmenters.
+HEADS = ("head", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor", "classifier")
 
 
 def open_model(path: Path, task: str) -> tuple[nn.Module, DownstreamCheckpoint]:
     """The fused model of a checkpoint, and the checkpoint.
+
+    A call of the model raises FloatingPointError if the outputs are not finite.
 
     Raises:
         ValueError: it is not a model for ``task``, or as :func:`mobilemamba.downstream.open_model`.
@@ -22,7 +30,29 @@ def open_model(path: Path, task: str) -> tuple[nn.Module, DownstreamCheckpoint]:
     model, stored = downstream.open_model(path)
     if stored.task != task:
         raise ValueError(f"{path}: expected a model for {task}, got one for {stored.task} ({stored.kind})")
-    return model.fuse(), stored  # type: ignore[operator]
+    model = model.fuse()  # type: ignore[operator]
+    for name, part in model.named_modules():
+        if name in HEADS:
+            part.register_forward_hook(refuse_infinite)
+    return model, stored
+
+
+def refuse_infinite(head: nn.Module, inputs: Any, outputs: Any) -> None:
+    """A hook: NaN is neither above a detector's threshold nor left in a segmenter's classes, so it would not show."""
+    for values in tree_leaves(outputs):
+        wrong = values[~values.isfinite()]
+        if len(wrong):
+            raise FloatingPointError(f"expected finite outputs of the model, got {float(wrong[0])}")
+
+
+def class_colors(labels: Sequence[str] | None, count: int) -> list[tuple[int, int, int] | None]:
+    """A colour for each class of a segmenter; None for the background, whose pixels stay as they are.
+
+    The background is a class of this name. If the classes have no names it is class 0, as in most data sets with masks.
+    """
+    if labels is None:
+        return [None, *(class_color(i) for i in range(1, count))]
+    return [None if label.casefold() == "background" else class_color(i) for i, label in enumerate(labels)]
 
 
 def class_color(index: int) -> tuple[int, int, int]:
@@ -40,11 +70,18 @@ class Drawings:
         ending: of the files, such as ``".detect.png"``.
 
     Raises:
+        ValueError: there is a file where the folder should be; the message names it and the option ``--out``.
         OSError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, ending: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            file = next(path for path in (folder, *folder.parents) if path.exists())
+            raise ValueError(
+                f"--out: expected a folder, or the name of a new one, got {folder}: {file} is a file"
+            ) from error
         self.folder, self.ending = folder, ending
         self.names: set[str] = set()
 

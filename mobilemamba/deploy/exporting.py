@@ -55,9 +55,9 @@ def export(
         The largest difference between the logits of the file and of the model, over the largest logit of the model.
 
     Raises:
-        ValueError: the options exclude each other or do not fit the model, ``fuse`` refuses the model, or the logits of
-            the file differ too much from the model's: by more than 1e-4 in float32, 0.1 in a 16-bit type. No file is
-            written then.
+        ValueError: the model is a detector, the options exclude each other or do not fit the model, ``fuse`` refuses
+            the model, or the logits of the file differ too much from the model's: by more than 1e-4 in float32, 0.1 in
+            a 16-bit type. No file is written then.
     """
     if format not in FORMATS or dtype not in DTYPES:
         raise ValueError(f"expected one of {', '.join(FORMATS)} in {', '.join(DTYPES)}, got {format} in {dtype}")
@@ -67,6 +67,11 @@ def export(
         raise ValueError(f"expected float32 for ONNX, got {dtype}; convert the float32 file with ONNX tools")
     if not fuse and format != "torchscript":
         raise ValueError(f"expected torchscript for a module that can be trained, got {format}")
+    if not isinstance(model, (MobileMamba, Segmenter)):
+        raise ValueError(
+            f"model: expected a classifier or a segmenter, got {type(model).__name__}; "
+            "a detector is written by torch.jit.script(model.fuse()).save(path)"
+        )
     network = model.network() if isinstance(model, Segmenter) else model
     preprocessing.check_channels(network.in_chans)
     if any(parameter.is_meta for parameter in model.parameters()):

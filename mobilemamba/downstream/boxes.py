@@ -88,7 +88,8 @@ class Matcher(nn.Module, _utils.Matcher):
 
 
 def best_boxes(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, limit: int) -> dict[str, Tensor]:
-    """The ``limit`` best of the boxes that class-wise NMS keeps, best first."""
+    """The ``limit`` best of the boxes that class-wise NMS keeps, best first. Scores get the dtype of the boxes."""
+    scores = scores.to(boxes.dtype)  # NMS takes one dtype, and boxes have at least 32 bits
     keep = batched_nms(boxes, scores, labels, iou)[:limit]
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..data.joint import fitted_size, libraries
 from ..data.preprocessing import open_image, to_mode, to_tensor
-from ..weights.checkpoint import shorten
+from ..weights.checkpoint import differences
 from ..weights.files import atomic_write, torch_save
-from ..weights.formats import TRAINING_FORMAT, VERSION, load_torch
+from ..weights.formats import DOWNSTREAM_FORMAT, TRAINING_FORMAT, VERSION, load_torch
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["DownstreamCheckpoint", "Preparation", "open_model", "read_checkpoint", "save_model"]
 
 PathLike = str | os.PathLike[str]
-
-FORMAT = "mobilemamba-downstream"
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def save_model(path: PathLike, checkpoint: DownstreamCheckpoint) -> None:
     if Path(path).suffix not in (".pt", ".pth"):
         raise ValueError(f"{path}: expected a name that ends with .pt or .pth")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state_dict.items()}
-    content = {"format": FORMAT, "version": VERSION, "meta": checkpoint.meta(), "state_dict": tensors}
+    content = {"format": DOWNSTREAM_FORMAT, "version": VERSION, "meta": checkpoint.meta(), "state_dict": tensors}
     atomic_write(path, lambda temporary: torch_save(content, temporary))
 
 
@@ -143,7 +141,7 @@ def read_checkpoint(path: PathLike) -> DownstreamCheckpoint:
         raise ValueError(f"{path}: expected a checkpoint file, got a folder")
     try:
         content = load_torch(path)
-        ours = isinstance(content, Mapping) and content.get("format") in (FORMAT, TRAINING_FORMAT)
+        ours = isinstance(content, Mapping) and content.get("format") in (DOWNSTREAM_FORMAT, TRAINING_FORMAT)
         meta = content.get("meta") if ours else None
         if not isinstance(meta, dict) or "kind" not in meta:
             raise ValueError("expected a detector or segmenter that this package trained, got another file")
@@ -152,7 +150,7 @@ def read_checkpoint(path: PathLike) -> DownstreamCheckpoint:
             raise ValueError(f"expected at most version {VERSION} of the format, got {version!r}; upgrade mobilemamba")
         if meta["kind"] not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {meta['kind']!r:.100}")
-        tensors = content.get("state_dict" if content["format"] == FORMAT else "ema")
+        tensors = content.get("state_dict" if content["format"] == DOWNSTREAM_FORMAT else "ema")
         kinds = {"backbone": str, "num_classes": int, "options": dict, "preprocessing": dict}
         wrong = [name for name, kind in kinds.items() if not isinstance(meta.get(name), kind)]
         if wrong or not isinstance(tensors, dict):
@@ -183,17 +181,17 @@ def open_model(path: PathLike) -> tuple[nn.Module, DownstreamCheckpoint]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no checkpoint of a detector or segmenter, or its weights do not fit.
+        ValueError: the file is no checkpoint of a detector or segmenter, or its options or weights do not fit.
         ImportError: torchvision is missing.
     """
     from . import create_model
 
     stored = read_checkpoint(path)
-    model = create_model(stored.kind, stored.backbone, stored.num_classes, **stored.options)
-    own, given = model.state_dict(), stored.state_dict
-    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (own, given)]
-    odd = [name for name in {**own, **given} if shapes[0].get(name) != shapes[1].get(name)]
-    if odd:
-        raise ValueError(f"{path}: the weights do not fit a {stored.kind} on {stored.backbone}: {shorten(odd)}")
-    model.load_state_dict(given)
+    try:
+        model = create_model(stored.kind, stored.backbone, stored.num_classes, **stored.options)
+    except (TypeError, ValueError) as error:  # TypeError: an option that the function does not have
+        raise ValueError(f"{path}: {error}") from error
+    if found := differences(model.state_dict(), stored.state_dict):
+        raise ValueError(f"{path}: the weights do not fit a {stored.kind} on {stored.backbone}; {found}")
+    model.load_state_dict(stored.state_dict)
     return model.eval(), stored

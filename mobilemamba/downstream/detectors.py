@@ -1,6 +1,8 @@
 """The published detectors by name. torchvision is imported when one is made."""
 
-from collections.abc import Mapping, Sequence
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -69,7 +71,7 @@ def mask_rcnn(
     Differs from torchvision's ``maskrcnn_resnet50_fpn``:
 
     - Anchors are not rounded. dw and dh are clamped on both sides.
-    - A low-quality match belongs to the ground truth whose best match it is.
+    - A low-quality match goes to the ground truth that has its highest IoU with it.
     - RoIAlign has aligned corners and as many samples as pixels.
     - Ground truths are the first proposals and belong to themselves. The box losses are L1. Mask targets are binary.
     - No small box is dropped. The background has no deltas and no mask. Masks are pasted at the centres of the pixels.
@@ -77,9 +79,11 @@ def mask_rcnn(
     need_torchvision()
     from .rcnn import MaskRCNN
 
+    options = _checked(MaskRCNN, options)
     body = make_backbone(backbone, pretrained_backbone, backbone_options, 3, norm_eval=bool(pretrained_backbone))
     transform = _transform(body, num_classes, min_size, max_size, image_mean, image_std, masks=True)
-    return MaskRCNN(with_pyramid(body, 4, False, pyramid_channels), num_classes, transform, **options)
+    neck = with_pyramid(body, 4, False, pyramid_channels)
+    return MaskRCNN(neck, num_classes, transform, **options)
 
 
 def retinanet(
@@ -118,9 +122,11 @@ def retinanet(
     need_torchvision()
     from .retina import RetinaNet
 
+    options = _checked(RetinaNet, options)
     body = make_backbone(backbone, pretrained_backbone, backbone_options, 3, norm_eval=bool(pretrained_backbone))
     transform = _transform(body, num_classes, min_size, max_size, image_mean, image_std)
-    return RetinaNet(with_pyramid(body, 8, True, pyramid_channels), num_classes, transform, **options)
+    neck = with_pyramid(body, 8, True, pyramid_channels)
+    return RetinaNet(neck, num_classes, transform, **options)
 
 
 def ssdlite(
@@ -162,7 +168,7 @@ def ssdlite(
     need_torchvision()
     from .ssd import ANCHOR_SIZES, ExtraLevels, SSDLite
 
-    size = checks.integer("size", size)
+    size, options = checks.integer("size", size), _checked(SSDLite, options)
     body = make_backbone(backbone, pretrained_backbone, backbone_options, 2, norm_eval=False)
     transform = _transform(
         body, num_classes, size, size, image_mean, image_std, size_divisible=1, fixed_size=(size, size)
@@ -171,9 +177,8 @@ def ssdlite(
     levels = len(ANCHOR_SIZES) - 1
     strides = [round(320 / side) for side in level_sides(320, reduction, levels)]
     channels = [*body.out_channels, *neck.out_channels]
-    return SSDLite(
-        WithNeck(body, neck, channels, strides), num_classes, level_sides(size, reduction, levels), transform, **options
-    )
+    sides = level_sides(size, reduction, levels)
+    return SSDLite(WithNeck(body, neck, channels, strides), num_classes, sides, transform, **options)
 
 
 def need_torchvision() -> None:
@@ -188,6 +193,24 @@ def need_torchvision() -> None:
         raise ImportError(f"a detector needs torchvision: pip install 'mobilemamba[downstream]' ({error})") from error
 
 
+def _checked(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` by the defaults of the class: a share or threshold from 0 to 1, or a number of things from 1 on.
+
+    An option that the class does not have is left to its constructor, which refuses it.
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    result = {}
+    for name, value in options.items():
+        if isinstance(defaults.get(name), float):
+            value = checks.real(name, value)
+            if value > 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+        elif isinstance(defaults.get(name), int):
+            value = checks.integer(name, value)
+        result[name] = value
+    return result
+
+
 def _transform(
     body: FeatureExtractor,
     num_classes: int,
@@ -200,13 +223,17 @@ def _transform(
     from .transform import Transform
 
     num_classes = checks.integer("num_classes", num_classes, least=2)
-    sizes = checks.integers("min_size", (min_size,) if isinstance(min_size, int) else tuple(min_size))
+    sizes = checks.integers("min_size", list(min_size) if isinstance(min_size, Iterable) else [min_size])
     channels = body.body.in_chans
     normalisation = []
     for name, value, default in (("image_mean", mean, IMAGENET_MEAN), ("image_std", std, IMAGENET_STD)):
         if value is None and channels == len(default):
             value = default
-        if value is None or len(value) != channels:
-            raise ValueError(f"{name}: expected a value for each of the {channels} channels, got {value!r}")
-        normalisation.append([float(v) for v in value])
+        if not isinstance(value, Iterable) or len(value) != channels:
+            raise ValueError(f"{name}: expected a value for each of the {channels} channels, got {value!r:.100}")
+        normalisation.append([checks.real(name, v, least=-math.inf) for v in value])
+    if not all(0 < v < math.inf for v in normalisation[1]) or not all(map(math.isfinite, normalisation[0])):
+        raise ValueError(
+            f"image_mean and image_std: expected finite means and positive deviations, got {normalisation}"
+        )
     return Transform(sizes, checks.integer("max_size", max_size), *normalisation, num_classes=num_classes, **options)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..models import FeatureExtractor
 from ..weights import published
-from ..weights.checkpoint import shorten
+from ..weights.checkpoint import differences
 from ..weights.formats import load_torch
 
 __all__ = ["convert", "load_published", "rename"]
@@ -97,17 +97,8 @@ def load_published(model: nn.Module, source: str | os.PathLike[str] | Mapping[st
         given = convert(model, state_dict)
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
-    own = model.state_dict()
-    missing, unexpected = [k for k in own if k not in given], [k for k in given if k not in own]
-    differing = [
-        f"{key} {list(given[key].shape)} instead of {list(own[key].shape)}"
-        for key in own
-        if key in given and given[key].shape != own[key].shape
-    ]
-    if missing or unexpected or differing:
-        problems = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", differing))
-        counts = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems if keys)
-        raise ValueError(f"{where}the weights do not fit the model; {counts}")
+    if found := differences(model.state_dict(), given):
+        raise ValueError(f"{where}the weights do not fit the model; {found}")
     model.load_state_dict(given)
 
 

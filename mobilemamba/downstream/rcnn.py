@@ -19,6 +19,7 @@ from .anchors import pyramid_anchors
 from .boxes import BoxCoder, Matcher, best_boxes, denominator
 from .fusing import Fusible
 from .necks import WithNeck
+from .scripting import inherited
 from .transform import Transform
 
 __all__ = ["MaskRCNN"]
@@ -34,6 +35,18 @@ class ProposalNetwork(RegionProposalNetwork):
         super().__init__(fg_iou_thresh=matcher.high_threshold, bg_iou_thresh=matcher.low_threshold, **options)
         self.box_coder, self.proposal_matcher = BoxCoder(), matcher
         self.min_size = torch.finfo(torch.float32).tiny  # only boxes without area are dropped
+
+    _filter = inherited(RegionProposalNetwork.filter_proposals, "_filter")
+
+    def filter_proposals(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """As torchvision's, for logits of 16 bits too: boxes have at least 32 bits, and NMS takes one dtype."""
+        return self._filter(proposals, objectness.to(proposals.dtype), image_shapes, num_anchors_per_level)
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]

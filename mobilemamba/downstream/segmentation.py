@@ -61,6 +61,7 @@ class Segmenter(Fusible, nn.Module):
         if self.training:
             raise ValueError("predict: expected a model in evaluation mode, got one in training mode; call eval()")
         logits = self.without_aux()(images)["out"]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits would make classes equal
         if size is not None and tuple(size) != tuple(logits.shape[2:]):
             size = checks.integers("size", tuple(size), 2)
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

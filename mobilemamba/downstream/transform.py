@@ -155,9 +155,11 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         size: height and width of the image.
 
     Returns:
-        Probabilities ``(N, 1, height, width)``; the published mask is where they are at least 0.5.
+        Probabilities ``(N, 1, height, width)`` of at least 32 bits; the published mask is where they are at least 0.5.
     """
     height, width = size
+    # 16 bits cannot tell neighbouring pixels apart: bfloat16 has no integers above 256 that are odd.
+    masks = masks.to(torch.float64 if masks.dtype == torch.float64 else torch.float32)
     pasted = masks.new_zeros((masks.size(0), 1, height, width))
     corners: list[list[float]] = boxes.double().tolist()
     for i, (x1, y1, x2, y2) in enumerate(corners):

@@ -13,7 +13,7 @@ from ..data import Preprocessing
 from .identify import fitting_presets, guess_model_args
 from .networks import find_network, without_wrappers
 
-__all__ = ["Checkpoint", "describe_head", "load_into", "shorten"]
+__all__ = ["Checkpoint", "describe_head", "differences", "load_into", "shorten"]
 
 PathLike = str | os.PathLike[str]
 
@@ -86,27 +86,18 @@ def load_into(
             k: v.shape for k, v in given.items() if _in_head(k)
         }
     if drop_head:
-        own, given = ({k: v for k, v in d.items() if not _in_head(k)} for d in (own, given))
+        own, given = _body(own), _body(given)
 
-    missing = [key for key in own if key not in given]
-    unexpected = [key for key in given if key not in own]
-    differing = [
-        f"{key} {_describe(given[key])} instead of {_describe(own[key])}"
-        for key in own
-        if key in given and _describe(given[key]) != _describe(own[key])
-    ]
-    if missing or unexpected or differing:
+    if counts := differences(own, given):
         expected, got = (" or ".join(fitting_presets(weights)) for weights in (everything, state_dict))
         if expected and got and expected != got:
             raise ValueError(f"{prefix}expected weights of {expected}, got weights of {got}")
-        problems = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", differing))
-        counts = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems if keys)
         heads, hint = [describe_head(weights) for weights in (everything, state_dict)], ""
         if expected != got:
             fused = any(key.endswith(".ffn0.expand_weight") for key in given)
             got = got or ("a fused model; save those of the model before fuse()" if fused else "no known preset")
             hint = f": expected weights of {expected or 'no known preset'}, got weights of {got}"
-        elif heads[0] != heads[1] and all(map(_in_head, [*missing, *unexpected, *differing])):
+        elif heads[0] != heads[1] and not differences(_body(own), _body(given)):
             hint = f": expected {heads[0]}, got {heads[1]} (allow_head_mismatch=True keeps the model's)"
         raise ValueError(f"{prefix}the weights do not fit the model{hint}; {counts}")
     if without_values := [key for key in own if given[key].is_meta]:
@@ -125,8 +116,29 @@ def load_into(
             made.get(key, tensor).copy_(given[key])
 
 
+def differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """What keeps the weights ``given`` out of a model with the tensors ``own``: a text, which is empty if they fit.
+
+    It has the missing, unexpected and mis-shaped keys, at most ten of each.
+    """
+    problems = {
+        "missing": [key for key in own if key not in given],
+        "unexpected": [key for key in given if key not in own],
+        "mis-shaped": [
+            f"{key} {_describe(given[key])} instead of {_describe(own[key])}"
+            for key in own
+            if key in given and _describe(given[key]) != _describe(own[key])
+        ],
+    }
+    return "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys)
+
+
 def _in_head(key: str) -> bool:
     return key.startswith("head.")
+
+
+def _body(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in state_dict.items() if not _in_head(key)}
 
 
 def _describe(tensor: Tensor) -> str:

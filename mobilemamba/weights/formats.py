@@ -22,11 +22,12 @@ from .files import atomic_write, is_page, torch_save
 from .identify import check_model_args, fitting_presets, guess_model_args
 from .networks import find_network
 
-__all__ = ["TRAINING_FORMAT", "VERSION", "load_torch", "read", "save"]
+__all__ = ["DOWNSTREAM_FORMAT", "TRAINING_FORMAT", "VERSION", "load_torch", "read", "save"]
 
 PathLike = str | os.PathLike[str]
 
 FORMAT = "mobilemamba"  # weights for inference
+DOWNSTREAM_FORMAT = "mobilemamba-downstream"  # a detector or segmenter for inference, of downstream/checkpoint.py
 TRAINING_FORMAT = "mobilemamba-training"  # the state of a training run, written by training/run.py
 VERSION = 1
 
@@ -41,8 +42,8 @@ def read(path: PathLike) -> Checkpoint:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not a checkpoint, has several networks, needs code to load, or has a newer version; the
-            message names it.
+        ValueError: the file is not a checkpoint, has several networks, needs code to load, has a newer version, or is a
+            detector or segmenter of this package; the message names it.
     """
     path = Path(path)
     if not path.exists():
@@ -137,10 +138,15 @@ def _read_torch(path: Path) -> tuple[Any, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a state dict or a training checkpoint, got a {type(content).__name__}")
     kind = content.get("format")
-    if kind in (FORMAT, TRAINING_FORMAT):
+    if kind in (FORMAT, TRAINING_FORMAT, DOWNSTREAM_FORMAT):
         meta = content.get("meta")
         if not isinstance(meta, dict):
             raise ValueError(f"meta: expected a dict, got {meta!r:.100}")
+        if kind == DOWNSTREAM_FORMAT or "kind" in meta:
+            raise ValueError(
+                f"expected a classifier's weights, got a detector or segmenter ({meta.get('kind')!s:.100}): "
+                "use mobilemamba detect or segment, in Python mobilemamba.downstream.open_model"
+            )
         meta = {**meta, "version": content.get("version")}
         if kind == FORMAT:
             return content.get("state_dict"), meta
