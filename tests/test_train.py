@@ -80,8 +80,8 @@ def one_epoch(tmp_path_factory):
     """The folder of a run of :data:`ONE_EPOCH` on the small digits."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_small_digits(monkeypatch)
-        train(ONE_EPOCH, tmp_path_factory.mktemp("run") / "out")
-    return tmp_path_factory.getbasetemp() / "run0" / "out"
+        train(ONE_EPOCH, out := tmp_path_factory.mktemp("run") / "out")
+    return out
 
 
 @pytest.fixture
