@@ -55,7 +55,7 @@ class PeerMaps(nn.Module):
         known = timm.create_model(name, features_only=True).feature_info.reduction()
         network = timm.create_model(name, features_only=True, out_indices=[known.index(stride) for stride in strides])
         self.out_channels = network.feature_info.channels()
-        models.calibrate(network, torch.randn(2, 3, 64, 64))
+        models.calibrate(network, torch.randn(2, 3, 320, 320))
         self.network = peers.fuse(network).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ def make_ours(kind: str, name: str) -> nn.Module:
     """A model on our backbone, fused."""
     options: dict[str, Any] = {"size": MODELS[kind][0][0]} if kind == "ssdlite" else {}
     model = downstream.create_model(kind, name, **options)
-    models.calibrate(model.backbone.body.body, torch.randn(4, 3, 64, 64))
+    models.calibrate(model.backbone.body.body, torch.randn(2, 3, 320, 320))
     return model.eval().fuse()
 
 

@@ -147,6 +147,20 @@ def test_masks_of_16_bits_are_pasted_to_the_pixel(dtype: torch.dtype) -> None:
     assert paste_masks(masks.double(), boxes, (48, 3000)).dtype == torch.float64
 
 
+def test_images_without_proposals(images: list[Tensor]) -> None:
+    """Every proposal lies outside its image, is clipped to nothing, and is dropped."""
+    model = make("mask_rcnn").eval()
+    predictor = model.rpn.head.bbox_pred
+    with torch.no_grad():
+        predictor.weight.zero_()
+        predictor.bias.copy_(torch.tensor([1e4, 0.0, 0.0, 0.0]).repeat(3))
+        found = model(images)
+    for image, result in zip(images, found, strict=True):
+        assert result["boxes"].shape == (0, 4)
+        assert len(result["scores"]) == len(result["labels"]) == 0
+        assert result["masks"].shape == (0, 1, *image.shape[1:])
+
+
 def test_initial_values() -> None:
     """As published; the spread is measured on at least 2,000 values."""
     mask, retina, ssd = (make(kind) for kind in DETECTORS)

@@ -181,7 +181,7 @@ class Heads(RoIHeads):
         found: list[dict[str, Tensor]] = []
         for scores, boxes, shape in zip(scores_of, boxes_of, image_shapes):  # noqa: B905
             row, label = torch.where(scores > self.score_thresh)
-            boxes = clip_boxes_to_image(boxes.reshape(len(scores), -1, 4)[row, label], shape)
+            boxes = clip_boxes_to_image(boxes.reshape(len(scores), scores.size(1), 4)[row, label], shape)
             kept = best_boxes(boxes, scores[row, label], label + 1, self.nms_thresh, self.detections_per_img)
             found.append(kept)
         return [d["boxes"] for d in found], [d["scores"] for d in found], [d["labels"] for d in found]
@@ -193,7 +193,7 @@ class Heads(RoIHeads):
         label = torch.cat(labels)
         count = denominator(len(label))
         positive = torch.where(label > 0)[0]
-        deltas = box_regression.reshape(len(label), -1, 4)[positive, label[positive] - 1]
+        deltas = box_regression.reshape(len(label), box_regression.size(1) // 4, 4)[positive, label[positive] - 1]
         return {
             "loss_classifier": F.cross_entropy(class_logits, label, reduction="sum") / count,
             "loss_box_reg": F.l1_loss(deltas, torch.cat(targets)[positive], reduction="sum") / count,
