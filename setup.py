@@ -12,6 +12,6 @@ import mobilemamba_build as native
 setup(
     install_requires=[native.torch_requirement(), "numpy", "pillow"],
     ext_modules=[Extension("mobilemamba._C", sources=[])],  # the sources are known once CUDA is decided upon
-    cmdclass={"build": native.CleanBuild, "build_ext": native.build_ext_class()},
+    cmdclass={"build": native.CleanBuild, "build_ext": native.build_ext_class(), "bdist_wheel": native.PlainWheel},
     options={"build": {"build_base": native.build_base()}},
 )

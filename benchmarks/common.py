@@ -13,22 +13,46 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for reference.py, the plain PyTorch rendition
 
 import mobilemamba
+from mobilemamba import _native
 
 
 def setting(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions."""
+    """The machine, the versions, and the commit that the library was built from."""
     facts: dict[str, Any] = {"device": str(device), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda
         facts["tf32"] = f"matmul {torch.backends.cuda.matmul.allow_tf32}, cudnn {torch.backends.cudnn.allow_tf32}"
     else:
-        facts["cpu"] = torch.backends.cpu.get_cpu_capability()
+        facts["cpu"] = torch.backends.cpu.get_cpu_capability() + (" with AMX" if has_amx() else "")
+        facts["processor"] = processor()
+    if commit := _native.BUILD["commit"]:
+        facts["commit"] = commit
     return facts | {
+        "date": time.strftime("%Y-%m-%d"),
         "machine": platform.machine(),
         "torch": str(torch.__version__),
         "mobilemamba": mobilemamba.__version__,
     }
+
+
+def has_amx() -> bool:
+    return "amx_bf16" in cpu_info().get("flags", "").split()
+
+
+def processor() -> str:
+    """The processor's name, family and model, as Linux has them."""
+    facts = cpu_info()
+    name = facts.get("model name", platform.processor() or "unknown")
+    numbers = " ".join(f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts)
+    return f"{name} ({numbers})" if numbers else name
+
+
+def cpu_info() -> dict[str, str]:
+    """The first processor's entries in ``/proc/cpuinfo``; empty where there is no such file."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def version(package: str) -> str:

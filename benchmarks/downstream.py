@@ -28,6 +28,7 @@ import common
 import models
 import peers
 import torch
+from contestants import calibrate, forward
 from torch import Tensor, nn
 
 import mobilemamba
@@ -55,7 +56,7 @@ class PeerMaps(nn.Module):
         known = timm.create_model(name, features_only=True).feature_info.reduction()
         network = timm.create_model(name, features_only=True, out_indices=[known.index(stride) for stride in strides])
         self.out_channels = network.feature_info.channels()
-        models.calibrate(network, torch.randn(2, 3, 320, 320))
+        calibrate(network, torch.randn(2, 3, 320, 320))
         self.network = peers.fuse(network).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -78,7 +79,7 @@ def make_ours(kind: str, name: str) -> nn.Module:
     """A model on our backbone, fused."""
     options: dict[str, Any] = {"size": MODELS[kind][0][0]} if kind == "ssdlite" else {}
     model = downstream.create_model(kind, name, **options)
-    models.calibrate(model.backbone.body.body, torch.randn(2, 3, 320, 320))
+    calibrate(model.backbone.body.body, torch.randn(2, 3, 320, 320))
     return model.eval().fuse()
 
 
@@ -124,9 +125,9 @@ def contestants(kind: str, name: str, device: torch.device) -> dict[str, tuple[C
 
     def run(body: nn.Module) -> Any:
         model.backbone.body = body
-        return models.forward(model, whole)
+        return forward(model, whole)
 
-    return {form: (partial(run, body), partial(models.forward, body, images)) for form, body in forms.items()}
+    return {form: (partial(run, body), partial(forward, body, images)) for form, body in forms.items()}
 
 
 def compare(kind: str, names: Sequence[str], device: torch.device, rounds: int, report: common.Report) -> None:
@@ -135,9 +136,8 @@ def compare(kind: str, names: Sequence[str], device: torch.device, rounds: int, 
     for name in names:
         for form, (whole, backbone) in contestants(kind, name, device).items():
             calls[name, form, "whole"], calls[name, form, "backbone"] = whole, backbone
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = models.measure(calls, rounds, 1, wait)  # type: ignore[arg-type, type-var]
-    medians = {key: statistics.median(values) for key, values in times.items()}  # type: ignore[type-var]
+    times = models.by_turns({key: partial(models.turn_of, call, 1, device) for key, call in calls.items()}, rounds)
+    medians = {key: statistics.median(values) for key, values in times.items()}
     ours = medians[names[0], "fused", "backbone"]
     for name, form, part in calls:
         if part == "backbone":

@@ -17,20 +17,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import common
+import runtimes
 import torch
 
 import mobilemamba
 
-Call = Callable[[], Any]
 
-
-def ours(kind: str, model: str) -> Call:
+def ours(kind: str, model: str) -> runtimes.Call:
     torch.manual_seed(0)
     network = mobilemamba.create_model(model).eval().fuse()
     side = mobilemamba.weights.entry(model).preprocessing.crop
@@ -44,38 +43,11 @@ def ours(kind: str, model: str) -> Call:
     return call
 
 
-def onnxruntime(path: str, threads: int) -> Call:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = session.get_inputs()[0]
-    images = torch.randn(
-        *(size if isinstance(size, int) else 1 if i == 0 else 224 for i, size in enumerate(feed.shape))
-    )
-    return lambda: session.run(None, {feed.name: images.numpy()})
-
-
-def openvino(path: str, threads: int) -> Call:
-    import openvino
-
-    core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    model = core.read_model(path)
-    shape = model.inputs[0].partial_shape
-    sizes = [size.get_length() if size.is_static else 1 if i == 0 else 224 for i, size in enumerate(shape)]
-    model.reshape(sizes)
-    request = core.compile_model(model, "CPU", settings).create_infer_request()
-    images = torch.randn(*sizes).numpy()
-    return lambda: request.infer([images])
-
-
-def contestant(name: str, args: argparse.Namespace) -> Call:
+def contestant(name: str, args: argparse.Namespace) -> runtimes.Call:
     kind, _, what = name.partition(":")
     if kind in ("fused", "scripted"):
         return ours(kind, what)
-    return {"onnxruntime": onnxruntime, "openvino": openvino}[kind](what, args.threads)
+    return {"onnxruntime": runtimes.onnxruntime, "openvino": runtimes.openvino}[kind](what, args.threads)
 
 
 def run(name: str, args: argparse.Namespace) -> list[float]:

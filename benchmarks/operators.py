@@ -66,7 +66,7 @@ def scan_case(size: str, inner: int, length: int, rank: int, state: int) -> Case
 
     size = f"{inner} x {size}"
     backward = NATIVE.bidirectional_scan_backward
-    return Case("bidirectional_scan", size, draw, ops.bidirectional_scan, backward, reference.bidirectional_scan)
+    return Case("bidirectional_scan", size, draw, ops.bidirectional_scan, backward, reference.doubling_scan)
 
 
 def image(batch: int, channels: int, side: int, dtype: torch.dtype) -> Tensor:
@@ -176,7 +176,7 @@ def mrffi_case(size: str, mixer: mobilemamba.MRFFI, width: int, side: int) -> Ca
         return [*images, *captured]
 
     def plain(x: Tensor, residual: Tensor, *_: Tensor) -> Tensor:
-        with reference.plain_pytorch():
+        with reference.plain_pytorch(reference.doubling_scan):
             return mixer(x.float()) + residual  # 16 bits are autocast's
 
     def forward(x: Tensor, residual: Tensor, *weights: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ import importlib.util
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw", "is_available"]
+__all__ = ["OURS", "draw", "is_available", "log_axis", "pyplot_with_stable_files", "save", "where"]
 
 OURS = "MobileMamba"
 
@@ -38,14 +39,40 @@ def points(results: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, 
     return {family: sorted(members) for family, members in sorted(families.items())}
 
 
-def draw(results: list[dict[str, Any]], settings: dict[str, Any], path: Path) -> None:
+def pyplot_with_stable_files() -> Any:
+    """matplotlib.pyplot for files: the same figures give the same file."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = OURS  # the same figures give the same file
+    matplotlib.rcParams["svg.hashsalt"] = OURS
     from matplotlib import pyplot
+
+    return pyplot
+
+
+def log_axis(ax: Any) -> None:
     from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def where(settings: Mapping[str, Any]) -> str:
+    """Where the results are from, in a line."""
+    device = settings.get("gpu") or f"{settings['threads']} threads, {settings['cpu']}"
+    return ", ".join(
+        [device, f"torch {settings['torch']}", *(settings[key] for key in ("commit", "date") if key in settings)]
+    )
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def draw(results: list[dict[str, Any]], settings: dict[str, Any], path: Path) -> None:
+    pyplot = pyplot_with_stable_files()
     panels = defaultdict(list)
     for result in results:
         if "error" not in result and not result.get("training"):
@@ -77,10 +104,7 @@ def draw(results: list[dict[str, Any]], settings: dict[str, Any], path: Path) ->
             )
             for rate, accuracy, label in series:
                 ax.annotate(label, (rate, accuracy), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
-        ax.xaxis.set_major_formatter(ScalarFormatter())
-        ax.xaxis.set_minor_locator(NullLocator())
+        log_axis(ax)
         ax.set_title(f"batch {batch}, {dtype}")
         ax.set_xlabel("images per second, measured")
         ax.grid(True, which="both", alpha=0.3)
@@ -88,9 +112,8 @@ def draw(results: list[dict[str, Any]], settings: dict[str, Any], path: Path) ->
         ax.set_ylabel("ImageNet-1k top-1, published, %")
     handles = {line.get_label(): line for ax in axes for line in ax.get_lines()}
     figure.legend(handles.values(), handles.keys(), loc="outside center right", fontsize=8)
-    where = settings.get("gpu") or f"{settings['threads']} threads, {settings['cpu']}"
-    figure.suptitle(f"{where}, torch {settings['torch']}", fontsize=9)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.suptitle(where(settings), fontsize=9)
+    save(figure, path)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 from mobilemamba_toolkit import Plan, arch_name, gencode, make_plan
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
@@ -84,6 +85,15 @@ def without_wrapper(command: str) -> str:
     return words[1] if len(words) == 2 and words[0] in ("ccache", "sccache") else command
 
 
+def without_search_path(command: list[str], ldflags: str = "") -> list[str]:
+    """A link command without the search path that some Pythons have for their modules, such as pyenv's 3.13.
+
+    It is a folder of the machine that builds, and the library is no module. What the user's ``LDFLAGS`` ask for stays.
+    """
+    asked = shlex.split(ldflags)
+    return [word for word in command if word in asked or not word.startswith("-Wl,-rpath")]
+
+
 def torch_requirement() -> str:
     """The torch that the wheel requires: the release it is built against (== disregards a local part like +cpu)."""
     version = torch_version()
@@ -144,6 +154,13 @@ class CleanBuild(build):
         super().run()
 
 
+class PlainWheel(bdist_wheel):
+    """bdist_wheel whose tag names the system alone: the library calls no function of Python's, so it fits them all."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def missing_torch() -> SystemExit:
     """The refusal to build without a torch. It names the option for front ends that hide the torch of the target."""
     return SystemExit(
@@ -174,11 +191,21 @@ def build_ext_class() -> type[build_ext]:
     from torch.utils.cpp_extension import BuildExtension, include_paths, is_ninja_available, library_paths
 
     class BuildNative(BuildExtension):
-        """Compiles csrc/ with ninja into the Python module _C, which is the library with the operators too."""
+        """Compiles csrc/ with ninja into _C.so, a plain library: loading it registers the operators."""
 
         def finalize_options(self) -> None:
             super().finalize_options()
             self.build_temp = str(Path(build_base()) / "objects")  # kept, also by an editable install
+
+        def build_extensions(self) -> None:
+            for name in ("linker_so", "linker_so_cxx"):
+                command = without_search_path(getattr(self.compiler, name), os.environ.get("LDFLAGS", ""))
+                setattr(self.compiler, name, command)
+            super().build_extensions()
+
+        def get_ext_filename(self, name: str) -> str:
+            """Without the Python version in the name, because the library is no Python module."""
+            return str(Path(*name.split(".")).with_suffix(".so"))
 
         def run(self) -> None:
             print(f"mobilemamba: building for torch {torch.__version__}, {plan}", flush=True)

@@ -64,6 +64,7 @@ MOBILEMAMBA_LIBRARY(m) {
       "int stride=1, str activation=\"none\") -> Tensor",
       tags);
   m.def("pack_conv2d_weight(Tensor weight) -> Tensor", tags);
+  m.def("quantize_conv2d_weight(Tensor weight, float scale, int zero_point) -> Tensor", tags);
   m.def(
       "ffn(Tensor input, Tensor? residual, Tensor expand_weight, Tensor expand_bias, Tensor project_weight, "
       "Tensor project_bias) -> Tensor",
@@ -90,11 +91,9 @@ MOBILEMAMBA_LIBRARY(m) {
       "backbone(Tensor input, Tensor[] weights, int[] strides, int[] depths, Tensor? head_weight=None, Tensor? "
       "head_bias=None, float eps=1e-5) -> Tensor[]",
       tags);
-  m.def("version() -> str");  // of the copy that registered the operators
-}
-
-MOBILEMAMBA_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
-  m.impl("version", [] { return std::string(build::version); });
+  m.def("version() -> str");
+  m.def("build_facts() -> Dict(str, str)");
+  m.def("cpu_kernels() -> str");
 }
 
 }  // namespace mobilemamba

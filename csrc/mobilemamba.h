@@ -52,9 +52,9 @@ MOBILEMAMBA_API std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_
     const std::optional<at::Tensor>& bias, int64_t stride, std::string_view activation);
 
 /// activation(convolution + bias) + residual, with zero padding of kernel_size / 2. The weight is in panels
-/// (ceil(out / 32), ceil(in * kernel_size^2 / 2), 32, 2), from pack_conv2d_weight. input (B, in, H, W); bias (out);
-/// residual of the output's shape; activation "none" or "relu". Returns (B, out, ceil(H / stride), ceil(W / stride)),
-/// channels-last in memory.
+/// (ceil(out / 32), ceil(in * kernel_size^2 / 2), 32, 2), from pack_conv2d_weight, or from quantize_conv2d_weight.
+/// input (B, in, H, W); bias (out); residual of the output's shape; activation "none" or "relu". Returns (B, out,
+/// ceil(H / stride), ceil(W / stride)), channels-last in memory.
 MOBILEMAMBA_API at::Tensor packed_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                                          const std::optional<at::Tensor>& residual = std::nullopt,
                                          int64_t kernel_size = 1, int64_t stride = 1,
@@ -103,6 +103,12 @@ MOBILEMAMBA_API FfnNormGradients ffn_norm_backward(const at::Tensor& grad_output
 
 /// The packed form of a weight (out, in, k, k).
 MOBILEMAMBA_API at::Tensor pack_conv2d_weight(const at::Tensor& weight);
+
+/// The form of a weight (out, in, k, k) for products of 8-bit integers on the CPU, int8
+/// (ceil(out / 32), ceil(in * k^2 / 4) + 3, 32, 4). It may stand wherever a packed weight may. Each output has a scale
+/// of its own, the largest magnitude of its weights / 127. The operator rounds its input to
+/// clamp(round(x / scale) + zero_point, 0, 255). Gradients do not pass it.
+MOBILEMAMBA_API at::Tensor quantize_conv2d_weight(const at::Tensor& weight, double scale, int64_t zero_point);
 
 /// The feed-forward layer with BatchNorm folded: input + project(ReLU(expand(input))) + residual.
 /// input (B, C, H, W); expand_weight (F, C); expand_bias (F); project_weight (C, F); project_bias (C). The matrices may

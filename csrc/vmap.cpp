@@ -168,9 +168,9 @@ MOBILEMAMBA_LIBRARY_IMPL(FuncTorchBatched, m) {
   for (const char* name : {"bidirectional_scan", "haar_conv2d", "depthwise_conv2d", "packed_conv2d", "ffn", "mrffi",
                            "patch_embedding", "patch_merging", "backbone"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<kernel<true>>());
-  for (const char* name :
-       {"bidirectional_scan_backward", "haar_conv2d_backward_weight", "depthwise_conv2d_backward", "ffn_backward",
-        "mrffi_backward", "pack_conv2d_weight", "conv_norm", "conv_norm_backward", "ffn_norm", "ffn_norm_backward"})
+  for (const char* name : {"bidirectional_scan_backward", "haar_conv2d_backward_weight", "depthwise_conv2d_backward",
+                           "ffn_backward", "mrffi_backward", "pack_conv2d_weight", "quantize_conv2d_weight",
+                           "conv_norm", "conv_norm_backward", "ffn_norm", "ffn_norm_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<kernel<false>>());
 }
 

@@ -1,8 +1,6 @@
 """Loads the native library once, after checking that it was built for the running torch."""
 
-import importlib
 import json
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import torch
 
 __all__ = ["BUILD", "LIBRARY", "has_cuda_kernels"]
 
-LIBRARY = Path(__file__).with_name(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")  # one for each Python version
+LIBRARY = Path(__file__).with_name("_C.so")  # no Python module: every Python version loads it
 
 
 def read_build(library: Path) -> dict[str, Any]:
@@ -60,11 +58,12 @@ def _load() -> dict[str, Any]:
     check_match(build, torch.__version__, torch.version.cuda)
     check_copies(build)
     try:
-        importlib.import_module("mobilemamba._C")  # registers the operators
-    except ImportError as error:
+        torch.ops.load_library(LIBRARY)  # registers the operators
+    except OSError as error:
         raise ImportError(
             f"mobilemamba was built against torch {build['torch']} and does not load with torch {torch.__version__} "
-            f"({error}): rebuild it with `pip install --force-reinstall --no-deps .` from the checkout"
+            f"({error.__cause__ or error}): rebuild it with `pip install --force-reinstall --no-deps .` from the "
+            "checkout"
         ) from error
     return build
 

@@ -73,7 +73,7 @@ def feature_extractor(
     name: str,
     pretrained: Pretrained = False,
     *,
-    stages: Sequence[int] = (0, 1, 2),
+    stages: Sequence[int] | None = None,
     norm_eval: bool = False,
     frozen_stages: int = -1,
     **options: Unpack[ModelOptions],

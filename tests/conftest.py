@@ -8,6 +8,7 @@ processes would share. ``-n`` overrules both.
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,3 +105,14 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     count = getattr(node, "workeroutput", {}).get("deselected", 0)  # the same in every worker: each collects all
     if terminal is not None and count:
         terminal.stats["deselected"] = [SimpleNamespace()] * count  # counted, never read
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small models that run beside other tests: two threads wait for each other there."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +36,9 @@ SANITIZE = [
 KERNEL_FLAGS = ["-O1", "-g1", *SANITIZE]
 HOST_FLAGS = ["-O0"]
 CAN_BUILD = platform.system() == "Linux" and platform.machine() == "x86_64" and shutil.which("g++") is not None
-FOLDER = HERE.parent / "build" / f"host_cuda-torch-{torch.__version__}-{sys.implementation.cache_tag}"
+BUILD = HERE.parent / "build"
+FOLDER = BUILD / f"host_cuda-torch-{torch.__version__}-{sys.implementation.cache_tag}"
+KERNELS_FOLDER = BUILD / "host_cuda-kernels"  # they include nothing of torch: builds for several versions share them
 
 
 def host_sources() -> list[Path]:
@@ -47,42 +50,61 @@ def host_sources() -> list[Path]:
 def build(csrc: Path = CSRC, folder: Path = FOLDER, only: Path | None = None) -> Path:
     """Builds the library from ``csrc`` in ``folder``, as far as it is not up to date, and returns its path.
 
-    With ``only``, it builds just this source, and links it with the other objects of the unchanged library.
+    With ``only``, a kernel's source, it builds just that, and links it with the objects of the unchanged library.
     Processes that build in the same folder take turns.
     """
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    include = [f"-I{HERE / 'host_cuda' / 'include'}", f"-I{csrc}"]
+    kernels = [HERE / "host_cuda" / "runtime.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
+    objects = {source.name: KERNELS_FOLDER / f"{source.name}.o" for source in kernels}
+    if only is None:
+        run_ninja(KERNELS_FOLDER, {objects[source.name]: source for source in kernels}, [*KERNEL_FLAGS, *include])
+    else:
+        objects[only.name] = folder / f"{only.name}.o"
+        run_ninja(folder, {objects[only.name]: only}, [*KERNEL_FLAGS, *include])
+    hosts = {FOLDER / f"{source.name}.o": source for source in host_sources()}
+    torch_headers = [flag for path in include_paths("cpu") for flag in ("-isystem", path)]
+    flags = [*HOST_FLAGS, "-DMOBILEMAMBA_CUDA_ARCHS=sm_80,sm_90+PTX", *include, *torch_headers]
+    # The kernels come first: of an inline function that several objects have, the linker takes the first.
+    link = [
+        *objects.values(),
+        *hosts,
+        *SANITIZE,
+        *(f"-L{path}" for path in library_paths("cpu")),
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
+    library = folder / "libhost_cuda.so"
+    run_ninja(folder, hosts if only is None else {}, flags, library, link)
+    return library
+
+
+def run_ninja(
+    folder: Path, objects: dict[Path, Path], flags: list[str], library: Path | None = None, link: Sequence[object] = ()
+) -> None:
+    """Compiles the sources of ``objects`` with ``flags``, and links ``library`` where it is given."""
+    lines = [
+        f"rule compile\n command = g++ {' '.join([*FLAGS, *flags])} -MMD -MF $out.d -x c++ -c $in -o $out",
+        " depfile = $out.d\n deps = gcc",
+        *(f"build {object}: compile {source}" for object, source in objects.items()),
+    ]
+    if library:
+        inputs = [str(part) for part in link if isinstance(part, Path)]
+        options = " ".join(part for part in link if isinstance(part, str))
+        lines.append(f"rule link\n command = g++ $in -shared {options} -o $out")
+        lines.append(f"build {library}: link {' '.join(inputs)}")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "build.ninja").write_text(rules(csrc, only))
+        rules = folder / f"{'library' if library else 'kernels'}.ninja"
+        rules.write_text("\n".join(lines) + "\n")
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-        done = subprocess.run(["ninja"], cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+        command = ["ninja", "-f", rules.name]
+        done = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     if done.returncode != 0 or "warning:" in done.stdout:
         raise RuntimeError(f"the host build of the CUDA sources failed:\n{done.stdout}{done.stderr}")
-    return folder / "libhost_cuda.so"
-
-
-def rules(csrc: Path, only: Path | None) -> str:
-    """What ninja does; see ``build``."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    kernels = [HERE / "host_cuda" / "runtime.cpp", *sorted((csrc / "cuda").glob("*.cu"))]
-    # The kernels come first: of an inline function that several objects have, the linker takes the first.
-    options = dict.fromkeys(kernels, KERNEL_FLAGS) | dict.fromkeys(host_sources(), HOST_FLAGS)
-    objects = {source: f"{source.stem}-{source.suffix[1:]}.o" for source in options}
-    compiled = {source: object for source, object in objects.items() if only in (None, source)}
-    linked = [object if source in compiled else str(FOLDER / object) for source, object in objects.items()]
-    flags = [*FLAGS, "-DMOBILEMAMBA_CUDA_ARCHS=sm_80,sm_90+PTX"]
-    flags += ["-I", str(HERE / "host_cuda" / "include"), "-I", str(csrc)]
-    flags += [flag for path in include_paths("cpu") for flag in ("-isystem", path)]
-    link = ["-shared", *SANITIZE, *(f"-L{path}" for path in library_paths("cpu")), "-ltorch", "-ltorch_cpu", "-lc10"]
-    lines = [
-        f"rule compile\n command = g++ {' '.join(flags)} $options -MMD -MF $out.d -x c++ -c $in -o $out",
-        " depfile = $out.d\n deps = gcc",
-        f"rule link\n command = g++ $in {' '.join(link)} -o $out",
-    ]
-    for source, object in compiled.items():
-        lines += [f"build {object}: compile {source}", f" options = {' '.join(options[source])}"]
-    return "\n".join([*lines, f"build libhost_cuda.so: link {' '.join(linked)}\n"])
 
 
 def environment(library: Path, **settings: object) -> dict[str, str]:

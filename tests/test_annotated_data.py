@@ -10,17 +10,10 @@ from PIL import Image
 
 from mobilemamba import data
 from mobilemamba.data import shapes
-from mobilemamba.data.coco import (
-    decode,
-    load_coco,
-    load_coco_split,
-    mask_library,
-    mask_problem,
-    run_lengths,
-    text_counts,
-)
+from mobilemamba.data.coco import load_coco, load_coco_split
 from mobilemamba.data.joint import DetectionTransform, SegmentationTransform, as_tensors, fitted_size
 from mobilemamba.data.mask_folder import load_masks, load_masks_split
+from mobilemamba.data.masks import decode, mask_library, mask_problem, run_lengths, text_counts
 
 torchvision = pytest.importorskip("torchvision", reason="needs torchvision: pip install 'mobilemamba[downstream]'")
 pytest.importorskip("pycocotools", reason="needs pycocotools: pip install 'mobilemamba[downstream]'")

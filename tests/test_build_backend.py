@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -339,9 +340,15 @@ def test_requirement_pins_the_torch_built_against(
     assert build.torch_requirement() == requirement
 
 
+def test_the_library_gets_no_search_path_from_python() -> None:
+    command = ["g++", "-shared", "-L/opt/python/lib", "-Wl,-rpath,/opt/python/lib", "-Wl,-rpath,/opt/mine"]
+    assert build.without_search_path(command) == command[:3]
+    assert build.without_search_path(command, "-O1 -Wl,-rpath,/opt/mine") == [*command[:3], command[4]]
+
+
 def test_sources_are_the_folders() -> None:
     cpu, cuda = set(build.sources(cuda=False)), set(build.sources(cuda=True))
-    assert {"csrc/library.cpp", "csrc/python.cpp"} < cpu
+    assert {"csrc/library.cpp", "csrc/facts.cpp"} < cpu
     assert not any(path.startswith("csrc/cuda/") for path in cpu)
     assert cpu < cuda
     assert {path.rpartition(".")[2] for path in cuda - cpu} == {"cpp", "cu"}
@@ -378,12 +385,42 @@ def test_cmake_has_the_same_units(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == expected, done.stderr
 
 
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_flags_are_for_any_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, machine: str) -> None:
+    """The sources choose instruction sets themselves; ``pip install .`` needs no flag, whatever the processor."""
+    monkeypatch.chdir(tmp_path)  # describe() writes units
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("sysconfig.get_platform", lambda: f"linux-{machine}")
+    library = SimpleNamespace()
+    build.describe(library, toolkit.make_plan(None, {}), "0.1.0", ["/torch/include"], ["/torch/lib"])
+    assert library.extra_compile_args["cxx"] == [
+        *build.CXX_FLAGS,
+        "-DMOBILEMAMBA_VERSION=0.1.0",
+        *("-isystem", "/torch/include"),
+    ]
+    assert not [flag for flag in build.CXX_FLAGS if flag.startswith("-m")]
+    assert {"csrc/cpu/isa_generic.cpp", "csrc/cpu/isa_avx2.cpp"} < set(library.sources)  # on every processor
+    for path in ("CMakeLists.txt", "cmake/MobileMambaBuild.cmake"):
+        assert not re.search(r"\s-m\w+|CMAKE_SYSTEM_PROCESSOR", (BACKEND.parent / path).read_text())
+
+
+def test_other_processors_compile_the_generic_kernels_only() -> None:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = BACKEND.parent / "csrc" / "cpu"
+    for path in sorted(folder.glob("isa_*.cpp")):
+        if path.name != "isa_generic.cpp":
+            command = [compiler, "-std=c++20", "-E", "-P", "-U__x86_64__", f"-I{folder.parent}", str(path)]
+            assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "", path
+
+
 def test_cmake_globs_the_same_folders() -> None:
-    """Both builds take every source of a folder; the C++ library takes all but the Python module's."""
+    """Both builds take every source of a folder."""
     cmake = (BACKEND.parent / "CMakeLists.txt").read_text()
     rules = dict(re.findall(r"^file\(GLOB_RECURSE (\w+) CONFIGURE_DEPENDS (.*)\)$", cmake, re.M))
     found = {name: {str(p) for rule in rules[name].split() for p in expand(rule)} for name in rules}
-    assert re.search(r"^list\(REMOVE_ITEM sources \$\{cuda_sources\} \S+/csrc/python\.cpp\)", cmake, re.M)
+    assert re.findall(r"^list\(REMOVE_ITEM sources (.*)\)$", cmake, re.M) == ["${cuda_sources}"]
     assert found["sources"] - found["cuda_sources"] == set(build.sources(cuda=False))
     assert found["sources"] | found["cuda_sources"] == set(build.sources(cuda=True))
 

@@ -293,7 +293,7 @@ def test_other_torch_files(tmp_path: Path, content: object, message: str) -> Non
         ({"model_args": {"num_classes": "7"}}, "expected num_classes of type int, got '7'"),
         ({"model_args": {"num_classes": True}}, "expected num_classes of type int, got True"),
         ({"model_args": {"ssm_ratio": None}}, "expected ssm_ratio of type float, got None"),
-        ({"model_args": {"depths": [1, 2]}}, r"expected depths of type tuple\[int, int, int\], got \[1, 2\]"),
+        ({"model_args": {"depths": [1, 2.5]}}, r"expected depths of type tuple\[int, ...\], got \[1, 2.5\]"),
         ({"model_args": {"local_kernels": [3, 3, 3]}}, "expected local_kernels of type tuple"),
         ({"labels": ["a", 3]}, r"labels: expected a list of names, got \['a', 3\]"),
         ([1], r"meta: expected a dict, got \[1\]"),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mobilemamba import cli, downstream
 from mobilemamba.cli.drawing import Drawings, class_color, class_colors
-from mobilemamba.data.coco import run_lengths
+from mobilemamba.data.masks import run_lengths
 from mobilemamba.downstream.checkpoint import DownstreamCheckpoint, Preparation, read_checkpoint, save_model
 
 pytest.importorskip("torchvision", reason="needs torchvision: pip install 'mobilemamba[downstream]'")

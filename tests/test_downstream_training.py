@@ -1,7 +1,11 @@
 """Detectors and segmenters in the training loop: they learn, resume to the bit, are measured, stored and exported."""
 
 import json
-from dataclasses import replace
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -166,6 +170,45 @@ def test_a_run_that_stopped_in_an_epoch_goes_on_to_the_bit(drawn, tmp_path, kind
             assert torch.equal(tensor, values[name]), name
 
 
+def torchrun(out, options: TrainConfig, *more: str) -> list[dict]:
+    """The log of a run in two processes on the CPU."""
+    given = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
+    words = [
+        f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in given.items()
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "mobilemamba", "train", *words, *more, "--out", str(out), "--device", "cpu", "--workers", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return entries(out)
+
+
+def test_two_processes_segment_as_one(drawn, tmp_path):
+    options = config(drawn, "semantic_fpn", epochs=2, lr=1e-4)
+    train(replace(options, sync_batchnorm=True, flip=False), tmp_path / "one", workers=0)
+    first, *log = torchrun(tmp_path / "two", options, "--sync-batchnorm", "--no-flip")
+    assert first["processes"] == 2
+    one = entries(tmp_path / "one")[1:]
+    assert len(log) == len(one) == 3  # two epochs and the result
+    for name in ("loss", "ema_mIoU", "test_mIoU"):
+        assert [e[name] for e in log if name in e] == pytest.approx([e[name] for e in one if name in e], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["retinanet", pytest.param("mask_rcnn", marks=pytest.mark.full)])
+def test_two_processes_detect(drawn, tmp_path, kind):
+    """One log and one file; each process measures a share of the images, and the AP is that of all."""
+    _, *log = torchrun(tmp_path / "two", config(drawn, kind, epochs=2))
+    assert len(log) == 3
+    model, _ = downstream.open_model(tmp_path / "two/model.pt")
+    split = load_coco(drawn, masks=kind == "mask_rcnn").test
+    measures = evaluate_detector(model, split, 2).measures
+    assert {f"test_{name}": value for name, value in measures.items()} == pytest.approx(
+        {name: value for name, value in log[-1].items() if name.startswith("test_")}
+    )
+
+
 def test_accumulated_parts_are_the_whole_batch(drawn):
     """The losses of RetinaNet are divided by the positives of a part, so two equal halves have the loss of one."""
     dataset = open_data(config(drawn, "retinanet"), False)
@@ -225,12 +268,27 @@ def test_average_precision(drawn):
     nothing = evaluate_detector(Knowing([empty] * 4), split, 3).measures
     assert set(nothing.values()) == {0.0}
     boxes = Knowing(targets)
-    boxes.fuse = lambda: lambda images: [{k: v for k, v in found.items() if k != "masks"} for found in boxes(images)]
+    boxes.fuse = lambda: boxes
+    boxes.register_forward_hook(lambda *call: [{k: v for k, v in found.items() if k != "masks"} for found in call[-1]])
     with pytest.raises(ValueError, match=r"val\.json: expected a detector of masks for a split with masks, got one of"):
         evaluate_detector(boxes, split, 3)
     others = [{**target, "labels": target["labels"] + 4} for target in map(split.target, range(4))]
     with pytest.raises(ValueError, match=r"val\.json: expected a detector of its 4 classes, got label [5-8]$"):
         evaluate_detector(Knowing(others), split, 3)
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "mask_rcnn", "ssdlite", "semantic_fpn"])
+def test_evaluation_refuses_outputs_that_are_not_finite(drawn, kind):
+    """NaN is above no threshold, and would be an image without objects, or class 0."""
+    options = {"size": 320} if kind == "ssdlite" else {} if kind == "semantic_fpn" else {"min_size": 48, "max_size": 48}
+    model = downstream.create_model(kind, "nano", 5, backbone_options={"in_chans": 3}, **options)
+    next(model.parameters()).data.fill_(float("nan"))
+    if kind == "semantic_fpn":
+        evaluation = partial(evaluate_segmenter, model, load_masks(drawn).test, Preparation(48, (0.5,) * 3, (0.5,) * 3))
+    else:
+        evaluation = partial(evaluate_detector, model, load_coco(drawn).test)
+    with pytest.raises(FloatingPointError, match="expected finite outputs of the model, got nan"):
+        evaluation(2)
 
 
 class Told(Knowing):
@@ -261,10 +319,8 @@ def test_mean_iou(drawn):
     assert result.iou[wrong] == 0.0
     assert result.iou[0] == pytest.approx(float(pixels[0] / (pixels[0] + pixels[wrong])))
     assert result.measures["pixel_accuracy"] == pytest.approx(float(1 - pixels[wrong] / pixels.sum()))
-    more = Told(targets)
-    more.fuse = lambda: lambda images: {"out": torch.zeros(len(images), 6, 48, 48)}
-    with pytest.raises(ValueError, match="val: expected a segmenter of 5 classes, got 6"):
-        evaluate_segmenter(more, split, preparation, 3)
+    with pytest.raises(ValueError, match="val: expected a segmenter of 6 classes, got 5"):
+        evaluate_segmenter(Told(targets), replace(split, labels=(*split.labels, "more")), preparation, 3)
 
 
 @pytest.mark.parametrize(

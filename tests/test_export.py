@@ -85,7 +85,7 @@ def test_onnx(tmp_path, request, name, sizes):
                 nn.init.uniform_(module.weight, 0.3, 0.8)
                 nn.init.normal_(module.running_mean, 0, 0.1)
     entry = weights.entry(name)
-    export(model, tmp_path / "model.onnx", "onnx", preprocessing=entry.preprocessing, labels=entry.labels)
+    export(model, tmp_path / "model.onnx", "onnx", preprocessing=entry.preprocessing, labels=entry.labels, dynamic=True)
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     for batch, height, width in sizes:
         images = torch.randn(batch, model.in_chans, height, width)
@@ -201,13 +201,27 @@ def test_command(tmp_path, monkeypatch, capsys):
     ("options", "message"),
     [
         (["--format", "aoti", "nano.pt"], "expected a name that ends with .pt2"),
-        (["--format", "onnx", "--dtype", "bfloat16", "nano.onnx"], "expected float32 for ONNX, got bfloat16"),
+        (
+            ["--format", "onnx", "--dtype", "bfloat16", "nano.onnx"],
+            "expected float32 or float16 for onnx, got bfloat16",
+        ),
         (["--format", "onnx", "--trainable", "nano.onnx"], "torchscript for a module that can be trained, got onnx"),
         (["--format", "torchscript", "none/nano.pt"], "none: no such folder"),
         (["--format", "torchscript", "--checkpoint", "none.pt", "nano.pt"], "none.pt: no such checkpoint file"),
         (["--format", "torchscript", "--labels", "/dev/null", "nano.pt"], "expected 10 labels, one per line, got 0"),
         (["--format", "torchscript", "--crop", "29", "nano.pt"], "expected a crop of 1 to resize=28 pixels, got 29"),
         (["--format", "torchscript", "--mean", "0,0,0", "nano.pt"], "mean and std with a value for each channel, got"),
+        (["--format", "executorch", "nano.onnx"], "expected a name that ends with .pte"),
+        (["--format", "coreml", "nano.onnx"], "expected a name that ends with .mlpackage"),
+        (["--format", "litert", "nano.onnx"], "expected a name that ends with .tflite"),
+        (["--format", "litert", "--dtype", "bfloat16", "x.tflite"], "float32 or float16 for litert, got bfloat16"),
+        (["--format", "executorch", "--dtype", "float16", "nano.pte"], "expected float32 for executorch, got float16"),
+        (["--format", "torchscript", "--size", "32", "nano.pt"], "a torchscript file takes any size"),
+        (["--format", "onnx", "--dynamic", "--size", "32", "nano.onnx"], "dynamic: expected onnx in float32 without"),
+        (["--format", "onnx", "--features", "0,3", "nano.onnx"], "numbers of stages from 0 to 2, got"),
+        (["--format", "executorch", "--int8", "nano.pte"], "expected --int8 and --data together"),
+        (["--format", "onnx", "--int8", "--data", "digits", "nano.onnx"], "int8 is for executorch, got onnx"),
+        (["--format", "executorch", "--int8", "--data", "folder:none", "nano.pte"], "none: expected a folder"),
     ],
 )
 def test_refusals(options, message, tmp_path, monkeypatch, capsys):

@@ -66,7 +66,8 @@ def test_operators(library, seed, blocks, shared_limit, which, full):
 
 
 def test_packed_conv(library, full):
-    some, all = "bfloat16 and in_lower_precision", "in_float64 or in_lower_precision or gradcheck or refuses"
+    some = "bfloat16 and (in_lower_precision or few_channels or infinity)"
+    all = "in_float64 or in_lower_precision or few_channels or infinity or gradcheck or refuses"
     processes.check(run_tests(library, "packed_conv", all if full else f"{some} and not many_outputs", full))
 
 
@@ -195,8 +196,8 @@ MUTATIONS = {  # file, source that is compiled with it, text, text with the bug,
     "wrong fragment: a lane takes another lane's words of the weight": (
         "cuda/packed_conv.cu",
         "packed_conv",
-        "((2 * column + group / 4) ^ (quad * 2))",
-        "((2 * column + group / 4) ^ quad)",
+        "((half * 4 + group / 2) ^ (quad * 2))",
+        "((half * 4 + group / 2) ^ quad)",
         "in_lower_precision and bfloat16",
         "E +assert",
     ),
@@ -208,13 +209,29 @@ MUTATIONS = {  # file, source that is compiled with it, text, text with the bug,
         "in_lower_precision and bfloat16",
         "E +assert",
     ),
-    "missing block barrier: a warp's sums overwrite the slice that others still read": (
+    "missing block barrier: a copy overwrites the slice that other warps still read": (
         "cuda/packed_conv.cu",
         "packed_conv",
-        "    __syncthreads();  // the sums take the place of the slices\n",
-        "",
+        "      __syncthreads();  // this slice is there, and all warps",
+        "      // this slice is there, and all warps",
         "in_lower_precision and bfloat16",
         "E +assert",
+    ),
+    "wrong tile: a step over the end of a line of tiles leaves the columns": (
+        "cuda/packed_conv.cu",
+        "packed_conv",
+        "across -= static_cast<int>(launch.columns), ++down;",
+        "++down;",
+        "in_lower_precision and bfloat16",
+        "E +assert|AddressSanitizer",
+    ),
+    "read beyond the end of a line": (
+        "cuda/line_conv.cu",
+        "line_conv",
+        "column + pixel[i] < width)",
+        "column + pixel[i] <= width)",
+        "of_few_channels and bfloat16",
+        "AddressSanitizer: heap-buffer-overflow|E +assert",
     ),
 }
 
@@ -229,7 +246,7 @@ def test_a_planted_bug_is_found(library, name, tmp_path):
     assert text.count(old) == 1, f"{file} has changed: it has {text.count(old)} times, expected once: {old!r}"
     (csrc / file).write_text(text.replace(old, new))
     mutant = host_library.build(csrc, tmp_path / "build", csrc / "cuda" / f"{source}.cu")
-    done = run_tests(mutant, "packed_conv" if source == "packed_conv" else "operators", tests, blocks=1)
+    done = run_tests(mutant, "packed_conv" if "conv" in source else "operators", tests, blocks=1)
     assert done.returncode != 0, f"{name}: not found\n{done.stdout[-2000:]}"
     assert re.search(sign, done.stdout + done.stderr), done.stdout[-4000:] + done.stderr[-4000:]
-    assert re.search(r"test_(\w+_)?in_", done.stdout + done.stderr)
+    assert re.search(r"test_(\w+_)?(in|of)_", done.stdout + done.stderr)

@@ -1,15 +1,45 @@
-"""The launch configurations of the CUDA kernels, as functions of the sizes: they cover the work and fit the device."""
+"""The launch configurations of the CUDA kernels, as functions of the sizes: they cover the work and fit the device.
 
+``launches.cpp`` makes a Python module of these functions, for the tests alone.
+"""
+
+import importlib.util
 import math
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import host_library
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.utils.cpp_extension import include_paths
 
-from mobilemamba import _C
+PYTHON_HEADERS = Path(sysconfig.get_path("include"))
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or not (PYTHON_HEADERS / "Python.h").is_file(),
+    reason="needs g++ and Python's headers (Debian: python3-dev)",
+)
 
 TURING, HOPPER = 64 * 1024, 227 * 1024  # bytes of shared memory that a block can have
-DTYPES = [_C.DType.float32, _C.DType.float64, _C.DType.float16, _C.DType.bfloat16]
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+
+
+@pytest.fixture(scope="session")
+def launches() -> ModuleType:
+    """The module, built once for each Python version. torch's headers bring pybind11."""
+    folder = host_library.BUILD / f"launches-{sys.implementation.cache_tag}"
+    library, object = folder / "launches.so", folder / "launches.o"
+    headers = [flag for path in (*include_paths("cpu"), PYTHON_HEADERS) for flag in ("-isystem", str(path))]
+    source = host_library.HERE / "launches.cpp"
+    host_library.run_ninja(folder, {object: source}, ["-O0", f"-I{host_library.CSRC}", *headers], library, [object])
+    spec = importlib.util.spec_from_file_location("launches", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -21,11 +51,11 @@ DTYPES = [_C.DType.float32, _C.DType.float64, _C.DType.float16, _C.DType.bfloat1
     st.one_of(st.integers(1, 300), st.integers(1, 2**32)),
     st.integers(1, 64),
 )
-def test_scan(backward: bool, dtype: _C.DType, batch: int, channels: int, length: int, state: int) -> None:
-    float64 = dtype == _C.DType.float64
-    sizes = _C.ScanSizes(dtype, batch, channels, length, state)
-    shape = (_C.scan_backward_shape if backward else _C.scan_forward_shape)(float64)
-    launch = (_C.scan_backward_launch if backward else _C.scan_forward_launch)(sizes)
+def test_scan(launches: Any, backward: bool, dtype: str, batch: int, channels: int, length: int, state: int) -> None:
+    float64 = dtype == "float64"
+    sizes = launches.ScanSizes(dtype, batch, channels, length, state)
+    shape = (launches.scan_backward_shape if backward else launches.scan_forward_shape)(float64)
+    launch = (launches.scan_backward_launch if backward else launches.scan_forward_launch)(sizes)
     values = 3 if backward else 2  # decay and state of each segment; backward the gradient too
     segment = launch.warps * shape.chunk_length
     assert (launch.segments - 1) * segment < length <= launch.segments * segment
@@ -34,22 +64,22 @@ def test_scan(backward: bool, dtype: _C.DType, batch: int, channels: int, length
     assert 1 <= launch.warps <= shape.max_warps  # the kernels are compiled for it
     assert launch.shared_bytes <= TURING
     if launch.segments == 1:
-        assert _C.scan_scratch_bytes(sizes, launch, values) == 0
+        assert launches.scan_scratch_bytes(sizes, launch, values) == 0
     else:
         assert launch.warps >= 2  # the collect pass reduces across warps
         elements = batch * launch.segments * 2 * state * channels * values
-        assert _C.scan_scratch_bytes(sizes, launch, values) == elements * (8 if float64 else 4)
+        assert launches.scan_scratch_bytes(sizes, launch, values) == elements * (8 if float64 else 4)
 
 
 @pytest.mark.parametrize("length", [9, 16, 49, 144, 196, 256])
-def test_scan_reads_a_stage_of_each_preset_once(length: int) -> None:
-    sizes = _C.ScanSizes(_C.DType.float32, batch=256, channels=320, length=length, state=1)
-    assert _C.scan_forward_launch(sizes).segments == 1
+def test_scan_reads_a_stage_of_each_preset_once(launches: Any, length: int) -> None:
+    sizes = launches.ScanSizes("float32", batch=256, channels=320, length=length, state=1)
+    assert launches.scan_forward_launch(sizes).segments == 1
 
 
-def test_long_sequences_spread_over_many_blocks_at_batch_1() -> None:
-    sizes = _C.ScanSizes(_C.DType.float32, batch=1, channels=320, length=65536, state=1)
-    assert _C.scan_forward_launch(sizes).tasks >= 10 * 132  # an H100 has 132 multiprocessors
+def test_long_sequences_spread_over_many_blocks_at_batch_1(launches: Any) -> None:
+    sizes = launches.ScanSizes("float32", batch=1, channels=320, length=65536, state=1)
+    assert launches.scan_forward_launch(sizes).tasks >= 10 * 132  # an H100 has 132 multiprocessors
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
@@ -66,9 +96,10 @@ def test_long_sequences_spread_over_many_blocks_at_batch_1() -> None:
     st.sampled_from([TURING, 99 * 1024, HOPPER]),
 )
 def test_plane(
+    launches: Any,
     haar: bool,
     backward: bool,
-    dtype: _C.DType,
+    dtype: str,
     batch: int,
     channels: int,
     height: int,
@@ -79,12 +110,14 @@ def test_plane(
 ) -> None:
     if haar:
         stride = 1
-        sizes = _C.haar_sizes(dtype, batch, channels, height, width, kernel)
+        sizes = launches.haar_sizes(dtype, batch, channels, height, width, kernel)
     else:
-        sizes = _C.depthwise_plane_sizes(_C.DepthwiseSizes(dtype, batch, channels, height, width, kernel, stride))
-    assert sizes.staged() == (dtype != _C.DType.float64 and (kernel, stride) in [(3, 1), (3, 2), (5, 1), (7, 1)])
+        sizes = launches.depthwise_plane_sizes(
+            launches.DepthwiseSizes(dtype, batch, channels, height, width, kernel, stride)
+        )
+    assert sizes.staged() == (dtype != "float64" and (kernel, stride) in [(3, 1), (3, 2), (5, 1), (7, 1)])
     assume(haar or not sizes.staged())  # such a depthwise convolution has strips instead
-    launch = _C.plane_launch(sizes, backward, limit)
+    launch = launches.plane_launch(sizes, backward, limit)
     if haar:
         height, width = math.ceil(height / 2), math.ceil(width / 2)
     out_height, out_width = math.ceil(height / stride), math.ceil(width / stride)
@@ -96,7 +129,7 @@ def test_plane(
     assert launch.tasks == tiles * math.ceil(channels / 32)
     assert 4 <= launch.warps <= 8
     if backward:
-        assert 1 <= _C.plane_slabs(sizes, limit) <= min(tiles, 1024)
+        assert 1 <= launches.plane_slabs(sizes, limit) <= min(tiles, 1024)
     assert launch.shared_bytes <= limit
     if sizes.staged():
         assert launch.stage_width == (launch.tile_width - 1) * stride + kernel
@@ -108,13 +141,13 @@ def test_plane(
         assert launch.shared_bytes == 0
 
 
-ELEMENT_BYTES = {_C.DType.float32: 4, _C.DType.float16: 2, _C.DType.bfloat16: 2}
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 HAVE_STRIPS = st.sampled_from([(3, 1), (3, 2), (5, 1), (7, 1)])  # kernel size and stride
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(
-    st.sampled_from(sorted(ELEMENT_BYTES, key=str)),
+    st.sampled_from(sorted(ELEMENT_BYTES)),
     st.integers(1, 1000),
     st.one_of(st.integers(1, 200), st.integers(1, 2**20)),
     st.one_of(st.integers(1, 40), st.integers(1, 100000)),
@@ -123,52 +156,59 @@ HAVE_STRIPS = st.sampled_from([(3, 1), (3, 2), (5, 1), (7, 1)])  # kernel size a
     st.integers(0, 2),
 )
 def test_depthwise_strips(
-    dtype: _C.DType, batch: int, groups: int, height: int, width: int, kernel_and_stride: tuple[int, int], halved: int
+    launches: Any,
+    dtype: str,
+    batch: int,
+    groups: int,
+    height: int,
+    width: int,
+    kernel_and_stride: tuple[int, int],
+    halved: int,
 ) -> None:
     kernel, stride = kernel_and_stride
-    most = _C.depthwise_channels(ELEMENT_BYTES[dtype], kernel)
+    most = launches.depthwise_channels(ELEMENT_BYTES[dtype], kernel)
     assert most * ELEMENT_BYTES[dtype] <= 8
     together = max(most >> halved, 1)  # channels of a thread
     channels = groups * together
-    sizes = _C.DepthwiseSizes(dtype, batch, channels, height, width, kernel, stride)
-    assert _C.depthwise_plane_sizes(sizes).staged()  # so the sizes have kernels that compute strips
+    sizes = launches.DepthwiseSizes(dtype, batch, channels, height, width, kernel, stride)
+    assert launches.depthwise_plane_sizes(sizes).staged()  # so the sizes have kernels that compute strips
     out_height, out_width = math.ceil(height / stride), math.ceil(width / stride)
-    slabs = _C.depthwise_slabs(sizes)
+    slabs = launches.depthwise_slabs(sizes)
 
-    def check_cover(launch: _C.DepthwiseLaunch, most_rows: int) -> None:
+    def check_cover(launch: Any, most_rows: int) -> None:
         assert (launch.strips_y - 1) * launch.rows < out_height <= launch.strips_y * launch.rows
         assert (launch.strips_x - 1) * 4 < out_width <= launch.strips_x * 4
         assert launch.strips == batch * launch.strips_y * launch.strips_x
         assert 1 <= launch.rows <= most_rows
         assert launch.warps == 4  # the kernels are compiled for it
 
-    launches = {8: _C.depthwise_launch(sizes, together)}
+    over_rows = {8: launches.depthwise_launch(sizes, together)}
     if stride == 2:
-        launches[1] = _C.depthwise_backward_input_launch(sizes, together)
-    for most_rows, launch in launches.items():
+        over_rows[1] = launches.depthwise_backward_input_launch(sizes, together)
+    for most_rows, launch in over_rows.items():
         check_cover(launch, most_rows)
         assert groups <= launch.tasks * 128  # at least one thread for each group of channels
         assert launch.tasks <= max(16 * 132, math.ceil(groups / 128))
         assert launch.shared_bytes == 0
 
-    backward = _C.depthwise_backward_weight_launch(sizes, slabs, together)
+    backward = launches.depthwise_backward_weight_launch(sizes, slabs, together)
     check_cover(backward, 16)
     assert 1 <= slabs <= backward.strips
     assert backward.tasks == slabs * math.ceil(groups / 32)
     assert (kernel**2 + 1) * 32 * together * 4 <= backward.shared_bytes <= 48 * 1024
 
 
-def test_depthwise_strips_keep_a_large_gpu_busy() -> None:
+def test_depthwise_strips_keep_a_large_gpu_busy(launches: Any) -> None:
     """A stage of MobileMamba-S2 at batch 1."""
-    sizes = _C.DepthwiseSizes(_C.DType.bfloat16, batch=1, channels=192, height=16, width=16, kernel=3, stride=1)
-    assert _C.depthwise_launch(sizes, 4).rows == 1
+    sizes = launches.DepthwiseSizes("bfloat16", batch=1, channels=192, height=16, width=16, kernel=3, stride=1)
+    assert launches.depthwise_launch(sizes, 4).rows == 1
 
 
 TILES = {  # rows, panels and warps of a block
-    _C.ProductShape.large: (128, 4, 8),
-    _C.ProductShape.medium: (128, 2, 4),
-    _C.ProductShape.narrow: (128, 1, 4),
-    _C.ProductShape.small: (32, 1, 2),
+    "large": (128, 4, 8),
+    "medium": (128, 2, 4),
+    "narrow": (128, 1, 4),
+    "small": (32, 1, 2),
 }
 
 
@@ -183,31 +223,55 @@ TILES = {  # rows, panels and warps of a block
     st.integers(1, 3),
 )
 def test_product(
-    batch: int, in_channels: int, height: int, width: int, out_channels: int, kernel: int, stride: int
+    launches: Any, batch: int, in_channels: int, height: int, width: int, out_channels: int, kernel: int, stride: int
 ) -> None:
-    launch = _C.product_launch(_C.ProductSizes(batch, in_channels, height, width, out_channels, kernel, stride))
-    rows, panels, warps = TILES[launch.shape]
+    launch = launches.product_launch(
+        launches.ProductSizes(batch, in_channels, height, width, out_channels, kernel, stride)
+    )
+    if launch.shape.name == "lines":
+        check_lines(launch, batch * math.ceil(height / stride), math.ceil(width / stride))
+        assert kernel == 3
+        assert kernel * in_channels <= 16  # inputs of an instruction
+        assert out_channels <= 32
+        return
+    rows, panels, warps = TILES[launch.shape.name]
     all_rows, all_panels = batch * math.ceil(height / stride) * math.ceil(width / stride), math.ceil(out_channels / 32)
     assert launch.warps == warps  # the kernels are compiled for it
     assert (launch.columns - 1) * panels < all_panels <= launch.columns * panels
-    assert launch.tasks == math.ceil(all_rows / rows) * launch.columns
+    assert launch.lines == math.ceil(all_rows / rows)
+    tiles, resident = launch.lines * launch.columns, 132 * 16 // warps  # 16 warps on each of an H100's multiprocessors
+    assert launch.tasks == min(tiles, resident)
     slice_bytes = (rows + panels * 32) * 32 * 2  # of 32 inputs of 16 bits
     assert launch.shared_bytes == 4 * slice_bytes
-    assert launch.shared_bytes >= rows * panels * 32 * 4  # the sums take the place of the slices
     assert launch.shared_bytes <= 99 * 1024  # what a block can have on every GPU with these tensor cores
-    if launch.shape != _C.ProductShape.small:
-        assert launch.tasks >= 132  # an H100 has 132 multiprocessors
-    if launch.shape == _C.ProductShape.large:
+    if launch.shape.name != "small":
+        assert launch.tasks >= 132
+    if launch.shape.name == "large":
         assert kernel > 1 or stride > 1  # it gathers patches
     assert launch.aligned == (in_channels % 8 == 0)
-    assert launch.aligned_output == (out_channels % 8 == 0)
+    assert launch.aligned_output == launch.whole_outputs == (out_channels % 2 == 0)
 
 
-def test_product_has_every_shape() -> None:
-    def shape(batch: int, in_channels: int, size: int, out_channels: int, kernel: int = 1) -> _C.ProductShape:
-        return _C.product_launch(_C.ProductSizes(batch, in_channels, size, size, out_channels, kernel, 1)).shape
+def check_lines(launch: Any, lines: int, width: int) -> None:
+    """Parts of a line are whole steps of 16 outputs, and none is empty."""
+    part = math.ceil(math.ceil(width / launch.columns) / 16) * 16
+    assert (launch.columns - 1) * part < width <= launch.columns * part
+    assert (launch.warps, launch.shared_bytes) == (4, 0)
+    assert launch.lines == lines
+    assert 1 <= launch.tasks <= max(1, math.ceil(lines * launch.columns / launch.warps))
+    assert launch.tasks <= 4 * 132  # blocks that an H100 runs at a time
 
-    assert shape(1, 64, 16, 128) == _C.ProductShape.small
-    assert shape(256, 64, 16, 32) == _C.ProductShape.narrow
-    assert shape(256, 64, 16, 128) == _C.ProductShape.medium
-    assert shape(256, 64, 16, 128, 3) == _C.ProductShape.large
+
+def test_product_has_every_shape(launches: Any) -> None:
+    def shape(batch: int, in_channels: int, size: int, out_channels: int, kernel: int = 1) -> str:
+        return launches.product_launch(
+            launches.ProductSizes(batch, in_channels, size, size, out_channels, kernel, 1)
+        ).shape.name
+
+    assert shape(1, 64, 16, 128) == "small"
+    assert shape(256, 64, 16, 32) == "narrow"
+    assert shape(256, 64, 16, 128) == "medium"
+    assert shape(256, 64, 16, 128, 3) == "large"
+    assert shape(256, 3, 224, 24, 3) == "lines"
+    assert shape(1, 3, 224, 33, 3) == "medium"
+    assert shape(1, 6, 224, 24, 3) == "narrow"

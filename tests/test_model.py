@@ -15,6 +15,7 @@ from torch import nn
 
 import mobilemamba
 from mobilemamba import MRFFI, create_model
+from mobilemamba.models.folded import fold_batchnorm
 from mobilemamba.models.layers import DropPath
 from mobilemamba.models.mrffi import split_channels
 
@@ -126,10 +127,10 @@ def test_every_preset_fused(name):
     model = filled(name)
     x = torch.randn(4, model.in_chans, 79, 65)
     expected = model(x)
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 3e-2)):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
         fused = model.fuse().to(dtype)
         for images in (x, x.contiguous(memory_format=torch.channels_last)):
-            error = (fused(images.to(dtype)) - expected).abs().max() / expected.std()
+            error = (fused(images.to(dtype)) - expected).square().mean().sqrt() / expected.std()
             assert error < tolerance, (dtype, error)
 
 
@@ -158,8 +159,8 @@ def test_a_patch_embedding_from_one_channel_to_one_channel(dtype):
     """Its first convolution is a depthwise one as well."""
     model = mobilemamba.nano(widths=(32, 48, 64), patch_strides=(2, 1, 1, 1, 1, 1)).eval()
     x = torch.randn(2, 1, 9, 8)
-    error = (model.fuse().to(dtype)(x.to(dtype)) - model(x)).abs().max() / model(x).std()
-    assert error < (1e-4 if dtype == torch.float32 else 3e-2)
+    error = (model.fuse().to(dtype)(x.to(dtype)) - model(x)).square().mean().sqrt() / model(x).std()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @torch.no_grad()
@@ -250,6 +251,17 @@ def test_whole_models_take_several_local_kernels():
     model = mobilemamba.nano(local_kernels=((3, 5), (3,), (3, 5, 7)), wavelet_kernels=(7, 5, 3), d_state=2)
     assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
     assert torch.jit.script(model)(torch.randn(2, 1, 20, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("kernels", [(1,), (1, 3)], ids=str)
+def test_local_kernels_of_size_1_fuse(kernels):
+    torch.manual_seed(0)
+    mixer = MRFFI(40, 0.4, 0.4, wavelet_kernel=3, local_kernels=kernels).eval()
+    nn.init.ones_(mixer.proj.norm.weight)
+    x = torch.randn(2, 40, 5, 6)
+    with torch.no_grad():
+        expected = mixer(x)
+        torch.testing.assert_close(fold_batchnorm(mixer)(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_split_channels_rounds_a_tie_up():
@@ -359,7 +371,7 @@ def test_refused_arguments(nano):
         ),
         (lambda: mobilemamba.nano(drop_path_rate="0.1"), "at least 0 and below 1, got '0.1'"),
         (lambda: mobilemamba.nano(drop_path_rate=float("nan")), "at least 0 and below 1, got nan"),
-        (lambda: mobilemamba.nano(widths=(48, 96)), "widths: expected a tuple of 3, got (48, 96)"),
+        (lambda: mobilemamba.nano(widths=(48, 96)), "depths: expected a tuple of 2, got (1, 2, 1)"),
         (lambda: mobilemamba.nano(depths=(1, 2.0, 1)), "depths: expected an integer of at least 0, got 2.0"),
         (
             lambda: mobilemamba.nano(local_kernels=((5,), (3,))),

@@ -122,6 +122,12 @@ def test_scan_in_float64(shape):
     check_against_reference(ops.bidirectional_scan, reference.bidirectional_scan, scan_arguments(*shape))
 
 
+# one position has no decay, and no gradient for it
+@pytest.mark.parametrize("shape", [shape for shape in SCAN_SHAPES if shape[2] > 1], ids=str)
+def test_the_scan_that_benchmarks_compare_with(shape):
+    check_against_reference(reference.doubling_scan, reference.bidirectional_scan, scan_arguments(*shape))
+
+
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("shape", [*SCAN_SHAPES, *LONGER_SCANS], ids=str)
 def test_scan_in_lower_precision(shape, dtype):

@@ -47,8 +47,8 @@ def test_help_shows_the_options():
     text = pydoc.plain(pydoc.render_doc(mobilemamba.b1))
     for shown in (
         "num_classes: int = 1000",
-        "widths: tuple[int, int, int] = (200, 376, 448)",
-        "depths: tuple[int, int, int] = (2, 3, 2)",
+        "widths: tuple[int, ...] = (200, 376, 448)",
+        "depths: tuple[int, ...] = (2, 3, 2)",
         "drop_path_rate: float = 0.03",
         "-> mobilemamba.models.backbone.MobileMamba",
     ):

@@ -131,6 +131,35 @@ def test_where_the_kernel_divides_patches(kernel, stride, inputs, dtype):
         assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else LOW_PRECISION[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inputs", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_of_few_channels(stride, inputs, dtype):
+    """The first layer of a network; on CUDA lines of patches fit an instruction, and parts of lines are tasks."""
+    sizes = [(2, 24, 5, width) for width in (1, 2, 15, 16, 17, 50)] + [(1, 32, 1, 33), (2, 9, 4, 20)]
+    sizes += [(900, 8, 9, 18)] if inputs == 3 else []  # more lines than warps
+    for batch, outputs, height, width in sizes:
+        x, *others = arguments_of(batch, inputs, outputs, height, width, 3, stride, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        y, expected = packing("relu", stride)(x, *others), plain("relu", stride)(*[t.double() for t in (x, *others)])
+        assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else LOW_PRECISION[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_infinity_stays_in_its_patches(dtype):
+    x, weight, bias, _ = arguments_of(2, 3, 24, 6, 21, 3, 2, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    expected = packing(stride=2)(x, weight, bias)
+    for row, column in ((0, 0), (3, 20), (5, 8)):
+        infinite = x.clone(memory_format=torch.preserve_format)
+        infinite[0, 1, row, column] = torch.inf
+        y = packing(stride=2)(infinite, weight, bias)
+        reached = plain(stride=2)(infinite.double(), weight.double(), bias.double()).isfinite().logical_not()
+        assert 0 < reached.sum() < 24 * 5
+        assert not y[reached].isfinite().any()
+        assert torch.equal(y[~reached], expected[~reached])
+
+
 def test_refuses_no_channels():
     for out, inputs, message in (
         (5, 0, r"input has .*, expected in_channels of at"),
@@ -234,7 +263,7 @@ REFUSED = [
     (
         "weight",
         lambda x: x[:, :1],
-        r"weight has shape \[2, 1, 32, 2\], expected \[2, 2, 32, 2\] = \(ceil\(out_channels",
+        r"weight has shape \[2, 1, 32, 2\], expected \[2, 2, 32, 2\] = as packed: \(ceil\(out",
     ),
     ("weight", lambda x: x.double(), "weight is Double, expected Float like input"),
     ("bias", lambda x: x[:5], r"weight has shape \[2, 2, 32, 2\], expected \[1, 2, 32, 2\]"),

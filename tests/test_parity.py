@@ -15,6 +15,7 @@ from mobilemamba.weights import published
 
 FULL_CASES = {case.name: case for case in full_cases()}
 CASES = FULL_CASES or {f"{case.name}-leading": case for case in small_cases()}
+SPREAD = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # see spread()
 ZERO = 1e-12  # a norm under this is zero in exact arithmetic
 
 
@@ -104,8 +105,8 @@ def test_fused_in_16_bits(case: Case, model: MobileMamba, dtype: torch.dtype) ->
     network, shape = model.fuse().float(), case.inputs()[0]
     expected = case.figures[f"logits/{'x'.join(map(str, shape))}"]
     with torch.autocast(DEVICE.type, dtype=dtype):
-        assert worst(network(make_input(shape).float()), expected) < 3e-2
-    assert worst(network.to(dtype)(make_input(shape).to(dtype)), expected) < 3e-2
+        assert spread(network(make_input(shape).float()), expected) < SPREAD[dtype]
+    assert spread(network.to(dtype)(make_input(shape).to(dtype)), expected) < SPREAD[dtype]
 
 
 @torch.no_grad()
@@ -117,8 +118,8 @@ def test_autocast(case: Case, model: MobileMamba, dtype: torch.dtype) -> None:
         logits = network(make_input(shape).float())
         with reference.plain_pytorch():
             plain = network(make_input(shape).float())
-    # torch's dense convolutions are in both; without instructions for 16 bits they alone may be off by more than 3e-2
-    assert worst(logits, expected) < max(3e-2, worst(plain, expected))
+    # torch's dense convolutions are in both; without instructions for 16 bits they alone may be off by more than that
+    assert spread(logits, expected) < max(SPREAD[dtype], spread(plain, expected))
 
 
 def worst(actual: Tensor, expected: np.ndarray) -> float:
@@ -126,6 +127,17 @@ def worst(actual: Tensor, expected: np.ndarray) -> float:
     reference = torch.from_numpy(expected).flatten()
     difference = actual.cpu().double().flatten()[: len(reference)] - reference
     return (difference.abs().max() / reference.std()).item()
+
+
+def spread(actual: Tensor, expected: np.ndarray) -> float:
+    """Error of the leading values in quadratic mean, in their standard deviations.
+
+    In 16 bits the largest error of 2000 logits is a matter of luck: 0.025 in one order of the sums, 0.036 in another.
+    The quadratic mean stays within a tenth: 0.005 to 0.008 in bfloat16, an eighth of that in float16.
+    """
+    reference = torch.from_numpy(expected).flatten()
+    difference = actual.cpu().double().flatten()[: len(reference)] - reference
+    return (difference.square().mean().sqrt() / reference.std()).item()
 
 
 def test_training_step(case: Case, model: MobileMamba) -> None:

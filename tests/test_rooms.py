@@ -10,7 +10,7 @@ import mobilemamba
 PACKAGE = Path(mobilemamba.__file__).parent
 
 #: From the top down. A room imports from those after it.
-ROOMS = ("cli", "deploy", "training", "downstream", "zoo", "weights", "data", "models", "ops", "_native")
+ROOMS = ("cli", "deploy", "training", "downstream", "timm", "hub", "zoo", "weights", "data", "models", "ops", "_native")
 BESIDE = {("deploy", "training")}  # neigbours, which know nothing of each other
 
 
@@ -51,7 +51,22 @@ def test_every_module_says_what_it_is_for() -> None:
 
 #: What the import must not cost: optional packages, and parts of the standard library that only a download needs.
 NOT_IMPORTED = {
-    *("PIL", "matplotlib", "onnx", "onnxruntime", "onnxscript", "safetensors", "sklearn", "timm", "torchvision"),
+    *(
+        "PIL",
+        "ai_edge_litert",
+        "coremltools",
+        "executorch",
+        "litert_torch",
+        "matplotlib",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "safetensors",
+        "sklearn",
+        "timm",
+        "torchvision",
+    ),
+    *("huggingface_hub", "transformers", "mobilemamba.timm", "mobilemamba.hub"),
     *("html", "http.cookiejar"),
 }
 

@@ -202,7 +202,7 @@ def kernels(stage: Stage) -> Result:
 def models(stage: Stage) -> Result:
     """Times s6 against its plain PyTorch rendition, and a training step."""
     options = ("--batch", 1, 256, "--train", 256, "--dtype", "bfloat16", "float32", "float16")
-    alone = ("--no-peers", "--compile", "none")  # compiling takes longer than the limit
+    alone = ("--no-peers", "--runtimes", "torch")  # compiling takes longer than the limit
     return benchmark(stage, "models.py", *options, "--rounds", 9, *alone)
 
 

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1].resolve()
 SPILLS = {  # bytes of spill stores that a hot kernel may have, by a part of its name; all others have none
     "scan_forward_kernel<": 8,
     "plane_backward_weight_kernel<HaarOp": 16,  # with a kernel of 7
+    "TileShape<2, 2, 4>, ImagePatches>": 4,
     "depthwise_strip_kernel<__half, 3, 2, 2>": 24,  # for a multiple of 2 channels that is not one of 4
 }
 ENTRY = re.compile(

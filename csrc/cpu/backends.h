@@ -11,7 +11,7 @@ namespace mobilemamba::cpu {
 extern const ScanBackend scan;
 extern const HaarBackend haar;
 extern const DepthwiseBackend depthwise;
-const Kernel<PackedConvForward>& packed_conv_kernel(DType type);
+const Kernel<PackedConvForward>& packed_conv_kernel(const PackedConvForward& p);
 void run_packed_conv(const PackedConvForward& p);
 
 }  // namespace mobilemamba::cpu

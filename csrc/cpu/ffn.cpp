@@ -40,8 +40,8 @@ class Layer {
         output_(output),
         channels_(input_.size(1)),
         hidden_(rows.weights.expand_bias.size(0)),
-        expand_(rows.weights.expand_weight, rows.weights.expand_bias, channels_, hidden_),
-        project_(rows.weights.project_weight, rows.weights.project_bias, hidden_, channels_) {}
+        expand_(rows.weights.expand_weight, rows.weights.expand_bias, channels_, hidden_, input_.scalar_type()),
+        project_(rows.weights.project_weight, rows.weights.project_bias, hidden_, channels_, input_.scalar_type()) {}
 
   int64_t hidden() const { return hidden_; }
 
@@ -78,16 +78,16 @@ class Layer {
 
 void run_in_chunks(const Layer& layer, const at::Tensor& input, int64_t chunks) {
   const int64_t rows = input.size(0), most = at::ceil_div(rows, chunks);
-  const Kernel<PackedConvForward>& kernel = packed_conv_kernel(kernel_dtype(input.scalar_type()));
   const size_t hidden_bytes = at::round_up<int64_t>(most * layer.hidden() * input.element_size(), 64);
-  const size_t scratch_bytes = std::max(kernel.scratch_bytes(layer.expansion(0, most, nullptr)),
-                                        kernel.scratch_bytes(layer.projection(0, most, nullptr)));
+  size_t scratch_bytes = 0;
+  for (const PackedConvForward& p : {layer.expansion(0, most, nullptr), layer.projection(0, most, nullptr)})
+    scratch_bytes = std::max(scratch_bytes, packed_conv_kernel(p).scratch_bytes(p));
   parallel(at::ceil_div(rows, most), hidden_bytes + scratch_bytes, [&](int64_t begin, int64_t end, std::byte* hidden) {
     std::byte* const scratch = hidden + hidden_bytes;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * most, count = std::min(most, rows - first);
       for (const PackedConvForward& p : {layer.expansion(first, count, hidden), layer.projection(first, count, hidden)})
-        kernel.run(p, 0, kernel.tasks(p), scratch);
+        packed_conv_kernel(p).run(p, 0, packed_conv_kernel(p).tasks(p), scratch);
     }
   });
 }

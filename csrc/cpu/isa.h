@@ -7,6 +7,7 @@
 #include "cpu/kernels.h"
 #include "cpu/norm_kernels.h"
 #include "cpu/packed_conv_kernels.h"
+#include "cpu/quantized_conv_kernels.h"
 #include "cpu/scan_kernels.h"
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
@@ -54,6 +55,7 @@ constinit const Kernels kernels = {
     table_entry<NormBackwardInputKernel, NormBackwardInput>(),
     {PackedConvKernel<float>::Task::count, packed_conv_scratch_bytes, run_packed_conv},
     {PackedConvKernel<float>::Task::count, packed_conv_scratch_bytes, run_packed_conv},
+    quantized_conv<PairProducts>,
 };
 
 }  // namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA

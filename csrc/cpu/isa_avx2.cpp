@@ -1,6 +1,8 @@
 // The CPU kernels for AVX2.
 #ifdef __x86_64__
 // System headers come before the target pragma: the linker may keep their functions for every machine.
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

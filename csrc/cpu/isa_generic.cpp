@@ -1,4 +1,10 @@
-// The CPU kernels for the compiler's default target.
+// The CPU kernels for the compiler's default target: SSE2 on x86-64, NEON on aarch64.
+#ifdef __SSE2__
+#include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

@@ -42,6 +42,7 @@ struct Kernels {
   Kernel<NormBackwardInput> norm_backward_input;
   Kernel<PackedConvForward> packed_conv;
   Kernel<PackedConvForward> packed_conv_bfloat16;
+  Kernel<PackedConvForward> packed_conv_int8;
 };
 
 namespace generic {
@@ -57,11 +58,18 @@ extern const Kernels kernels;
 namespace avx512bf16 {
 extern const Kernel<PackedConvForward> packed_conv_bfloat16;
 }
+namespace avx512vnni {
+extern const Kernel<PackedConvForward> packed_conv_int8;
+}
 namespace amx {
-extern const Kernel<PackedConvForward> packed_conv_bfloat16;
+extern const Kernel<PackedConvForward> packed_conv_bfloat16, packed_conv_int8;
 /// Whether this processor has AMX, and the system lets this process use it.
 bool available();
 }  // namespace amx
+#elif defined(__aarch64__)
+namespace dotprod {
+extern const Kernel<PackedConvForward> packed_conv_int8;
+}
 #endif
 
 /// The kernels for the best instruction set that this processor has (and ATEN_CPU_CAPABILITY permits).

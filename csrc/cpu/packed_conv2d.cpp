@@ -8,12 +8,13 @@
 
 namespace mobilemamba::cpu {
 
-const Kernel<PackedConvForward>& packed_conv_kernel(DType type) {
-  return type == DType::bfloat16 ? kernels().packed_conv_bfloat16 : kernels().packed_conv;
+const Kernel<PackedConvForward>& packed_conv_kernel(const PackedConvForward& p) {
+  if (p.quantized) return kernels().packed_conv_int8;
+  return p.dtype == DType::bfloat16 ? kernels().packed_conv_bfloat16 : kernels().packed_conv;
 }
 
 void run_packed_conv(const PackedConvForward& p) {
-  run(packed_conv_kernel(p.dtype), p);
+  run(packed_conv_kernel(p), p);
 }
 
 namespace {

@@ -73,18 +73,44 @@ MOBILEMAMBA_HOST_DEVICE void finish(const PackedConvForward& p, Vec<float> (&sum
            __attribute__((always_inline)) { store(static_cast<T*>(p.output) + r * p.output_row + i, x, length); });
 }
 
-/// The same for sums in memory: `rows` rows from `row` on, `channels` outputs from `channel` on.
+/// The same for sums in memory, for `rows` rows by `vectors` vectors at a time: the fewer calls of finish(), the fewer
+/// times it asks what the epilogue has.
+template <typename T, int vectors, int rows, int64_t width>
+MOBILEMAMBA_HOST_DEVICE void finish_block(const PackedConvForward& p, const float (*sums)[width], int64_t row,
+                                          int64_t n, int count) {
+  Vec<float> sum[rows][vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v)
+      sum[r][v] = load(sums[r] + v * Vec<float>::size, Vec<float>::size);
+  finish<T>(p, sum, row, n, count);
+}
+
+/// The same for `rows` rows from `row` on, `channels` outputs from `channel` on.
 template <typename T, int64_t width>
 void finish_rows(const PackedConvForward& p, const float (*sums)[width], int64_t row, int64_t rows, int64_t channel,
                  int channels) {
-  for (int j = 0; j < channels; j += Vec<float>::size)
-    for (int64_t r = 0; r < rows; ++r) {
-      Vec<float> sum[1][1] = {{load(sums[r] + j, Vec<float>::size)}};
-      if (j + Vec<float>::size <= channels)
-        finish<T>(p, sum, row + r, channel + j, Vec<float>::size);
+  constexpr int size = Vec<float>::size, pair = 2 * size, most_rows = 4;
+  for (int j = 0; j < channels; j += pair) {
+    const int64_t n = channel + j;
+    const int left = channels - j;
+    for (int64_t r = 0; r < rows;) {
+      const auto from = reinterpret_cast<const float (*)[width]>(sums[r] + j);
+      int done = 1;
+      if (left >= pair && rows - r >= most_rows)
+        finish_block<T, 2, most_rows>(p, from, row + r, n, size), done = most_rows;
+      else if (left >= pair)
+        finish_block<T, 2, 1>(p, from, row + r, n, size);
+      else if (left > size)
+        finish_block<T, 2, 1>(p, from, row + r, n, left - size);
+      else if (left == size)
+        finish_block<T, 1, 1>(p, from, row + r, n, size);
       else
-        finish<T>(p, sum, row + r, channel + j, channels - j);
+        finish_block<T, 1, 1>(p, from, row + r, n, left);
+      r += done;
     }
+  }
 }
 
 /// The elements of even and of odd index in a followed by b.
@@ -110,9 +136,15 @@ struct PackedConvKernel {
   using V = Vec<float>;
   static constexpr int64_t panel = PackedConvForward::panel;
   static constexpr int most_vectors = 2, step = most_vectors * V::size;  // outputs of a pass
-  /// Rows of a pass: with `most_vectors` their sums fill 24 of the 32 registers of AVX-512, 12 of 16 elsewhere.
+  /// Rows of a pass. With `most_vectors` their sums fill 24 of the 32 registers of AVX-512, and 12 of 16 elsewhere. On
+  /// aarch64 they fill 16 of 32: GCC loads the inputs of all rows before it uses them, so these need registers too.
+#ifdef __aarch64__
+  static constexpr int most_rows = 8;
+#else
   static constexpr int most_rows = MOBILEMAMBA_CPU_VECTOR_BYTES == 64 ? 12 : 6;
-  /// Inputs of a block: `step` outputs of it take 24 KiB with AVX-512, 20 with AVX2, in an L1 of 32 or more.
+#endif
+  /// Inputs of a block: `step` outputs of it take 24 KiB with AVX-512, 20 with AVX2, 10 elsewhere, in an L1 of 32 or
+  /// more.
   static constexpr int64_t most_inputs = MOBILEMAMBA_CPU_VECTOR_BYTES == 64 ? 192 : 320;
   using Task = PackedConvTask<most_rows>;
 

@@ -43,18 +43,79 @@ MOBILEMAMBA_HOST_DEVICE void clear(T* to, int64_t count) {
   if (count > 0) __builtin_memset(to, 0, count * sizeof(T));
 }
 
+/// Output columns [begin, end): their patches cross neither the left nor the right border, and the columns of the image
+/// are adjacent in memory. So each line of such a patch is one piece of memory.
+struct InnerColumns {
+  int64_t begin, end;
+
+  explicit InnerColumns(const PackedConvForward& p) {
+    const int64_t pad = p.kernel / 2;
+    begin = p.input.column == p.in_channels ? ceil_div(pad, p.stride) : p.out_width();
+    end = max(begin, (p.width - p.kernel + pad) / p.stride + 1);
+  }
+
+  bool contain(int64_t x) const { return x >= begin && x < end; }
+};
+
+/// How elements come into a patch: as they are, or converted to another type. Padding is zero.
+struct CopyElements {
+  template <typename From, typename To>
+  MOBILEMAMBA_HOST_DEVICE void operator()(const From* from, To* to, int64_t count) const {
+    copy_elements(from, to, count);
+  }
+  template <typename To>
+  MOBILEMAMBA_HOST_DEVICE void zeros(To* to, int64_t count) const {
+    clear(to, count);
+  }
+};
+
 /// Copies one line of a patch, which begins at `column` of a line of the image. Columns outside the image are zero.
-template <typename From, typename To>
-void copy_line(const PackedConvForward& p, int64_t column, const From* image_line, To* to) {
+template <typename From, typename To, typename Copy = CopyElements>
+void copy_line(const PackedConvForward& p, int64_t column, const From* image_line, To* to, const Copy& copy = {}) {
   const int64_t channels = p.in_channels, begin = max(0, -column), end = min(p.kernel, p.width - column);
   const From* from = image_line + (column + begin) * p.input.column;
-  clear(to, begin * channels);
+  copy.zeros(to, begin * channels);
   if (p.input.column == channels)
-    copy_elements(from, to + begin * channels, (end - begin) * channels);
+    copy(from, to + begin * channels, (end - begin) * channels);
   else
     for (int64_t kx = begin; kx < end; ++kx, from += p.input.column)
-      copy_elements(from, to + kx * channels, channels);
-  clear(to + end * channels, (p.kernel - end) * channels);
+      copy(from, to + kx * channels, channels);
+  copy.zeros(to + end * channels, (p.kernel - end) * channels);
+}
+
+/// Copies the patches of rows [first, last), each filled up to `whole` elements.
+template <typename From, typename To, typename Copy = CopyElements>
+void copy_patches(const PackedConvForward& p, int64_t first, int64_t last, To* to, int64_t whole,
+                  const Copy& copy = {}) {
+  const int64_t width = p.out_width(), pad = p.kernel / 2, line_elements = p.kernel * p.in_channels;
+  const int64_t padding = whole - p.patch();
+  const InnerColumns inner(p);
+  int64_t x = first % width, y = first / width % p.out_height(), batch = first / width / p.out_height();
+  for (int64_t i = first; i < last; ++i) {
+    const From* image = static_cast<const From*>(p.input.data) + batch * p.input.batch;
+    const int64_t column = x * p.stride - pad;
+    for (int64_t ky = 0; ky < p.kernel; ++ky, to += line_elements) {
+      const int64_t line = y * p.stride - pad + ky;
+      if (line < 0 || line >= p.height) {
+        copy.zeros(to, line_elements);
+        continue;
+      }
+      const From* from = image + line * p.input.row;
+      if (inner.contain(x))
+        copy(from + column * p.input.column, to, line_elements);
+      else
+        copy_line(p, column, from, to, copy);
+    }
+    copy.zeros(to, padding);
+    to += padding;
+    if (++x == width) {
+      x = 0;
+      if (++y == p.out_height()) {
+        y = 0;
+        ++batch;
+      }
+    }
+  }
 }
 
 /// The patches of a task's rows, one after another. A copy is padded with zeros to a multiple of `step` elements. With
@@ -82,32 +143,9 @@ struct Patches {
     }
     data = reinterpret_cast<const T*>(scratch);
     row = whole(p);
-    if (gathered != first) gather(p, gathered = first, last, reinterpret_cast<T*>(scratch));
-  }
-
- private:
-  static void gather(const PackedConvForward& p, int64_t first, int64_t last, T* to) {
-    const int64_t width = p.out_width(), pad = p.kernel / 2;
-    int64_t x = first % width, y = first / width % p.out_height(), batch = first / width / p.out_height();
-    for (int64_t i = first; i < last; ++i, to += whole(p)) {
-      const T* image = static_cast<const T*>(p.input.data) + batch * p.input.batch;
-      for (int64_t ky = 0; ky < p.kernel; ++ky) {
-        const int64_t line = y * p.stride - pad + ky;
-        T* part = to + ky * p.kernel * p.in_channels;
-        if (line < 0 || line >= p.height)
-          clear(part, p.kernel * p.in_channels);
-        else
-          copy_line(p, x * p.stride - pad, image + line * p.input.row, part);
-      }
-      clear(to + p.patch(), whole(p) - p.patch());
-      if (++x == width) {
-        x = 0;
-        if (++y == p.out_height()) {
-          y = 0;
-          ++batch;
-        }
-      }
-    }
+    if (gathered == first) return;
+    gathered = first;
+    copy_patches<T>(p, first, last, reinterpret_cast<T*>(scratch), row);
   }
 };
 
@@ -164,10 +202,7 @@ class PatchParts {
     const float* zeros = copies;
     clear(copies, length);
     copies += length;
-    // Output columns [inner, inner_end): their patches cross no border and can be read in place.
-    const bool readable = sizeof(T) == sizeof(float) && p.input.column == p.in_channels;
-    const int64_t inner = readable ? ceil_div(pad, p.stride) : width;
-    const int64_t inner_end = max(inner, (p.width - p.kernel + pad) / p.stride + 1);
+    const InnerColumns inner(p);
     for (int64_t r = 0; r < rows;) {  // a line of the output, or the task's part of it
       const int64_t line = (first_ + r) / width, begin = (first_ + r) % width, end = min(width, begin + rows - r);
       const T* image = static_cast<const T*>(p.input.data) + line / p.out_height() * p.input.batch;
@@ -181,8 +216,8 @@ class PatchParts {
         }
         const T* from = image + y * p.input.row;
         for (int64_t x = begin; x < end;) {
-          if constexpr (sizeof(T) == sizeof(float))
-            for (; x >= inner && x < min(end, inner_end); ++x)
+          if constexpr (sizeof(T) == sizeof(float))  // these can be read in place
+            for (; x < end && inner.contain(x); ++x)
               *to++ = from + (x * p.stride - pad) * p.input.column;
           if (x == end) break;
           copy_line(p, x++ * p.stride - pad, from, copies);

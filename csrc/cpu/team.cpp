@@ -29,6 +29,8 @@ constexpr auto stall = std::chrono::microseconds(300);
 void relax() {
 #ifdef __x86_64__
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
 #endif
 }
 

@@ -189,8 +189,17 @@ struct BFloat16 {
 typedef uint16_t Bits16 __attribute__((vector_size(MOBILEMAMBA_CPU_VECTOR_BYTES / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(MOBILEMAMBA_CPU_VECTOR_BYTES)));
 
+/// The elements as the low halves of the lanes. GCC 12 takes a conversion of 64 bits apart into scalars on aarch64.
+MOBILEMAMBA_HOST_DEVICE Bits32 extend(Bits16 packed) {
+#ifdef __aarch64__
+  return (Bits32)vmovl_u16((uint16x4_t)packed);
+#else
+  return __builtin_convertvector(packed, Bits32);
+#endif
+}
+
 MOBILEMAMBA_HOST_DEVICE Vec<float> widen(Bits16 packed, BFloat16) {
-  return Vec<float>((Vec<float>::Raw)(__builtin_convertvector(packed, Bits32) << 16));
+  return Vec<float>((Vec<float>::Raw)(extend(packed) << 16));
 }
 
 /// Rounds to nearest even. NaN stays NaN.
@@ -204,8 +213,20 @@ MOBILEMAMBA_HOST_DEVICE Bits16 narrow(Vec<float> x, BFloat16) {
   return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, Bits16);
 }
 
+#ifdef __aarch64__
+
+// Both round to nearest even and keep NaN.
 MOBILEMAMBA_HOST_DEVICE Vec<float> widen(Bits16 packed, Half) {
-  const Bits32 bits = __builtin_convertvector(packed, Bits32), magnitude = bits & 0x7fff;
+  return Vec<float>((Vec<float>::Raw)vcvt_f32_f16((float16x4_t)packed));
+}
+MOBILEMAMBA_HOST_DEVICE Bits16 narrow(Vec<float> x, Half) {
+  return (Bits16)vcvt_f16_f32((float32x4_t)x.raw);
+}
+
+#else
+
+MOBILEMAMBA_HOST_DEVICE Vec<float> widen(Bits16 packed, Half) {
+  const Bits32 bits = extend(packed), magnitude = bits & 0x7fff;
   // The exponents' biases differ by 112. A multiplication by 2^112 is right for subnormal values too.
   const Bits32 finite = (Bits32)((Vec<float>::Raw)(magnitude << 13) * 0x1p112f);
   const Bits32 special = (magnitude << 13) | 0x7f800000;
@@ -224,7 +245,18 @@ MOBILEMAMBA_HOST_DEVICE Bits16 narrow(Vec<float> x, Half) {
   return __builtin_convertvector(result | ((bits >> 16) & 0x8000), Bits16);
 }
 
+#endif
+
 // Loads and stores of the first `count` lanes; a load sets the others to zero. A constant count is free.
+
+/// Calls f(lane) for the first `count` lanes but the last one of a vector, for counts below `lanes`. Each lane is a
+/// constant, so that the vector stays in a register. A call of memcpy takes it through memory.
+template <int lanes, typename F>
+MOBILEMAMBA_HOST_DEVICE void for_tail(int count, F f) {
+#pragma GCC unroll 4
+  for (int lane = 0; lane + 1 < lanes; ++lane)
+    if (lane < count) f(lane);
+}
 
 template <typename T, typename Raw>
 MOBILEMAMBA_HOST_DEVICE Raw load_raw(const T* from, int count) {
@@ -234,6 +266,12 @@ MOBILEMAMBA_HOST_DEVICE Raw load_raw(const T* from, int count) {
   else if constexpr (sizeof(T) == 4)
     raw = (Raw)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
 #endif
+  else if constexpr (MOBILEMAMBA_CPU_VECTOR_BYTES == 16)
+    for_tail<sizeof(Raw) / sizeof(T)>(count, [&](int lane) __attribute__((always_inline)) {
+      auto value = raw[0];
+      __builtin_memcpy(&value, from + lane, sizeof(T));
+      raw[lane] = value;
+    });
   else
     __builtin_memcpy(&raw, from, count * sizeof(T));
   return raw;
@@ -245,6 +283,11 @@ MOBILEMAMBA_HOST_DEVICE void store_raw(T* to, const Raw& raw, int count) {
   else if constexpr (sizeof(T) == 4)
     _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)raw);
 #endif
+  else if constexpr (MOBILEMAMBA_CPU_VECTOR_BYTES == 16)
+    for_tail<sizeof(Raw) / sizeof(T)>(count, [&](int lane) __attribute__((always_inline)) {
+      const auto value = raw[lane];
+      __builtin_memcpy(to + lane, &value, sizeof(T));
+    });
   else
     __builtin_memcpy(to, &raw, count * sizeof(T));
 }
@@ -268,9 +311,10 @@ MOBILEMAMBA_HOST_DEVICE void keep_loaded() {
 /// `x` with zeros in the lanes from `count` on, even if they hold NaN.
 template <typename T>
 MOBILEMAMBA_HOST_DEVICE Vec<T> first_lanes(Vec<T> x, int count) {
-  for (int i = count; i < Vec<T>::size; ++i)
-    x.raw[i] = T(0);
-  return x;
+  typename Vec<T>::RawInt lane{};
+  for (int i = 0; i < Vec<T>::size; ++i)
+    lane[i] = i;
+  return select(Mask<T>{lane < count}, x, Vec<T>(T(0)));
 }
 
 MOBILEMAMBA_HOST_DEVICE void store(float* to, Vec<float> x, int count) {

@@ -35,5 +35,8 @@ cudaError_t gate_forward(const GateForward& p, cudaStream_t stream);
 
 /// For 16-bit elements, on devices of compute capability 8.0 and later.
 cudaError_t packed_conv(const PackedConvForward& p, cudaStream_t stream);
+/// A part of packed_conv, for what has_line_conv() says.
+struct ProductLaunch;
+cudaError_t line_conv(const PackedConvForward& p, const ProductLaunch& launch, cudaStream_t stream);
 
 }  // namespace mobilemamba::cuda

@@ -1,5 +1,5 @@
-// The launch configuration of every kernel, as a function of the sizes alone. Needs no CUDA headers: a library without
-// CUDA kernels has these functions too, for mobilemamba._C and its tests.
+// The launch configuration of every kernel, as a function of the sizes alone. Needs no CUDA headers: tests/launches.cpp
+// makes a Python module of these functions, for tests/test_launch.py.
 //
 // Every grid is one-dimensional and its blocks loop over tasks, so that no size exceeds the limits of a grid.
 #pragma once
@@ -249,14 +249,30 @@ inline int64_t depthwise_slabs(const DepthwiseSizes& p) {
 
 constexpr int product_stages = 4;  // slices of the inputs in shared memory
 
-/// Tiles of 128 x 128, 128 x 64, 128 x 32 and 32 x 32 rows and columns.
-enum class ProductShape { large, medium, narrow, small };
+/// Tiles of 128 x 128, 128 x 64, 128 x 32 and 32 x 32 rows and columns; or parts of the output's lines, for patches
+/// whose lines fit an instruction.
+enum class ProductShape { large, medium, narrow, small, lines };
+
+constexpr int line_conv_kernel_size = 3, line_conv_warps = 4;
+constexpr int line_conv_step = 16;                  // outputs of a line that a warp computes at a time
+constexpr int line_conv_most_inputs = 16;           // of an instruction
+constexpr int line_conv_most_width = 1 << 27;       // elements of a line are counted by an int
+constexpr int64_t line_conv_most_blocks = 4 * 132;  // as many as a large GPU runs at a time
+
+/// Whether the lines of patches are runs of memory that fit an instruction, and the outputs one panel.
+inline bool has_line_conv(const PackedConvForward& p) {
+  return p.kernel == line_conv_kernel_size && p.kernel * p.in_channels <= line_conv_most_inputs && p.panels() == 1 &&
+         p.input.column == p.in_channels && p.width < line_conv_most_width && p.stride <= line_conv_step;
+}
 
 struct ProductLaunch : Launch {
   ProductShape shape;
-  int64_t columns;  // tiles in a row of tiles
-  // Whether each row begins at a multiple of 16 bytes, and for the input each pixel of a patch too.
-  bool aligned, aligned_residual, aligned_second, aligned_output;
+  int64_t lines, columns;  // of tiles; or lines of the output, and parts of a line
+  int64_t rows, out_height, out_width;
+  bool aligned;  // whether each row of the input, and each pixel of a patch, begins at a multiple of 16 bytes
+  // Whether the outputs that a thread stores together, 8 in lines and otherwise 2, are aligned; and whether all are and
+  // no piece is smaller.
+  bool aligned_residual, aligned_second, aligned_output, whole_outputs;
 };
 
 inline ProductLaunch product_launch(const PackedConvForward& p) {
@@ -265,28 +281,45 @@ inline ProductLaunch product_launch(const PackedConvForward& p) {
   };
   constexpr int64_t busy = 132;  // blocks that fill a large GPU
   ProductLaunch launch;
-  int rows = 128, panels;
-  if (!p.in_place() && p.panels() > 2 && tiles(128, 4) >= 2 * busy) {  // gathers each patch fewer times
+  int rows = 128, panels = 1;
+  if (has_line_conv(p)) {
+    launch.shape = ProductShape::lines, launch.warps = line_conv_warps;
+  } else if (!p.in_place() && p.panels() > 2 && tiles(128, 4) >= 2 * busy) {  // gathers each patch fewer times
     launch.shape = ProductShape::large, launch.warps = 8, panels = 4;
   } else if (p.panels() > 1 && tiles(128, 2) >= busy) {
     launch.shape = ProductShape::medium, launch.warps = 4, panels = 2;
   } else if (tiles(128, 1) >= busy) {
-    launch.shape = ProductShape::narrow, launch.warps = 4, panels = 1;
+    launch.shape = ProductShape::narrow, launch.warps = 4;
   } else {
-    launch.shape = ProductShape::small, launch.warps = 2, panels = 1, rows = 32;
+    launch.shape = ProductShape::small, launch.warps = 2, rows = 32;
   }
+  launch.rows = p.rows(), launch.out_height = p.out_height(), launch.out_width = p.out_width();
   launch.columns = ceil_div(p.panels(), panels);
-  launch.tasks = tiles(rows, panels);
+  launch.lines = ceil_div(p.rows(), rows);
+  // As many blocks as a large GPU runs at a time, each with 512 / threads others on its multiprocessor.
+  launch.tasks = clamp(launch.lines * launch.columns, 1, busy * 16 / launch.warps);
   constexpr int64_t slice_bytes = 64;
   launch.shared_bytes = product_stages * (rows + panels * PackedConvForward::panel) * slice_bytes;
-  const auto at_sixteen = [](const void* data, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+  if (launch.shape == ProductShape::lines) {
+    // Whole lines where there are enough of them: each warp begins with loading the weight.
+    launch.lines = p.batch * p.out_height();
+    launch.columns =
+        launch.lines >= line_conv_most_blocks * line_conv_warps ? 1 : ceil_div(p.out_width(), line_conv_step);
+    launch.tasks = clamp(ceil_div(launch.lines * launch.columns, line_conv_warps), 1, line_conv_most_blocks);
+    launch.shared_bytes = 0;
+  }
+  const auto at = [](int64_t elements, const void* data, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(data) % (elements * 2) == 0 && stride % elements == 0;
   };
-  launch.aligned = at_sixteen(p.input.data, p.input.column);
-  if (!p.in_place()) launch.aligned &= p.input.row % 8 == 0 && p.input.batch % 8 == 0 && p.in_channels % 8 == 0;
-  launch.aligned_residual = at_sixteen(p.residual, p.residual_row);
-  launch.aligned_second = at_sixteen(p.second_residual, p.second_residual_row);
-  launch.aligned_output = at_sixteen(p.output, p.output_row);
+  launch.aligned = at(8, p.input.data, p.input.column);
+  launch.aligned &= p.in_channels % 8 == 0;
+  if (!p.in_place()) launch.aligned &= p.input.row % 8 == 0 && p.input.batch % 8 == 0;
+  const int64_t piece = launch.shape == ProductShape::lines ? 8 : 2;
+  launch.aligned_residual = at(piece, p.residual, p.residual_row);
+  launch.aligned_second = at(piece, p.second_residual, p.second_residual_row);
+  launch.aligned_output = at(piece, p.output, p.output_row);
+  launch.whole_outputs =
+      p.out_channels % piece == 0 && launch.aligned_residual && launch.aligned_second && launch.aligned_output;
   return launch;
 }
 

@@ -3,6 +3,7 @@
 // The block copies slices of 32 inputs of its rows and columns to shared memory, several slices ahead.
 #include "cuda/kernels.h"
 #include "cuda/launch_kernel.cuh"
+#include "cuda/product_outputs.cuh"
 #include "cuda/tensor_core.cuh"
 
 namespace mobilemamba::cuda {
@@ -24,10 +25,6 @@ struct TileShape {
   static constexpr int row_bytes = rows * slice * 2, stage_bytes = row_bytes + panels * panel * slice * 2;
 };
 
-/// 16 bytes, which are the unit of every copy.
-template <typename T>
-using Chunk = Channels<T, 16 / sizeof(T)>;
-
 /// Where a chunk of a row is in shared memory. Chunks of a row change places, so that the eight rows that an
 /// instruction reads are in different banks.
 __device__ __forceinline__ int place_of(int row, int chunk) {
@@ -41,36 +38,33 @@ constexpr int copied_rows = Shape::rows * slice_chunks / Shape::threads;
 template <typename Shape>
 constexpr int copied_step = Shape::threads / slice_chunks;
 
-/// The rows of a matrix, aligned to 16 bytes.
+/// The rows of a matrix, aligned to 16 bytes, of a multiple of 8 inputs.
 template <typename T, typename Shape>
 class MatrixRows {
  public:
-  __device__ MatrixRows(const PackedConvForward& p, int64_t first_row, int thread)
+  __device__ MatrixRows(const PackedConvForward& p, const ProductLaunch& launch, int64_t first_row, int thread)
       : input_(thread % slice_chunks * 8), place_(place_of(thread / slice_chunks, thread % slice_chunks)) {
-    const int64_t row = first_row + thread / slice_chunks, left = p.rows() - row;
+    const int64_t row = first_row + thread / slice_chunks, left = launch.rows - row;
     from_ = static_cast<const T*>(p.input.data) + row * p.input.column + input_;
     rows_ = left > Shape::rows ? Shape::rows : static_cast<int>(left);
   }
 
   /// Copies the next slice.
   __device__ __forceinline__ void copy(const PackedConvForward& p, unsigned char* shared) {
-    const int left = static_cast<int>(p.in_channels) - input_, bytes = left >= 8 ? 16 : left > 0 ? left * 2 : 0;
+    constexpr int step = copied_step<Shape>;
+    static_assert(step % 8 == 0, "so that the chunk's place is the same in all rows");
+    const int rows = input_ < p.in_channels ? rows_ : 0;
+    const T* from = from_;
 #pragma unroll
-    for (int i = 0; i < copied_rows<Shape>; ++i) {
-      constexpr int step = copied_step<Shape>;
-      static_assert(step % 8 == 0, "so that the chunk's place is the same in all rows");
-      const bool inside = bytes > 0 && i * step < rows_;
-      copy_async(shared + place_ + i * step * slice_chunks * 16,
-                 inside ? from_ + i * step * p.input.column : p.input.data, inside ? bytes : 0);
-    }
+    for (int i = 0; i < copied_rows<Shape>; ++i, from += step * p.input.column)
+      copy_async(shared + place_ + i * step * slice_chunks * 16, from, i * step < rows ? 16 : 0);
     from_ += slice;
     input_ += slice;
   }
 
  private:
   const T* from_;
-  int input_, rows_;
-  const int place_;
+  int input_, rows_, place_;
 };
 
 /// The place of an input in the patch.
@@ -95,22 +89,47 @@ struct Patch {
   int y, x;        // of its first pixel, which may be outside the image
   int64_t origin;  // of that pixel
 
-  __device__ __forceinline__ void set(const PackedConvForward& p, int64_t row) {
-    if (p.in_place()) {  // a matrix, whose rows may be more than an int can count
-      y = row < p.rows() ? 0 : static_cast<int>(p.height);
-      x = 0;
-      origin = row * p.input.column;
-      return;
-    }
-    const int64_t across = row / p.out_width(), batch = across / p.out_height();
-    y = static_cast<int>((across - batch * p.out_height()) * p.stride - p.kernel / 2);
-    x = static_cast<int>((row - across * p.out_width()) * p.stride - p.kernel / 2);
-    origin = batch * p.input.batch + y * p.input.row + x * p.input.column;
-    if (row >= p.rows()) y = static_cast<int>(p.height);  // no tap is inside the image
-  }
   __device__ __forceinline__ bool has(const PackedConvForward& p, const Tap& tap) const {
-    return y + tap.y >= 0 && y + tap.y < p.height && x + tap.x >= 0 && x + tap.x < p.width;
+    return static_cast<unsigned>(y + tap.y) < static_cast<unsigned>(p.height) &&
+           static_cast<unsigned>(x + tap.x) < static_cast<unsigned>(p.width);
   }
+};
+
+/// The patches of a tile, from its first row on.
+class Patches {
+ public:
+  __device__ Patches(const PackedConvForward& p, const ProductLaunch& launch, int64_t first_row)
+      : p_(p), launch_(launch), first_row_(first_row) {
+    const int64_t line = first_row / launch.out_width;
+    batch_ = line / launch.out_height;
+    y_ = static_cast<unsigned>(line - batch_ * launch.out_height);
+    x_ = static_cast<unsigned>(first_row - line * launch.out_width);
+  }
+
+  /// That of the row `down` rows after the first one.
+  __device__ __forceinline__ Patch at(int down) const {
+    const int64_t row = first_row_ + down;
+    const bool exists = row < launch_.rows;
+    if (p_.in_place())  // a matrix, whose rows may be more than an int can count
+      return {exists ? 0 : static_cast<int>(p_.height), 0, row * p_.input.column};
+    const unsigned height = static_cast<unsigned>(launch_.out_height), width = static_cast<unsigned>(launch_.out_width);
+    unsigned x = x_ + down, y = y_ + x / width;
+    x %= width;
+    const int64_t batch = batch_ + y / height;
+    y %= height;
+    Patch patch;
+    patch.y = static_cast<int>(y * p_.stride - p_.kernel / 2);
+    patch.x = static_cast<int>(x * p_.stride - p_.kernel / 2);
+    patch.origin = batch * p_.input.batch + patch.y * p_.input.row + patch.x * p_.input.column;
+    if (!exists) patch.y = static_cast<int>(p_.height);  // no tap is inside the image
+    return patch;
+  }
+
+ private:
+  const PackedConvForward& p_;
+  const ProductLaunch& launch_;
+  int64_t first_row_, batch_;
+  unsigned y_, x_;
 };
 
 __device__ __forceinline__ int64_t offset_of(const PackedConvForward& p, const Tap& tap) {
@@ -121,21 +140,21 @@ __device__ __forceinline__ int64_t offset_of(const PackedConvForward& p, const T
 template <typename T, typename Shape>
 class ImagePatches {
  public:
-  __device__ ImagePatches(const PackedConvForward& p, int64_t first_row, int thread)
+  __device__ ImagePatches(const PackedConvForward& p, const ProductLaunch& launch, int64_t first_row, int thread)
       : tap_(p, thread % slice_chunks * 8), place_(place_of(thread / slice_chunks, thread % slice_chunks)) {
+    const Patches patches(p, launch, first_row);
 #pragma unroll
     for (int i = 0; i < copied_rows<Shape>; ++i)
-      patch_[i].set(p, first_row + thread / slice_chunks + i * copied_step<Shape>);
+      patch_[i] = patches.at(thread / slice_chunks + i * copied_step<Shape>);
   }
 
   __device__ __forceinline__ void copy(const PackedConvForward& p, unsigned char* shared) {
-    const T* data = static_cast<const T*>(p.input.data);
-    const int64_t offset = offset_of(p, tap_);
+    const T* from = static_cast<const T*>(p.input.data) + offset_of(p, tap_);
 #pragma unroll
     for (int i = 0; i < copied_rows<Shape>; ++i) {
       const bool inside = tap_.y < p.kernel && patch_[i].has(p, tap_);
-      copy_async(shared + place_ + i * copied_step<Shape> * slice_chunks * 16,
-                 inside ? data + patch_[i].origin + offset : data, inside ? 16 : 0);
+      copy_async(shared + place_ + i * copied_step<Shape> * slice_chunks * 16, from + patch_[i].origin,
+                 inside ? 16 : 0);
     }
     tap_.advance(p, slice);
   }
@@ -143,7 +162,7 @@ class ImagePatches {
  private:
   Tap tap_;
   Patch patch_[copied_rows<Shape>];
-  const int place_;
+  int place_;
 };
 
 /// The patches of any images, one element at a time. A thread takes chunks of one row, so that the lanes of a warp are
@@ -154,12 +173,11 @@ class AnyPatches {
  public:
   static_assert(Shape::threads % Shape::rows == 0);
 
-  __device__ AnyPatches(const PackedConvForward& p, int64_t first_row, int thread)
+  __device__ AnyPatches(const PackedConvForward& p, const ProductLaunch& launch, int64_t first_row, int thread)
       : pixels_(p.input.column == p.in_channels ? static_cast<int>(p.kernel) : 1),
         row_(thread % Shape::rows),
-        chunk_(thread / Shape::rows) {
-    patch_.set(p, first_row + row_);
-  }
+        chunk_(thread / Shape::rows),
+        patch_(Patches(p, launch, first_row).at(row_)) {}
 
   __device__ __forceinline__ void copy(const PackedConvForward& p, unsigned char* shared) {
     const int length = pixels_ * static_cast<int>(p.in_channels);  // of a run
@@ -204,119 +222,64 @@ class AnyPatches {
   }
 
   int first_ = 0;
-  const int pixels_;  // of a run
-  const int row_, chunk_;
+  int pixels_;  // of a run
+  int row_, chunk_;
   Patch patch_;
 };
 
-/// The tile's panels of the weight.
+/// The tile's panels of the weight. Each thread copies a chunk of every panel that is `apart` panels on, or, where the
+/// block has fewer threads than a panel has chunks in a slice, several chunks of one.
 template <typename T, typename Shape>
 class Panels {
  public:
-  __device__ Panels(const PackedConvForward& p, int64_t first_panel, int thread) : pair_(thread / panel_chunks) {
-    static_assert(Shape::threads >= 4 * panel_chunks && slice_pairs * panel_chunks % Shape::threads % 32 == 0);
-    from_ = static_cast<const Chunk<T>*>(p.weight) + first_panel * p.pairs() * panel_chunks + thread;
-    panels_ = static_cast<int>(p.panels() - first_panel < Shape::panels ? p.panels() - first_panel : Shape::panels);
-    // The words that a warp reads together, of four pairs and eight columns, are in different banks.
-    place_ = ((thread & ~(panel_chunks - 1)) + (thread % panel_chunks ^ (pair_ % 4 * 2))) * 16;
+  __device__ Panels(const PackedConvForward& p, int64_t first_panel, int thread) {
+    const int panel = thread / chunks, chunk = thread % chunks;
+    from_ = static_cast<const Chunk<T>*>(p.weight) + (first_panel + panel) * p.pairs() * panel_chunks + chunk;
+    const int64_t left = p.panels() - first_panel - panel;
+    panels_ = left > Shape::panels ? Shape::panels : static_cast<int>(left);
+    pairs_ = static_cast<int>(p.pairs()) - chunk / panel_chunks;
+    // The words that half a warp reads together, of four pairs and eight columns, are in different banks.
+    place_ = ((thread & ~(panel_chunks - 1)) + (chunk % panel_chunks ^ (chunk / panel_chunks % 4 * 2))) * 16;
   }
 
+  /// Copies the next slice.
   __device__ __forceinline__ void copy(const PackedConvForward& p, unsigned char* shared) {
-    constexpr int chunks = slice_pairs * panel_chunks;  // of a panel
-    const int pairs = static_cast<int>(p.pairs());
+    const Chunk<T>* from = from_;
+    const int64_t step = apart > 0 ? apart * p.pairs() * panel_chunks : Shape::threads;
 #pragma unroll
-    for (int i = 0; i < Shape::panels * chunks / Shape::threads; ++i) {
-      const int at = i * Shape::threads, which = (pair_ + at / panel_chunks) / slice_pairs;
-      const int within = (pair_ + at / panel_chunks) % slice_pairs;  // pair of the slice
-      const bool inside = first_ + within < pairs && which < panels_;
-      const int64_t from = static_cast<int64_t>(which) * (pairs - slice_pairs) * panel_chunks + at;
-      copy_async(shared + place_ + at * 16, inside ? from_ + from : p.weight, inside ? 16 : 0);
+    for (int i = 0; i < Shape::panels * chunks / Shape::threads; ++i, from += step) {
+      const bool inside = apart > 0 ? i * apart < panels_ && pairs_ > 0 : i * Shape::threads / panel_chunks < pairs_;
+      copy_async(shared + place_ + i * Shape::threads * 16, from, inside ? 16 : 0);
     }
     from_ += chunks;
-    first_ += slice_pairs;
+    pairs_ -= slice_pairs;
   }
 
  private:
+  static constexpr int chunks = slice_pairs * panel_chunks;  // of a panel in a slice
+  static constexpr int apart = Shape::threads / chunks;
+  static_assert(Shape::threads % chunks == 0 || (chunks % Shape::threads == 0 && Shape::panels == 1));
   const Chunk<T>* from_;
-  int first_ = 0, panels_, place_;
-  const int pair_;
+  int panels_, pairs_, place_;  // panels and pairs that exist from this thread's first chunk on
 };
 
-// What follows the sums ----------------------------------------------------------------------------------------------
+/// A place among the tiles of the output, or a way from one to another. Columns of tiles count first.
+struct Tile {
+  int64_t down;
+  int across;
 
-/// Adds 8 elements, or `count` of them, to `value`.
-template <typename T>
-__device__ __forceinline__ void add_elements(const void* from, int64_t at, int count, bool aligned, float (&value)[8]) {
-  const T* elements = static_cast<const T*>(from) + at;
-  if (aligned && count == 8) {
-    const Chunk<T> chunk = load_channels<T, 8>(elements);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      value[i] += widen(chunk.value[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (i < count) value[i] += widen(elements[i]);
+  __device__ Tile(int64_t number, const ProductLaunch& launch)
+      : down(number / launch.columns), across(static_cast<int>(number - down * launch.columns)) {}
+  __device__ __forceinline__ bool exists(const ProductLaunch& launch) const { return down < launch.lines; }
+  __device__ __forceinline__ void move(const Tile& way, const ProductLaunch& launch) {
+    down += way.down;
+    across += way.across;
+    if (across >= launch.columns) across -= static_cast<int>(launch.columns), ++down;
   }
-}
+};
 
-/// Where a warp's sums are in shared memory: rows of 32, in groups of 4 that change places against conflicts of banks.
-__device__ __forceinline__ int sums_place(int row, int column) {
-  return row * panel + ((column / 4) ^ (row % 4 * 2)) * 4 + column % 4;
-}
-
-/// Computes the outputs from a warp's sums: rows from `first_row` on, columns from `first_column` on. A lane takes 8
-/// columns of every eighth row.
-template <typename T, int rows>
-__device__ __forceinline__ void finish(const PackedConvForward& p, const ProductLaunch& launch, const float* sums,
-                                       int64_t first_row, int64_t first_column) {
-  const int lane = threadIdx.x, quad = lane % 4;
-  const int64_t column = first_column + quad * 8, left = p.out_channels - column;
-  const int count = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
-  if (count == 0) return;
-  float bias[8] = {};
-  if (p.bias)
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (i < count) bias[i] = static_cast<const float*>(p.bias)[column + i];
-#pragma unroll 1
-  for (int down = lane / 4; down < rows; down += 8) {
-    const int64_t row = first_row + down;
-    if (row >= p.rows()) return;
-    float value[8];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const auto four = load_channels<float, 4>(sums + sums_place(down, quad * 8 + half * 4));
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        value[half * 4 + i] = four.value[i] + bias[half * 4 + i];
-    }
-    const auto add_residual = [&] {
-      add_elements<T>(p.residual, row * p.residual_row + column, count, launch.aligned_residual, value);
-    };
-    if (p.residual && p.residual_inside) add_residual();
-    if (p.activation == Activation::relu)
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        value[i] = max(value[i], 0.0f);
-    if (p.residual && !p.residual_inside) add_residual();
-    if (p.second_residual)
-      add_elements<T>(p.second_residual, row * p.second_residual_row + column, count, launch.aligned_second, value);
-    T* to = static_cast<T*>(p.output) + row * p.output_row + column;
-    Chunk<T> chunk;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      chunk.value[i] = narrow<T>(value[i]);
-    if (launch.aligned_output && count == 8) {
-      store_channels(to, chunk);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (i < count) to[i] = chunk.value[i];
-    }
-  }
-}
-
+/// The weight is the left side of each instruction and the rows are the columns of its right side: so a lane reads two
+/// adjacent words of the weight at a time, and its sums are those of adjacent outputs.
 template <typename T, typename Shape, template <typename, typename> typename Inputs>
 __global__ void __launch_bounds__(Shape::threads, 512 / Shape::threads)
     packed_conv_kernel(const __grid_constant__ PackedConvForward p, const __grid_constant__ ProductLaunch launch) {
@@ -324,79 +287,110 @@ __global__ void __launch_bounds__(Shape::threads, 512 / Shape::threads)
   const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * warp_size + lane, group = lane / 4, quad = lane % 4;
   const int warp_across = warp % Shape::panels, first_warp_row = warp / Shape::panels * warp_rows;
   const int slices = static_cast<int>(ceil_div(p.patch(), slice));
-  // The same in every slice: where this lane's words of the weight and its rows of matrices are.
-  int weight_at[4];
+  // The same in every slice: where this lane's words of the weight and its rows are. Rows `group` and `group + 8` of an
+  // instruction's left side are made the adjacent outputs 2 * group and 2 * group + 1 of its half of the panel.
+  int weight_at[2], row_at[2];
 #pragma unroll
-  for (int column = 0; column < 4; ++column)
-    weight_at[column] =
-        Shape::row_bytes +
-        ((warp_across * slice_pairs + quad) * panel_chunks + ((2 * column + group / 4) ^ (quad * 2))) * 16 +
-        group % 4 * 4;
-  int row_at[2];  // of each half; blocks of rows are 16 rows apart
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-    row_at[half] = place_of(first_warp_row + lane % 16, half * 2 + lane / 16);
+  for (int half = 0; half < 2; ++half) {
+    weight_at[half] = Shape::row_bytes +
+                      ((warp_across * slice_pairs + quad) * panel_chunks + ((half * 4 + group / 2) ^ (quad * 2))) * 16 +
+                      group % 2 * 8;
+    row_at[half] = place_of(first_warp_row + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2);
+  }
 
-  for (int64_t task = blockIdx.x; task < launch.tasks; task += gridDim.x) {
-    const int64_t first_panel = task % launch.columns * Shape::panels, first_row = task / launch.columns * Shape::rows;
-    Inputs<T, Shape> inputs(p, first_row, thread);
-    Panels<T, Shape> panels(p, first_panel, thread);
-    const auto copy = [&](int number) {
-      if (number < slices) {
-        unsigned char* stage = shared_memory + number % stages * Shape::stage_bytes;
-        inputs.copy(p, stage);
-        panels.copy(p, stage + Shape::row_bytes);
+  // Copies run ahead of the products, also into the next tile: while the outputs of one are stored, the slices of the
+  // next are under way.
+  const Tile first(blockIdx.x, launch), to_next(gridDim.x, launch);
+  Tile copied = first;
+  int copied_slice = 0, copied_stage = 0;
+  Inputs<T, Shape> inputs(p, launch, copied.down * Shape::rows, thread);
+  Panels<T, Shape> panels(p, copied.across * Shape::panels, thread);
+  const auto copy = [&] {
+    if (copied.exists(launch)) {
+      unsigned char* stage = shared_memory + copied_stage * Shape::stage_bytes;
+      inputs.copy(p, stage);
+      panels.copy(p, stage + Shape::row_bytes);
+      if (++copied_stage == stages) copied_stage = 0;
+      if (++copied_slice == slices) {
+        copied_slice = 0;
+        copied.move(to_next, launch);
+        if (copied.exists(launch)) {
+          inputs = Inputs<T, Shape>(p, launch, copied.down * Shape::rows, thread);
+          panels = Panels<T, Shape>(p, copied.across * Shape::panels, thread);
+        }
       }
-      commit_copies();
-    };
-    float sum[row_blocks][4][4] = {};
+    }
+    commit_copies();
+  };
 #pragma unroll 1
-    for (int i = 0; i < stages - 1; ++i)
-      copy(i);
+  for (int i = 0; i < stages - 1; ++i)
+    copy();
+
+  int read_stage = 0;
+  for (Tile tile = first; tile.exists(launch); tile.move(to_next, launch)) {
+    float sum[row_blocks][2][2][4] = {};  // blocks of 8 rows, halves of the panel
 #pragma unroll 1
     for (int number = 0; number < slices; ++number) {
       wait_for_copies<stages - 2>();
       __syncthreads();  // this slice is there, and all warps have read the one whose place the next copy takes
-      copy(number + stages - 1);
-      const unsigned char* stage = shared_memory + number % stages * Shape::stage_bytes;
+      copy();
+      const unsigned char* stage = shared_memory + read_stage * Shape::stage_bytes;
+      if (++read_stage == stages) read_stage = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {  // of the slice: 16 inputs
-        uint32_t b[4][2];
+      for (int step = 0; step < 2; ++step) {  // 16 inputs
+        uint32_t a[2][4];
 #pragma unroll
-        for (int column = 0; column < 4; ++column)
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
-            b[column][i] =
-                *reinterpret_cast<const uint32_t*>(stage + weight_at[column] + (half * 8 + i * 4) * panel_chunks * 16);
+          for (int i = 0; i < 2; ++i) {
+            const auto words = load_channels<uint32_t, 2>(
+                reinterpret_cast<const uint32_t*>(stage + weight_at[half] + (step * 8 + i * 4) * panel_chunks * 16));
+            a[half][2 * i] = words.value[0];
+            a[half][2 * i + 1] = words.value[1];
+          }
 #pragma unroll
         for (int block = 0; block < row_blocks; ++block) {
-          uint32_t a[4];
-          load_matrices(a, stage + row_at[half] + block * 16 * slice_chunks * 16);
+          uint32_t rows[4];
+          load_matrices(rows, stage + row_at[step] + block * 16 * slice_chunks * 16);
 #pragma unroll
-          for (int column = 0; column < 4; ++column)
-            multiply_add<T>(sum[block][column], a, b[column]);
+          for (int eight = 0; eight < 2; ++eight) {
+            const uint32_t b[2] = {rows[2 * eight], rows[2 * eight + 1]};
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              multiply_add<T>(sum[block][eight][half], a[half], b);
+          }
         }
       }
     }
-    wait_for_copies<0>();
-    __syncthreads();  // the sums take the place of the slices
 
-    // A warp's sums go through shared memory, so that each lane stores 8 adjacent elements.
-    static_assert(Shape::rows * Shape::panels * panel * sizeof(float) <= stages * Shape::stage_bytes);
-    float* sums = reinterpret_cast<float*>(shared_memory) + warp * warp_rows * panel;
+    const LaneOutputs<2, 2> outputs(p, (tile.across * Shape::panels + warp_across) * panel + group * 2);
+    const int64_t first_lane_row = tile.down * Shape::rows + first_warp_row + quad * 2;
+    const auto value_of = [&](int i, float (&value)[2][2]) {  // of the lane's row i: two rows of every eight
 #pragma unroll
-    for (int block = 0; block < row_blocks; ++block)
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int column = 0; column < 4; ++column)
+        for (int output = 0; output < 2; ++output)
+          value[half][output] = sum[i / 4][i / 2 % 2][half][output * 2 + i % 2];
+    };
+    if (launch.whole_outputs) {
 #pragma unroll
-        for (int down = 0; down < 2; ++down) {
-          const Channels<float, 2> two = {sum[block][column][2 * down], sum[block][column][2 * down + 1]};
-          const int at = sums_place(group, column * 8 + quad * 2) + (block * 16 + down * 8) * panel;
-          *reinterpret_cast<Channels<float, 2>*>(sums + at) = two;
-        }
-    __syncwarp();
-    finish<T, warp_rows>(p, launch, sums, first_row + first_warp_row, (first_panel + warp_across) * panel);
-    __syncthreads();  // the next task's slices take the place of the sums
+      for (int i = 0; i < row_blocks * 4; ++i) {
+        float value[2][2];
+        value_of(i, value);
+        if (const int64_t row = first_lane_row + i / 2 * 8 + i % 2; row < launch.rows)
+          outputs.template store<T, true>(p, launch, row, value);
+      }
+    } else {
+      // Unrolled, this code would leave the instruction cache: these sums go through the thread's memory instead.
+      float value[row_blocks * 4][2][2];
+#pragma unroll
+      for (int i = 0; i < row_blocks * 4; ++i)
+        value_of(i, value[i]);
+#pragma unroll 1
+      for (int i = 0; i < row_blocks * 4; ++i)
+        if (const int64_t row = first_lane_row + i / 2 * 8 + i % 2; row < launch.rows)
+          outputs.template store<T, false>(p, launch, row, value[i]);
+    }
   }
 }
 
@@ -424,6 +418,8 @@ cudaError_t packed_conv(const PackedConvForward& p, cudaStream_t stream) {
       return run.template operator()<4, 1, 2>();
     case ProductShape::small:
       return run.template operator()<2, 1, 1>();
+    case ProductShape::lines:
+      return line_conv(p, launch, stream);
   }
   return cudaErrorInvalidValue;
 }

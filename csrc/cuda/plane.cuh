@@ -119,7 +119,8 @@ struct Stage {
 // Forward ------------------------------------------------------------------------------------------------------------
 
 /// Computes a strip of outputs of one plane; its first output is in row `y` of the plane and `column` of the tile. Each
-/// element of the weight (k, k, C) serves both rows of the strip.
+/// element of the weight (k, k, C) serves both rows of the strip. A row of the weight is loaded while the row before it
+/// is used.
 template <int kernel_size, typename Acc>
 __device__ __forceinline__ void convolve_strip(const Stage<Acc>& stage, int plane, int64_t plane_height, int64_t y,
                                                int column, const Acc* weight, int64_t channels,
@@ -135,19 +136,28 @@ __device__ __forceinline__ void convolve_strip(const Stage<Acc>& stage, int plan
     for (int i = 0; i < count; ++i)
       in[i] = inside ? row[i * warp_size] : Acc(0);
   };
+  Acc w[kernel_size], next[kernel_size];
+  const auto load_weights = [&] {
+#pragma unroll
+    for (int kx = 0; kx < kernel_size; ++kx, weight += channels)
+      next[kx] = *weight;
+  };
+  load_weights();
   load(0, upper);
 #pragma unroll 1
   for (int ky = 0; ky < kernel_size; ++ky) {
+#pragma unroll
+    for (int kx = 0; kx < kernel_size; ++kx)
+      w[kx] = next[kx];
+    if (ky + 1 < kernel_size) load_weights();
     load(ky + 1, lower);
 #pragma unroll
-    for (int kx = 0; kx < kernel_size; ++kx, weight += channels) {
-      const Acc w = *weight;
+    for (int kx = 0; kx < kernel_size; ++kx)
 #pragma unroll
       for (int c = 0; c < strip_width; ++c) {
-        out[0][c] += w * upper[c + kx];
-        out[1][c] += w * lower[c + kx];
+        out[0][c] += w[kx] * upper[c + kx];
+        out[1][c] += w[kx] * lower[c + kx];
       }
-    }
 #pragma unroll
     for (int i = 0; i < count; ++i)
       upper[i] = lower[i];

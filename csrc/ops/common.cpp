@@ -102,6 +102,15 @@ void Checks::like_main(const char* name, const at::Tensor& tensor, c10::SymIntAr
   like_main(name, tensor);
 }
 
+void Checks::quantized(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected) const {
+  shape(name, tensor, expected, "as quantized: (ceil(out / 32), ceil(in * kernel_size^2 / 4) + 3, 32, 4)");
+  device(name, tensor);
+  TORCH_CHECK(main_.is_cpu() || main_.is_meta(), op_, ": ", name, " is quantized, which is for the CPU; ", main_name_,
+              " is on ", main_.device());
+  TORCH_CHECK(main_.scalar_type() != at::kDouble, op_, ": ", name, " is quantized; ", main_name_,
+              " is Double, expected Float, Half or BFloat16");
+}
+
 void Checks::parameter(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected,
                        const char* layout) const {
   shape(name, tensor, expected, layout);

@@ -68,6 +68,8 @@ class Checks {
   /// The device and dtype of the main argument, and the shape `expected` if given.
   void like_main(const char* name, const at::Tensor& tensor) const;
   void like_main(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected, const char* layout) const;
+  /// A quantized weight of the shape `expected`, in int8, beside a main argument on the CPU that is not float64.
+  void quantized(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected) const;
   /// The shape `expected`, the device of the main argument, and its dtype; beside a 16-bit dtype also float32.
   void parameter(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected, const char* layout) const;
   /// A parameter (out, planes, k, k) with an odd k.

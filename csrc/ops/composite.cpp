@@ -13,11 +13,6 @@
 namespace mobilemamba {
 namespace {
 
-/// The last two sizes of a plain weight are equal and odd; those of a packed weight are 32 and 2.
-bool is_packed(const at::Tensor& weight) {
-  return weight.size(3) == 2;
-}
-
 /// Whether `x` holds elements in CPU memory and no mode records or transforms operators. A fake, functional, batched or
 /// traced tensor may stand for a batch of another size, so a graph must not contain the parts of this one.
 bool is_plain_cpu(const at::Tensor& x) {
@@ -54,7 +49,7 @@ c10::SymInt check_dense_conv2d(const Checks& check, const char* weight_name, con
   check.parameter(bias_name, bias, {out}, "(out_channels)");
   check.dimensions(weight_name, weight, 4, "(out_channels, in_channels, k, k)");
   if (is_packed(weight))
-    check.like_main(weight_name, weight, packed_sizes(out, in * (kernel_size * kernel_size)), "as packed");
+    check_packed(check, weight_name, weight, out, in * (kernel_size * kernel_size));
   else
     check.like_main(weight_name, weight, {out, in, kernel_size, kernel_size}, "(out_channels, in_channels, k, k)");
   return out;

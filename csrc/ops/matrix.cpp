@@ -18,7 +18,7 @@ at::Tensor image(const at::Tensor& positions, const at::Tensor& like) {
 void check_matrix(const Checks& check, const char* name, const at::Tensor& weight, const c10::SymInt& out,
                   const c10::SymInt& in) {
   if (weight.dim() == 4)
-    check.like_main(name, weight, packed_sizes(out, in), "as packed");
+    check_packed(check, name, weight, out, in);
   else
     check.like_main(name, weight, {out, in}, "(out, in)");
 }

@@ -23,10 +23,17 @@ struct PackedConvArguments {
   at::Tensor with(void (*kernel)(const PackedConvForward&)) const;
 };
 
-/// The sizes of a packed weight with `out` outputs and `patch` = in_channels * kernel_size^2 inputs.
-std::vector<c10::SymInt> packed_sizes(const c10::SymInt& out, const c10::SymInt& patch);
+/// Whether a weight is packed by pack_conv2d_weight or by quantize_conv2d_weight, and whether by the latter. Not for
+/// plain weights of kernel size 2, which no operator has.
+bool is_packed(const at::Tensor& weight);
+bool is_quantized(const at::Tensor& weight);
 
-/// The plain weight (out_channels, in_channels, kernel_size, kernel_size) from its packed form.
+/// Checks a packed or quantized weight with `out` outputs and `patch` = in_channels * kernel_size^2 inputs.
+void check_packed(const Checks& check, const char* name, const at::Tensor& weight, const c10::SymInt& out,
+                  const c10::SymInt& patch);
+
+/// The plain weight (out_channels, in_channels, kernel_size, kernel_size) from its packed form. It refuses quantized
+/// weights.
 at::Tensor unpack_conv2d_weight(const at::Tensor& packed, int64_t out_channels, int64_t in_channels,
                                 int64_t kernel_size);
 

@@ -7,6 +7,7 @@
 
 #include "ops/common.h"
 #include "ops/matrix.h"
+#include "ops/packed_conv2d.h"
 
 namespace mobilemamba {
 
@@ -26,7 +27,7 @@ void product_with_torch(const Product& p, at::Tensor output) {
 }
 
 void product_with_kernel(const Product& p, const at::Tensor& output, void (*kernel)(const PackedConvForward&)) {
-  const RowProduct product(p.weight, p.bias, p.input.size(1), output.size(1));
+  const RowProduct product(p.weight, p.bias, p.input.size(1), output.size(1), p.input.scalar_type());
   PackedConvForward params = product.of(p.input.size(0), p.input.const_data_ptr(), p.input.stride(0),
                                         output.mutable_data_ptr(), output.stride(0));
   params.activation = p.relu ? Activation::relu : Activation::none;
@@ -42,16 +43,17 @@ void product_with_kernel(const Product& p, const at::Tensor& output, void (*kern
   kernel(params);
 }
 
-RowProduct::RowProduct(const at::Tensor& weight, const at::Tensor& bias, int64_t in, int64_t out)
+RowProduct::RowProduct(const at::Tensor& weight, const at::Tensor& bias, int64_t in, int64_t out, at::ScalarType type)
     : in_(in),
       out_(out),
+      type_(type),
       weight_(packed_matrix(weight)),
       bias_(bias.defined() ? bias.to(at::kFloat).contiguous() : bias) {}
 
 PackedConvForward RowProduct::of(int64_t rows, const void* input, int64_t input_row, void* output,
                                  int64_t output_row) const {
   return {
-      .dtype = kernel_dtype(weight_.scalar_type()),
+      .dtype = kernel_dtype(type_),
       .batch = 1,
       .in_channels = in_,
       .height = 1,
@@ -68,6 +70,7 @@ PackedConvForward RowProduct::of(int64_t rows, const void* input, int64_t input_
       .residual_row = 0,
       .output = output,
       .output_row = output_row,
+      .quantized = is_quantized(weight_),
   };
 }
 

@@ -9,8 +9,8 @@ namespace mobilemamba {
 
 /// relu(input @ weight.t() + bias) + residual + second_residual or, with `residual_inside`,
 /// relu(input @ weight.t() + bias + residual) + second_residual. Without `relu` its place has no function.
-/// The matrices (rows, channels) have contiguous channels. The weight (out, in) may be packed. Bias and residuals may
-/// be undefined.
+/// The matrices (rows, channels) have contiguous channels. The weight (out, in) may be packed or quantized. Bias and
+/// residuals may be undefined.
 struct Product {
   at::Tensor input, weight, bias = {}, residual = {}, second_residual = {};
   bool residual_inside = false, relu = false;
@@ -28,8 +28,8 @@ void product_with_kernel(const Product& p, const at::Tensor& output, void (*kern
 /// Holds the weight and the bias of a product in the kernel's form, for inputs in float32 or 16 bits.
 class RowProduct {
  public:
-  /// `weight` (out, in), plain or packed; an undefined `bias` is zero.
-  RowProduct(const at::Tensor& weight, const at::Tensor& bias, int64_t in, int64_t out);
+  /// `weight` (out, in), plain, packed or quantized; an undefined `bias` is zero; `type` is that of the input.
+  RowProduct(const at::Tensor& weight, const at::Tensor& bias, int64_t in, int64_t out, at::ScalarType type);
 
   /// The kernel's parameters for output = input @ weight.t() + bias. Rows are `input_row` and `output_row` elements
   /// apart.
@@ -37,6 +37,7 @@ class RowProduct {
 
  private:
   int64_t in_, out_;
+  at::ScalarType type_;
   at::Tensor weight_, bias_;
 };
 

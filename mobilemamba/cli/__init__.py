@@ -1,4 +1,4 @@
-"""The command line: ``mobilemamba classify | detect | segment | evaluate | train | plot | export | convert | info``.
+"""The command line: ``mobilemamba COMMAND``; the commands are in :data:`COMMANDS`.
 
 An error in the user's input is one line on stderr and exit code 2. Any other error shows its traceback.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import __version__
-from . import classify, convert, detect, evaluate, export, info, plot, segment, train
+from . import classify, convert, detect, erf, evaluate, export, info, plot, quantize, segment, train
 from .options import Parser, one_line
 
 __all__ = ["main"]
@@ -24,7 +24,9 @@ COMMANDS = {
     "evaluate": evaluate,
     "train": train,
     "plot": plot,
+    "erf": erf,
     "export": export,
+    "quantize": quantize,
     "convert": convert,
     "info": info,
 }

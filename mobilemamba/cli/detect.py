@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import open_image
-from ..data.coco import run_lengths
+from ..data.masks import run_lengths
 from ..data.preprocessing import to_mode, to_tensor
 from ..downstream.checkpoint import DownstreamCheckpoint
 from .drawing import Drawings, class_color, open_model

@@ -3,19 +3,15 @@
 import colorsys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .. import downstream
 from ..downstream.checkpoint import DownstreamCheckpoint
+from ..downstream.finite import refuse_infinite
 from ..weights.files import atomic_write
 
 __all__ = ["Drawings", "class_color", "class_colors", "open_model"]
-
-#: The modules whose outputs are logits or deltas: of all detectors and segmenters.
-HEADS = ("head", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor", "classifier")
 
 
 def open_model(path: Path, task: str) -> tuple[nn.Module, DownstreamCheckpoint]:
@@ -30,19 +26,7 @@ def open_model(path: Path, task: str) -> tuple[nn.Module, DownstreamCheckpoint]:
     model, stored = downstream.open_model(path)
     if stored.task != task:
         raise ValueError(f"{path}: expected a model for {task}, got one for {stored.task} ({stored.kind})")
-    model = model.fuse()  # type: ignore[operator]
-    for name, part in model.named_modules():
-        if name in HEADS:
-            part.register_forward_hook(refuse_infinite)
-    return model, stored
-
-
-def refuse_infinite(head: nn.Module, inputs: Any, outputs: Any) -> None:
-    """A hook: NaN is neither above a detector's threshold nor left in a segmenter's classes, so it would not show."""
-    for values in tree_leaves(outputs):
-        wrong = values[~values.isfinite()]
-        if len(wrong):
-            raise FloatingPointError(f"expected finite outputs of the model, got {float(wrong[0])}")
+    return refuse_infinite(model.fuse()), stored  # type: ignore[operator]
 
 
 def class_colors(labels: Sequence[str] | None, count: int) -> list[tuple[int, int, int] | None]:

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,20 @@ from typing import Any
 import torch
 
 from .. import downstream, weights
-from ..data import default_workers, load_split
+from ..data import Preprocessing, default_workers, load_split
 from ..data.coco import CocoImages, load_coco_split
 from ..data.datasets import ON_BAD_IMAGE
 from ..data.folder import listing
 from ..data.loading import MAX_WORKERS
 from ..data.mask_folder import MaskFolder, load_masks_split
+from ..deploy import open_exported
 from ..training import (
     DetectionResult,
     Result,
     SegmentationResult,
     evaluate,
     evaluate_detector,
+    evaluate_outputs,
     evaluate_segmenter,
 )
 from ..training.log import clock
@@ -55,6 +57,8 @@ def add_options(parser: Parser) -> None:
     text = "masks:DIR has 0 for ignored pixels, and v for class v - 1 (ADE20K)"
     parser.add_argument("--reduce-zero-label", action="store_true", help=text)
     add_model_options(parser)
+    text = "a classifier that export wrote as onnx, executorch or litert, instead of a model; it runs on the CPU"
+    parser.add_argument("--exported", type=Path, metavar="FILE", help=text)
     text = "images per pass (default: 64; for detectors and segmenters 8)"
     parser.add_argument("--batch-size", type=positive, metavar="N", help=text)
     text = f"processes that decode images (default: one for each CPU, at most {MAX_WORKERS})"
@@ -81,13 +85,11 @@ def run(args: argparse.Namespace) -> None:
         return run_downstream(args, device)
     if args.reduce_zero_label:
         raise ValueError(f"--reduce-zero-label is for masks:DIR, got --data {args.data}")
-    model, labels, preprocessing = open_model(args)
-    if model.num_classes == 0:
-        raise ValueError(f"{args.checkpoint}: expected a model with classes, got one without a head (num_classes=0)")
+    evaluate_split, labels, classes, preprocessing = opened(args, device)
     split, found = load_split(
         args.data,
         args.split,
-        labels or model.num_classes,
+        labels or classes,
         preprocessing,
         ground_truth=args.ground_truth,
         on_bad_image=args.on_bad_image,
@@ -95,8 +97,7 @@ def run(args: argparse.Namespace) -> None:
     print(found, flush=True)
     workers = default_workers(split) if args.workers is None else args.workers
 
-    result = evaluate(
-        model.to(device, getattr(torch, args.precision)),
+    result = evaluate_split(
         split,
         preprocessing,
         args.batch_size,
@@ -104,16 +105,17 @@ def run(args: argparse.Namespace) -> None:
         confusion=args.confusion is not None,
         progress=partial(describe, args.batch_size),
     )
-    published = None if args.checkpoint else weights.entry(args.model or "nano", args.distilled)
-    how = f"{device}, {args.precision}, batches of {args.batch_size}"
-    print(table(result, model.num_classes, how, published))
+    source = args.checkpoint or args.exported
+    published = None if source else weights.entry(args.model or "nano", args.distilled)
+    how = f"{args.exported.name if args.exported else f'{device}, {args.precision}'}, batches of {args.batch_size}"
+    print(table(result, classes, how, published))
     if result.bad:
         print(f"{int(result.bad)} bad images were skipped; each is named above", file=sys.stderr)
     rows = class_rows(result, labels)
     if args.json:
         facts = {
             "model": args.model or (published and published.preset),
-            "weights": published.variant if published else str(args.checkpoint),
+            "weights": published.variant if published else str(source),
             "data": args.data,
             "split": args.split,
             "images": result.count,
@@ -125,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
             "images_per_s": round(result.images_per_s, 1),
             "seconds": round(result.seconds, 3),
             "device": device,
-            "precision": args.precision,
+            "precision": None if args.exported else args.precision,
             "batch_size": args.batch_size,
             "workers": workers,
             "preprocessing": preprocessing.to_dict(),
@@ -141,9 +143,32 @@ def run(args: argparse.Namespace) -> None:
         write(args.confusion, as_csv([["", *names], *lines]))
 
 
+def opened(
+    args: argparse.Namespace, device: str
+) -> tuple[Callable[..., Result], Sequence[str] | None, int, Preprocessing]:
+    """What evaluates the classifier that the options name, its labels, the number of its classes, its preprocessing."""
+    if args.exported is None:
+        model, labels, preprocessing = open_model(args)
+        if model.num_classes == 0:
+            raise ValueError(
+                f"{args.checkpoint}: expected a model with classes, got one without a head (num_classes=0)"
+            )
+        evaluate_split = partial(evaluate, model.to(device, getattr(torch, args.precision)))
+        return evaluate_split, labels, model.num_classes, preprocessing
+    if given := [name for name in NOT_OF_FILES if getattr(args, name)]:
+        raise ValueError(f"expected either --exported or --{given[0]}, got both")
+    if device != "cpu" or args.precision != "float32":
+        raise ValueError(f"--exported: expected --device cpu and no --precision, got {device}, {args.precision}")
+    file = open_exported(args.exported)
+    return partial(evaluate_outputs, file, len(file.labels)), file.labels, len(file.labels), file.preprocessing
+
+
+#: What an exported file says itself.
+NOT_OF_FILES = ("model", "distilled", "checkpoint", "labels", "mean", "std", "resize", "crop", "interpolation")
 #: Options of classifiers.
 OF_CLASSIFIERS = (
     *("model", "distilled", "labels", "mean", "std", "resize", "crop", "interpolation", "ground_truth", "confusion"),
+    "exported",
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import _C, _native, weights
+from .. import _native, weights
 from .options import Parser
 
 HELP = "Print what a bug report needs: versions, build, devices, paths."
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
 def collect() -> dict[str, Any]:
     """The facts as a dict for ``json.dumps``. :func:`format_text` lays them out for people."""
-    build, library = _native.BUILD, _C.build_facts()
+    build, library = _native.BUILD, torch.ops.mobilemamba.build_facts()
     return {
         "mobilemamba": {
             "version": build["version"],
@@ -41,8 +41,8 @@ def collect() -> dict[str, Any]:
             "nvcc flags": " ".join(build["nvcc_flags"]) or None,
         },
         "backends": {
-            "CPU": f"{_C.cpu_kernels()} kernels",
-            "CUDA": f"{build['cuda']}, {' '.join(library['archs'])}" if _native.has_cuda_kernels() else "not built",
+            "CPU": f"{torch.ops.mobilemamba.cpu_kernels()} kernels",
+            "CUDA": f"{library['cuda']}, {library['archs'].replace(',', ' ')}" if "cuda" in library else "not built",
         },
         "running": {
             "torch": str(torch.__version__),

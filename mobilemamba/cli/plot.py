@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ..training.curves import draw, read_curves
+from ..training.curves import read_curves
+from ..training.pictures import draw_curves
 from .options import Parser
 
 HELP = "Draw the loss and the accuracy, AP or mIoU of training runs, finished or in progress."
@@ -17,6 +18,6 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     runs = [read_curves(path) for path in args.runs]
-    draw(runs, args.out)
+    draw_curves(runs, args.out)
     states = ", ".join(f"{curves.name} ({curves.state})" for curves in runs)
     print(f"{args.out}: {states}")

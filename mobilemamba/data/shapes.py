@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .coco import run_lengths
+from .masks import run_lengths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -105,8 +105,8 @@ def retinanet(
     :func:`mask_rcnn` without ``masks``; the losses are ``classification`` and ``bbox_regression``.
 
     Args:
-        backbone, num_classes, pretrained_backbone, backbone_options, min_size, max_size, image_mean, image_std,
-        pyramid_channels: as for :func:`mask_rcnn`.
+        backbone, num_classes, pretrained_backbone, backbone_options: as for :func:`mask_rcnn`.
+        min_size, max_size, image_mean, image_std, pyramid_channels: as for :func:`mask_rcnn`.
         options: torchvision's, with the published defaults: ``score_thresh`` (0.05), ``nms_thresh`` (0.5),
             ``detections_per_img`` (100), ``fg_iou_thresh`` (0.5), ``bg_iou_thresh`` (0.4), ``topk_candidates`` (1000).
 

@@ -1,6 +1,7 @@
-"""The network: patch embedding, three stages, pooling and head; and its fused form."""
+"""The network: patch embedding, stages, pooling and head; and its fused form."""
 
 import copy
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -20,7 +21,9 @@ from .folded import (
 )
 from .heads import Classifier, DistilledClassifier, Logits
 from .layers import ConvNorm, FoldedFFN, FoldedPatchEmbedding, FoldedPatchMerging, FoldedSqueezeExcite, PatchEmbedding
+from .mixers import check_mixer
 from .mrffi import MRFFI, FoldedMRFFI
+from .quantization import input_scales
 from .stages import Block, FoldedBlock, FoldedStage, FoldedTransition, Stage, Transition
 
 __all__ = ["MobileMamba"]
@@ -52,6 +55,11 @@ FOLDED_LAYERS = frozenset(
     }
 )
 
+#: Of the scan, and of other mixers: their initial states and norms, their decays, and how they mix neighbours.
+NOT_DECAYED = frozenset(
+    {"A_log", "D", "dt_bias", "state_bias", "state_norm_weight", "state_norm_bias", "decay", "bonus", "mix"}
+)
+
 
 @torch.fx.wrap  # a call in the graph of a tracer, which cannot follow conditions on the shape
 def checked_images(x: Tensor, in_chans: int) -> Tensor:
@@ -78,15 +86,22 @@ class MobileMamba(nn.Module):
         num_classes: classes of the head. With 0 the model returns the pooled features ``(B, num_features)``.
         in_chans: image channels.
         distillation: two heads. Training returns the outputs of both as a tuple, evaluation returns their mean.
-        widths: channels of each stage.
+        widths: channels of each stage. Their number is the number of stages; the published networks have three. Each
+            stage but the first halves the map.
         depths: number of blocks in each stage.
         global_ratios, local_ratios: for each stage, the shares of the channels that go to the global and to the local
-            part of MRFFI.
-        wavelet_kernels: for each stage, the kernel size on the Haar sub-bands; odd.
+            part of MRFFI. 0 leaves a part out. The identity part is the rest: none with a local ratio of 1.
+        wavelet_kernels: for each stage, the kernel size on the Haar sub-bands, odd; 0 for no wavelet part.
+            The operator of ``fuse()`` has one of size 1 with weights of zero then.
         local_kernels: for each stage, the kernel sizes of the local part; odd.
         patch_strides: strides of the 3x3 convolutions of the patch embedding. Their widths double up to ``widths[0]``.
         ssm_ratio: inner width of the scan over the width of the global part.
         d_state: state size of the scan.
+        directions: of the scan: 2, or 1 for the one from the first pixel to the last one alone. The operator computes a
+            second direction with parameters of zero then: it takes the time of two.
+        mixer: what mixes the pixels in the global part: ``"mamba"``, the scan; ``"ttt"``, ``"mlstm"`` or ``"rwkv6"``
+            (:mod:`mobilemamba.models.mixers`), in plain PyTorch; or a function of the channels C that makes a module
+            ``(B, C, H, W) -> (B, C, H, W)``. ``ssm_ratio``, ``d_state`` and ``directions`` are the scan's.
         drop_path_rate: rate of stochastic depth in the last block. It rises linearly from 0 in the first block.
 
     Attributes:
@@ -107,25 +122,35 @@ class MobileMamba(nn.Module):
         in_chans: int = 3,
         distillation: bool = False,
         *,
-        widths: tuple[int, int, int],
-        depths: tuple[int, int, int],
-        global_ratios: tuple[float, float, float] = (0.8, 0.7, 0.6),
-        local_ratios: tuple[float, float, float] = (0.2, 0.2, 0.3),
-        wavelet_kernels: tuple[int, int, int] = (7, 5, 3),
-        local_kernels: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((7,), (5,), (3,)),
+        widths: tuple[int, ...],
+        depths: tuple[int, ...],
+        global_ratios: tuple[float, ...] = (0.8, 0.7, 0.6),
+        local_ratios: tuple[float, ...] = (0.2, 0.2, 0.3),
+        wavelet_kernels: tuple[int, ...] = (7, 5, 3),
+        local_kernels: tuple[tuple[int, ...], ...] = ((7,), (5,), (3,)),
         patch_strides: tuple[int, ...] = (2, 2, 2, 2),
         ssm_ratio: float = 2.0,
         d_state: int = 1,
+        directions: int = 2,
+        mixer: str | Callable[[int], nn.Module] = "mamba",
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         in_chans = checks.integer("in_chans", in_chans)
-        widths, depths = checks.integers("widths", widths, 3), checks.integers("depths", depths, 3, least=0)
-        global_ratios = checks.sequence("global_ratios", global_ratios, 3)
-        local_ratios = checks.sequence("local_ratios", local_ratios, 3)
-        wavelet_kernels = checks.sequence("wavelet_kernels", wavelet_kernels, 3)
-        local_kernels = checks.sequence("local_kernels", local_kernels, 3)
+        widths = checks.integers("widths", widths)
+        count = len(widths)
+        depths = checks.integers("depths", depths, count, least=0)
+        global_ratios = checks.sequence("global_ratios", global_ratios, count)
+        local_ratios = checks.sequence("local_ratios", local_ratios, count)
+        wavelet_kernels = checks.sequence("wavelet_kernels", wavelet_kernels, count)
+        local_kernels = checks.sequence("local_kernels", local_kernels, count)
         patch_strides = checks.integers("patch_strides", patch_strides)
+        check_mixer(mixer)
+        if mixer != "mamba" and (ssm_ratio, d_state, directions) != (2.0, 1, 2):
+            raise ValueError(
+                "ssm_ratio, d_state, directions: expected the defaults, since they are mamba's, got "
+                f"{ssm_ratio}, {d_state}, {directions} with mixer={mixer!r:.100}"
+            )
         drop_path_rate = checks.real("drop_path_rate", drop_path_rate, below=1)
         self.in_chans, self.num_features = in_chans, widths[-1]
         self.fused = False
@@ -142,11 +167,11 @@ class MobileMamba(nn.Module):
 
         rates = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         stages = []
-        for i in range(3):
+        for i in range(count):
             transition = Transition(widths[i - 1], widths[i]) if i else nn.Identity()
             blocks = []
             for _ in range(depths[i]):
-                mixer = MRFFI(
+                mrffi = MRFFI(
                     widths[i],
                     global_ratios[i],
                     local_ratios[i],
@@ -154,12 +179,14 @@ class MobileMamba(nn.Module):
                     local_kernels[i],
                     ssm_ratio,
                     d_state,
+                    directions,
+                    mixer,
                 )
-                blocks.append(Block(widths[i], mixer, rates.pop(0)))
+                blocks.append(Block(widths[i], mrffi, rates.pop(0)))
             stages.append(Stage(transition, blocks))
         self.stages = nn.ModuleList(stages)
         feature_info: list[FeatureInfo] = [
-            {"num_chs": widths[i], "reduction": reduction * 2**i, "module": f"stages.{i}"} for i in range(3)
+            {"num_chs": widths[i], "reduction": reduction * 2**i, "module": f"stages.{i}"} for i in range(count)
         ]
         self.feature_info = feature_info  # in two steps, as the head
         self._set_head(num_classes, distillation)
@@ -173,7 +200,7 @@ class MobileMamba(nn.Module):
         self.num_classes, self.distillation = num_classes, distillation
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
-        """The feature maps after stages 1, 2 and 3 of images ``(B, in_chans, H, W)``.
+        """The feature maps after each stage of images ``(B, in_chans, H, W)``.
 
         Returns:
             Maps ``(B, widths[i], ceil(H / stride), ceil(W / stride))``, channels-last in memory. The published presets
@@ -257,7 +284,7 @@ class MobileMamba(nn.Module):
         """Feature maps of images ``(B, in_chans, H, W)``.
 
         Returns:
-            The map after the last stage. With ``stages=True`` the list of all three maps, as :meth:`forward_stages`
+            The map after the last stage. With ``stages=True`` the list of all maps, as :meth:`forward_stages`
             returns it.
 
         Raises:
@@ -330,8 +357,7 @@ class MobileMamba(nn.Module):
     @torch.jit.unused
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters of the state space. They get no weight decay, though some have two dimensions."""
-        leaves = ("A_log", "D", "dt_bias")
-        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in NOT_DECAYED}
 
     @torch.jit.unused
     def fuse(self) -> "MobileMamba":
@@ -339,7 +365,8 @@ class MobileMamba(nn.Module):
 
         Outputs are equal up to rounding. BatchNorm goes into its convolution or linear layer, the residual of a
         depthwise convolution into its centre tap, ``base_scale`` into ``out_proj``, the wavelet scale into the wavelet
-        kernel, and two heads become one. A model in float16 or bfloat16 is folded in float32; its biases, depthwise
+        kernel, and two heads become one. Another mixer than the scan runs as before, in plain PyTorch, with its
+        convolutions folded. A model in float16 or bfloat16 is folded in float32; its biases, depthwise
         kernels and scan parameters stay in float32.
 
         The copy can be moved, cast, copied, pickled, scripted, compiled and exported. Its parameters have the memory
@@ -348,6 +375,42 @@ class MobileMamba(nn.Module):
         Raises:
             ValueError: a layer has hooks or was replaced (pruning, LoRA), or a BatchNorm has no running statistics.
         """
+        fused = self._folded()
+        for module in fused.modules():
+            if isinstance(module, Folded) and next(module.parameters()).device.type in ("cpu", "cuda"):
+                module.pack()
+        return fused.eval().requires_grad_(False)
+
+    @torch.jit.unused
+    def quantize(self, batches: Iterable[Tensor]) -> "MobileMamba":
+        """A copy as :meth:`fuse` makes it, whose matrix products run in 8 bits, for inference on the CPU.
+
+        The inputs and the weights of the products are rounded to 8 bits; their sums are exact. An input has one range,
+        which is chosen on the images of ``batches``; an output channel has its own scale. The scan and its small
+        projection, LayerNorm, depthwise and wavelet convolutions, the gates, the first convolution and the head are as
+        in :meth:`fuse`. The copy takes images in float32, or in 16 bits once it is cast. It has no gradients.
+
+        Args:
+            batches: images ``(B, in_chans, H, W)`` as the model gets them, scaled and normalised: some hundreds, as
+                they will occur, without labels.
+
+        Raises:
+            ValueError: as :meth:`fuse`; the model is not on the CPU or is fused already; or there are no images.
+            FloatingPointError: the input of a product is not finite.
+        """
+        scales = input_scales(self, batches)
+        fused = self._folded()
+        for name, module in fused.named_modules():
+            if isinstance(module, Folded):
+                found = {
+                    matrix: scales.get(f"{name}.{source}".rstrip(".")) for matrix, source in module.sources.items()
+                }
+                module.pack({matrix: scale for matrix, scale in found.items() if scale})
+        return fused.eval().requires_grad_(False)
+
+    @torch.jit.unused
+    def _folded(self) -> "MobileMamba":
+        """A folded copy, not yet packed."""
         check_foldable(self)
         first = next(self.parameters())
         fused = copy.deepcopy(self).eval()
@@ -359,7 +422,4 @@ class MobileMamba(nn.Module):
         fused.distillation = False
         fused.fused = isinstance(fused.patch_embed, FoldedPatchEmbedding) and fused._is_whole()
         fused.fused_head = fused.fused and isinstance(fused.head, FoldedLinear)
-        for module in fused.modules():
-            if isinstance(module, Folded) and next(module.parameters()).device.type in ("cpu", "cuda"):
-                module.pack()
-        return fused.eval().requires_grad_(False)
+        return fused

@@ -59,7 +59,7 @@ class FeatureExtractor(nn.Module):
     Args:
         body: the network. Its layers are used, not copied; its head and the stages after the last one of ``stages`` are
             left out. It may be fused.
-        stages: numbers of the stages whose maps are wanted, from 0, ascending.
+        stages: numbers of the stages whose maps are wanted, from 0, ascending; None for all.
         norm_eval: every BatchNorm uses its running statistics, also in training, and never updates them. Its weight and
             bias are still trained. Detectors are trained so: their batches are too small for statistics.
         frozen_stages: -1 trains everything, 0 freezes the stem (``patch_embed``), and k > 0 freezes the stem and the
@@ -79,11 +79,16 @@ class FeatureExtractor(nn.Module):
     """
 
     def __init__(
-        self, body: MobileMamba, stages: Sequence[int] = (0, 1, 2), *, norm_eval: bool = False, frozen_stages: int = -1
+        self,
+        body: MobileMamba,
+        stages: Sequence[int] | None = None,
+        *,
+        norm_eval: bool = False,
+        frozen_stages: int = -1,
     ) -> None:
         super().__init__()
         count = len(body.stages)
-        numbers: list[int] = list(checks.integers("stages", stages, least=0))
+        numbers = list(range(count)) if stages is None else list(checks.integers("stages", stages, least=0))
         if numbers != sorted(set(numbers)) or numbers[-1] >= count:
             raise ValueError(f"stages: expected ascending numbers of stages from 0 to {count - 1}, got {stages!r:.100}")
         norm_eval = checks.flag("norm_eval", norm_eval)

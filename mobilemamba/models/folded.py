@@ -1,12 +1,12 @@
 """Folded layers, which ``fuse()`` makes, and the rules for folding: what may be folded, and how."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import depthwise_conv2d, pack_conv2d_weight, packed_conv2d
+from ..ops import depthwise_conv2d, pack_conv2d_weight, packed_conv2d, quantize_conv2d_weight
 
 __all__ = [
     "ChannelAffine",
@@ -37,11 +37,19 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
 def check_foldable(model: nn.Module) -> None:
     """Refuse layers that do more than :func:`fold_batchnorm` knows of: their hooks or changes would be lost.
 
+    A layer's attribute ``unfolded`` has the names of its children that are called as they are, such as a user's mixer.
+
     Raises:
         ValueError: a part of a layer has hooks, or is of a class that is neither torch's nor this package's.
     """
-    for name, layer in model.named_modules():
+    modules = list(model.named_modules())
+    called = tuple(
+        f"{name}.{child}.".lstrip(".") for name, layer in modules for child in getattr(layer, "unfolded", ())
+    )
+    for name, layer in modules:
         for inner, part in layer.named_modules(prefix=name) if hasattr(layer, "fold") else ():
+            if f"{inner}.".startswith(called) and not f"{name}.".startswith(called):
+                continue
             if part._forward_hooks or part._forward_pre_hooks:
                 raise ValueError(
                     f"fuse: {inner} has hooks, which the fused layer would not run; remove them before "
@@ -97,9 +105,13 @@ class Folded(nn.Module):
     The other parameters are small: 16 bits would cost accuracy and save no time. So they stay float32 if the layer is
     cast to 16 bits. ``pack`` replaces the matrices by copies in the memory order of the CPU kernel. A memory format
     passed to ``to`` does not change the memory order of a parameter.
+
+    ``sources`` has for each matrix that may be quantized the name of the layer, among those that were folded, whose
+    input it multiplies; an empty name stands for the layer itself.
     """
 
     matrices: tuple[str, ...] = ()
+    sources: dict[str, str] = {}  # noqa: RUF012  (TorchScript knows no ClassVar)
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,12 +133,16 @@ class Folded(nn.Module):
         return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def pack(self) -> None:
+    def pack(self, scales: Mapping[str, tuple[float, int]] | None = None) -> None:
+        """Pack the matrices, or quantize those whose input has a scale and a zero point in ``scales``."""
         if not self.packed:
             for name in self.matrices:
                 weight = getattr(self, name)
                 kernel = weight if weight.dim() == 4 else weight[:, :, None, None]
-                setattr(self, name, nn.Parameter(pack_conv2d_weight(kernel), weight.requires_grad))
+                if scales and name in scales:
+                    setattr(self, name, nn.Parameter(quantize_conv2d_weight(kernel, *scales[name]), False))
+                else:
+                    setattr(self, name, nn.Parameter(pack_conv2d_weight(kernel), weight.requires_grad))
             self.packed = True
 
 
@@ -134,6 +150,7 @@ class DenseConv2d(Folded):
     """A folded convolution with activation."""
 
     matrices = ("weight",)
+    sources = {"weight": ""}  # noqa: RUF012
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int, activation: str) -> None:
         super().__init__()

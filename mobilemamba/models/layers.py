@@ -282,6 +282,7 @@ class FoldedFFN(Folded):
     """An :class:`FFN` whose convolutions are folded, with one more residual, as one operator."""
 
     matrices = ("expand_weight", "project_weight")
+    sources = {"expand_weight": "expand", "project_weight": "project"}  # noqa: RUF012
 
     def __init__(self, expand: DenseConv2d, project: DenseConv2d) -> None:
         super().__init__()

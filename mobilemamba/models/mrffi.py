@@ -1,145 +1,38 @@
 """MRFFI, the multi-receptive-field feature interaction: global, local and identity parts of the channels."""
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import bidirectional_scan, depthwise_conv2d, haar_conv2d, mrffi
+from ..ops import mrffi
 from . import checks
 from .folded import Folded, are_plain, in_order
+from .global_part import WaveletMamba, WaveletMixer
 from .layers import ConvNorm
+from .mixers import Mixer, make_mixer
 
-__all__ = ["MRFFI", "SS2D", "HaarConv2d", "MultiKernelDepthwise", "WaveletMamba", "split_channels"]
+__all__ = ["MRFFI", "FoldedMRFFI", "FoldedParts", "MultiKernelDepthwise", "split_channels"]
 
 
 def split_channels(dim: int, global_ratio: float, local_ratio: float) -> tuple[int, int, int]:
     """Widths of the (global, local, identity) parts of ``dim`` channels; they sum to ``dim``.
 
     The global part is ``global_ratio * dim`` to the nearest multiple of 16, a tie going up. The local part is
-    ``local_ratio * dim``, or what the global part leaves where that is less; the identity part is the rest.
+    ``local_ratio * dim``, or what the global part leaves where that is less; the identity part is the rest. A
+    ``global_ratio`` of 0 leaves the global part out.
     """
     dim = checks.integer("dim", dim)
     global_ratio, local_ratio = checks.real("global_ratio", global_ratio), checks.real("local_ratio", local_ratio)
     global_dim = (int(global_ratio * dim) + 8) // 16 * 16
-    if not 0 < global_dim <= dim:
+    if not (0 < global_dim <= dim or global_ratio == 0):
         raise ValueError(
             f"global_ratio={global_ratio} of {dim} channels gives a global part of {global_dim} channels; "
-            f"expected at least 16 and at most {dim}, in multiples of 16"
+            f"expected at least 16 and at most {dim}, in multiples of 16, or a ratio of 0"
         )
     local_dim = min(int(local_ratio * dim), dim - global_dim)
     return global_dim, local_dim, dim - global_dim - local_dim
-
-
-class SS2D(nn.Module):
-    """Two-direction selective scan over the row-major pixel sequence, with its projections and gate.
-
-    ``(B, C, H, W) -> (B, C, H, W)``. The inner width is ``ssm_ratio * dim``, the rank of the step size
-    ``ceil(dim / 16)``, the state size ``d_state``.
-    """
-
-    def __init__(self, dim: int, ssm_ratio: float = 2.0, d_state: int = 1) -> None:
-        super().__init__()
-        self.inner = int(checks.real("ssm_ratio", ssm_ratio) * dim)
-        if self.inner < 1:
-            raise ValueError(f"ssm_ratio: expected at least one inner channel of {dim} channels, got {ssm_ratio}")
-        d_state = checks.integer("d_state", d_state)
-        self.rank, self.d_state = math.ceil(dim / 16), d_state
-        self.in_proj = ConvNorm(dim, 2 * self.inner)
-        self.conv = nn.Conv2d(self.inner, self.inner, 3, padding=1, groups=self.inner)
-        self.x_proj = nn.Parameter(torch.empty(2, self.rank + 2 * d_state, self.inner))
-        self.dt_weight = nn.Parameter(0.1 * torch.rand(2, self.inner, self.rank))
-        self.dt_bias = nn.Parameter(0.1 * torch.rand(2, self.inner))
-        self.A_log = nn.Parameter(torch.zeros(2, self.inner, d_state))
-        self.D = nn.Parameter(torch.ones(2, self.inner))
-        self.norm = nn.LayerNorm(self.inner)
-        self.out_proj = ConvNorm(self.inner, dim)
-        nn.init.uniform_(self.x_proj, -(self.inner**-0.5), self.inner**-0.5)  # nn.Linear's default
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(self._gated(x))
-
-    def _gated(self, x: Tensor) -> Tensor:
-        """All but the last projection: ``(B, C, H, W) -> (B, inner, H, W)``."""
-        batch, _, height, width = x.shape
-        u, z = self.in_proj(x).split(self.inner, dim=1)
-        u = self._convolved(u)
-        projected = F.linear(u.permute(0, 2, 3, 1), self.x_proj.flatten(0, 1))
-        projected = projected.reshape(batch, height * width, 2, self.rank + 2 * self.d_state).permute(0, 2, 3, 1)
-        delta, B, C = projected.split([self.rank, self.d_state, self.d_state], dim=2)
-        y = bidirectional_scan(u.flatten(2), delta, self.A_log, B, C, self.D, self.dt_weight, self.dt_bias)
-        y = self.norm(y.transpose(1, 2)) * F.silu(z.flatten(2).transpose(1, 2))
-        return y.transpose(1, 2).view(batch, self.inner, height, width)
-
-    def _convolved(self, u: Tensor) -> Tensor:
-        conv = self.conv
-        if not torch.jit.is_scripting():
-            if not are_plain(nn.Conv2d, conv):
-                return F.silu(conv(u))
-        return depthwise_conv2d(u, conv.weight, conv.bias, activation="silu")
-
-
-class HaarConv2d(nn.Module):
-    """Depthwise convolution of the Haar sub-bands with a learned scale. ``(B, C, H, W) -> (B, C, H, W)``."""
-
-    def __init__(self, dim: int, kernel: int) -> None:
-        super().__init__()
-        kernel = checks.odd("wavelet_kernel", kernel)
-        self.weight = nn.Parameter(torch.empty(4 * dim, 1, kernel, kernel))
-        self.scale: nn.Parameter | None = nn.Parameter(torch.full((4 * dim,), 0.1))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Conv2d's default
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        if self.scale is not None:
-            weight = weight * self.scale[:, None, None, None]
-        return haar_conv2d(x, weight)
-
-    @torch.no_grad()
-    def fold(self) -> nn.Module:
-        if self.scale is None:
-            return self
-        self.weight = nn.Parameter(self.weight * self.scale[:, None, None, None])
-        self.scale = None
-        return self
-
-
-class WaveletMamba(nn.Module):
-    """The global part (WTE-Mamba): scaled SS2D plus the Haar convolution. ``(B, C, H, W) -> (B, C, H, W)``."""
-
-    def __init__(self, dim: int, kernel: int, ssm_ratio: float = 2.0, d_state: int = 1) -> None:
-        super().__init__()
-        self.ss2d = SS2D(dim, ssm_ratio, d_state)
-        self.base_scale: nn.Parameter | None = nn.Parameter(torch.ones(dim))
-        self.wavelet = HaarConv2d(dim, kernel)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if self._trains_as_one(x):
-                gated = self.ss2d._gated(x)
-                return self.ss2d.out_proj._train_as_one(gated, self.wavelet(x), "none", self.base_scale)
-        y = self.ss2d(x)
-        if self.base_scale is not None:
-            y = y * self.base_scale[:, None, None]
-        return y + self.wavelet(x)
-
-    @torch.jit.unused
-    def _trains_as_one(self, x: Tensor) -> bool:
-        """Whether the operator of the last projection may apply the scale and add the wavelet part."""
-        ss2d = self.ss2d
-        return are_plain(SS2D, ss2d) and are_plain(ConvNorm, ss2d.out_proj) and ss2d.out_proj._trains_as_one(x)
-
-    @torch.no_grad()
-    def fold(self) -> nn.Module:
-        if self.base_scale is None:
-            return self
-        out_proj: Any = self.ss2d.out_proj  # folded already: a matrix product with bias
-        out_proj.weight *= self.base_scale[:, None, None, None]
-        out_proj.bias *= self.base_scale
-        self.base_scale = None
-        return self
 
 
 # after folding: where in a group bias, scale and shift are
@@ -194,8 +87,11 @@ class MultiKernelDepthwise(nn.Module):
         if len(self.groups) == 0:
             return _parameters(like.new_empty(0, 1, 1, 1), *(like.new_empty(0) for _ in range(3)))
         groups: Any = self.groups
-        size = max(group[0].weight.size(3) for group in groups)
-        kernels = [F.pad(group[0].weight, [(size - group[0].weight.size(3)) // 2] * 4) for group in groups]
+        weights = [group[0].weight for group in groups]
+        # a kernel of size 1 was folded to a factor for each channel
+        weights = [weight if weight.dim() == 4 else weight[:, None, None, None] for weight in weights]
+        size = max(weight.size(3) for weight in weights)
+        kernels = [F.pad(weight, [(size - weight.size(3)) // 2] * 4) for weight in weights]
         biases, scales, shifts = ([getattr(group[i], name) for group in groups] for i, name in FOLDED_GROUP)
         return _parameters(torch.cat(kernels), torch.cat(biases), torch.cat(scales), torch.cat(shifts))
 
@@ -206,13 +102,15 @@ class MRFFI(nn.Module):
     ``BN(1x1(ReLU(concat(global(x_G), local(x_P), x_I))))`` with the channels divided by :func:`split_channels`.
 
     Args:
-        dim: channels C, at least 16 (the global part is a multiple of 16).
-        global_ratio: share of the channels for the wavelet-enhanced scan.
-        local_ratio: share of the channels for the depthwise kernels.
-        wavelet_kernel: kernel size on the Haar sub-bands, odd.
+        dim: channels C, at least 16 if there is a global part (it is a multiple of 16).
+        global_ratio: share of the channels for the wavelet-enhanced scan; 0 for none.
+        local_ratio: share of the channels for the depthwise kernels; 0 for none, 1 for all that the global part leaves.
+        wavelet_kernel: kernel size on the Haar sub-bands, odd; 0 for no wavelet part.
         local_kernels: kernel sizes of the local part, one per channel group, odd.
         ssm_ratio: inner width of the scan over the width of the global part.
         d_state: state size N of the scan.
+        directions: of the scan; 1 for the one from the first pixel to the last one alone.
+        mixer: as for :class:`MobileMamba`.
 
     Source: "MobileMamba" (arXiv 2411.15941), section 3.3.
     """
@@ -226,11 +124,19 @@ class MRFFI(nn.Module):
         local_kernels: tuple[int, ...],
         ssm_ratio: float = 2.0,
         d_state: int = 1,
+        directions: int = 2,
+        mixer: Mixer = "mamba",
     ) -> None:
         super().__init__()
         dim = checks.integer("dim", dim)
         self.split = split_channels(dim, global_ratio, local_ratio)
-        self.global_part = WaveletMamba(self.split[0], wavelet_kernel, ssm_ratio, d_state)
+        global_part: nn.Module = nn.Identity()
+        width = self.split[0]
+        if width and mixer == "mamba":
+            global_part = WaveletMamba(width, wavelet_kernel, ssm_ratio, d_state, directions)
+        elif width:
+            global_part = WaveletMixer(make_mixer(mixer, width), width, wavelet_kernel)
+        self.global_part = global_part  # in two steps: torch.jit.script warns of an annotated attribute of self
         self.local_part = MultiKernelDepthwise(self.split[1], local_kernels)
         self.proj = ConvNorm(dim, dim, norm_init=0.0)
 
@@ -240,13 +146,34 @@ class MRFFI(nn.Module):
         return self.proj(mixed.relu_(), residual)
 
     def fold(self) -> nn.Module:
-        return FoldedMRFFI(self)
+        """One operator; the folded parts where there is no scan."""
+        return FoldedMRFFI(self) if isinstance(self.global_part, WaveletMamba) else FoldedParts(self)
+
+
+class FoldedParts(nn.Module):
+    """An :class:`MRFFI` without a scan, with folded layers. ``(B, C, H, W) -> (B, C, H, W)``."""
+
+    def __init__(self, block: MRFFI) -> None:
+        super().__init__()
+        self.split = block.split
+        self.global_part, self.local_part, self.proj = block.global_part, block.local_part, block.proj
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x_global, x_local, x_identity = x.split(self.split, dim=1)
+        mixed = torch.cat([self.global_part(x_global), self.local_part(x_local), x_identity], dim=1)
+        y = self.proj(mixed.relu_())
+        return y if residual is None else y + residual
 
 
 class FoldedMRFFI(Folded):
     """An :class:`MRFFI` whose parts are folded, as one operator. ``(B, C, H, W) -> (B, C, H, W)``."""
 
     matrices = ("in_weight", "x_weight", "out_weight", "proj_weight")
+    sources = {  # noqa: RUF012
+        "in_weight": "global_part.ss2d.in_proj",
+        "out_weight": "global_part.ss2d.out_proj",
+        "proj_weight": "proj",
+    }
 
     @torch.no_grad()
     def __init__(self, block: MRFFI) -> None:

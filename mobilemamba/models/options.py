@@ -5,6 +5,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
+from torch import nn
 from typing_extensions import TypedDict
 
 from .backbone import MobileMamba
@@ -20,15 +21,17 @@ class ModelOptions(TypedDict, total=False):
     num_classes: int
     in_chans: int
     distillation: bool
-    widths: tuple[int, int, int]
-    depths: tuple[int, int, int]
-    global_ratios: tuple[float, float, float]
-    local_ratios: tuple[float, float, float]
-    wavelet_kernels: tuple[int, int, int]
-    local_kernels: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    global_ratios: tuple[float, ...]
+    local_ratios: tuple[float, ...]
+    wavelet_kernels: tuple[int, ...]
+    local_kernels: tuple[tuple[int, ...], ...]
     patch_strides: tuple[int, ...]
     ssm_ratio: float
     d_state: int
+    directions: int
+    mixer: str | Callable[[int], nn.Module]
     drop_path_rate: float
 
 

@@ -11,11 +11,10 @@ from .operators import (
     ffn_norm,
     haar_conv2d,
     mrffi,
-    pack_conv2d_weight,
-    packed_conv2d,
     patch_embedding,
     patch_merging,
 )
+from .packed import pack_conv2d_weight, packed_conv2d, quantize_conv2d_weight
 
 __all__ = [
     "MRFFI_WEIGHTS",
@@ -31,4 +30,5 @@ __all__ = [
     "packed_conv2d",
     "patch_embedding",
     "patch_merging",
+    "quantize_conv2d_weight",
 ]

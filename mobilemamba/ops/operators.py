@@ -24,8 +24,6 @@ __all__ = [
     "ffn_norm",
     "haar_conv2d",
     "mrffi",
-    "pack_conv2d_weight",
-    "packed_conv2d",
     "patch_embedding",
     "patch_merging",
 ]
@@ -228,52 +226,6 @@ def ffn_norm(
         project_eps,
     )
     return y, expand_mean, expand_var, project_mean, project_var
-
-
-def pack_conv2d_weight(weight: Tensor) -> Tensor:
-    """Packs the weight ``(out_channels, in_channels, k, k)`` of a convolution for :func:`packed_conv2d`.
-
-    Returns:
-        ``(ceil(out_channels / 32), ceil(in_channels * k * k / 2), 32, 2)``, filled up with zeros.
-    """
-    return torch.ops.mobilemamba.pack_conv2d_weight(weight)
-
-
-def packed_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None = None,
-    kernel_size: int = 1,
-    stride: int = 1,
-    activation: str = "none",
-) -> Tensor:
-    """Convolution with bias, activation and residual: ``activation(conv(input) + bias) + residual``.
-
-    It has zero padding of ``kernel_size // 2`` on every side. The weight has the memory order of the CPU kernel.
-
-    Args:
-        input: ``(batch, in_channels, height, width)`` with at least one channel; float16, bfloat16, float32 or
-            float64, any strides. Channels-last, or a slice of its channels, is the fast layout; other layouts are
-            copied to it first.
-        weight: packed by :func:`pack_conv2d_weight`, in the dtype of ``input``.
-        bias: ``(out_channels,)``, at least one, in the dtype of ``input``, or float32 beside a float16 or bfloat16
-            ``input``.
-        residual: added last; of the output's shape, in the dtype of ``input``.
-        kernel_size: of the weight before packing, odd.
-        stride: of the convolution, at least 1.
-        activation: ``"none"`` or ``"relu"``.
-
-    Returns:
-        ``(batch, out_channels, ceil(height / stride), ceil(width / stride))`` in the dtype of ``input``, channels-last
-        in memory. Sums are kept in float32 (float64 for float64). Differentiable in every tensor argument;
-        deterministic.
-
-    Raises:
-        RuntimeError: a shape, dtype, device, size or activation is not an expected one; the message names the argument
-            and both values.
-    """
-    return torch.ops.mobilemamba.packed_conv2d(input, weight, bias, residual, kernel_size, stride, activation)
 
 
 def ffn(

@@ -3,7 +3,7 @@
 from .config import TrainConfig
 from .detection import DetectionResult, evaluate_detector
 from .distillation import open_teacher
-from .evaluation import Result, evaluate
+from .evaluation import Result, evaluate, evaluate_outputs
 from .finetuning import FREEZABLE, freeze, freeze_norms
 from .interruption import EXIT_CODE, Interrupted
 from .loop import train
@@ -23,6 +23,7 @@ __all__ = [
     "TrainConfig",
     "evaluate",
     "evaluate_detector",
+    "evaluate_outputs",
     "evaluate_segmenter",
     "freeze",
     "freeze_norms",

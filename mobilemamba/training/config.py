@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from .. import downstream
 from ..data import Augmentation
 from ..data.datasets import ON_BAD_IMAGE
+from ..models import checks
+from ..models.options import ModelOptions
 from ..models.presets import PRESETS, check_preset
 from ..weights import entry
 from .finetuning import FREEZABLE
@@ -40,8 +42,8 @@ OF_TASKS = {
         *("mixup", "cutmix", "mix_prob", "mix_switch", "label_smoothing"),
         *("teacher", "teacher_mean", "teacher_std", "teacher_size", "distill", "temperature", "distill_weight"),
     ),
-    "detect": ("kind", "model_options", "norm_eval", "frozen_stages", "scale", "photometric", "iou_crop"),
-    "segment": ("kind", "model_options", "norm_eval", "frozen_stages", "scale", "photometric", "reduce_zero_label"),
+    "detect": ("kind", "norm_eval", "frozen_stages", "scale", "photometric", "iou_crop"),
+    "segment": ("kind", "norm_eval", "frozen_stages", "scale", "photometric", "reduce_zero_label"),
 }
 
 #: Keys of ``model_options``, and of its ``backbone_options``, that another option determines.
@@ -52,6 +54,13 @@ DETERMINED = {
     "pretrained_backbone": "pretrained",
     "size": "image_size",
     "min_size": "image_size",
+}
+DETERMINED_OF_CLASSIFIER = {
+    "num_classes": "data",
+    "in_chans": "data",
+    "widths": "widths",
+    "drop_path_rate": "drop_path",
+    "distillation": "teacher",
 }
 DETERMINED_OF_BACKBONE = {
     "norm_eval": "norm_eval",
@@ -92,10 +101,12 @@ class TrainConfig:
         "segment (default: the first one)",
     )
     model: str = option("nano", "preset of the model; of its backbone, for detectors and segmenters")
-    widths: tuple[int, ...] | None = option(None, "channels of the three stages, such as 96,192,256, for other widths")
+    widths: tuple[int, ...] | None = option(None, "channels of the stages, such as 96,192,256, for other widths")
     pretrained: str | None = option(None, "weights to start from: plain, distilled, or the path of a checkpoint")
     model_options: str = option(
-        "", "further arguments of the detector or segmenter as JSON, such as '{\"box_batch_size_per_image\": 128}'"
+        "",
+        'further arguments of the classifier, detector or segmenter as JSON, such as \'{"mixer": "ttt"}\' or '
+        "'{\"box_batch_size_per_image\": 128}'",
     )
     norm_eval: bool | None = option(
         None, "the backbone's BatchNorm keeps its statistics (default: in RetinaNet and Mask R-CNN with --pretrained)"
@@ -202,7 +213,10 @@ class TrainConfig:
         for name in ("label_smoothing", "ema_decay", "drop_path", "crop_scale", "erase", "mix_prob", "mix_switch"):
             self.check(name, "from 0 to 1", 0 <= getattr(self, name) <= 1)
         self.check("seed", "from 0 up to 2**40", 0 <= self.seed < 2**40)
-        self.check("widths", "three numbers", self.widths is None or len(self.widths) == 3)
+        if self.widths is not None and self.task == "classify":
+            depths = checks.integers("depths", self.arguments.get("depths", PRESETS[self.model]["depths"]), least=0)
+            fits = len(self.widths) == len(depths)
+            self.check("widths", f"{len(depths)} numbers, one for each stage", fits)
         self.check("frozen_stages", "from -1 to 3", -1 <= self.frozen_stages <= 3)
         scale = self.scale is None or (len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] < math.inf)
         self.check("scale", "a smallest and a largest factor above 0, such as 0.5,2", scale)
@@ -221,9 +235,15 @@ class TrainConfig:
     def check_arguments(self) -> None:
         """Refuse :attr:`model_options` that are no JSON, and those that another option determines."""
         given, inner = self.arguments, self.arguments.get("backbone_options", {})
-        if not isinstance(inner, dict):
+        if self.task == "classify":
+            determined = [(given, DETERMINED_OF_CLASSIFIER)]
+            for name in given.keys() - ModelOptions.__annotations__.keys():
+                raise ValueError(f"model_options: expected arguments of MobileMamba, got '{name}'")
+        elif isinstance(inner, dict):
+            determined = [(given, DETERMINED), (inner, DETERMINED_OF_BACKBONE)]
+        else:
             raise ValueError(f"model_options: backbone_options: expected a JSON object, got {inner!r}")
-        for names, known in ((given, DETERMINED), (inner, DETERMINED_OF_BACKBONE)):
+        for names, known in determined:
             for name in names:
                 if name in known:
                     option = known[name].replace("_", "-")
@@ -284,4 +304,6 @@ class TrainConfig:
         two_heads = self.pretrained == "distilled" or (self.teacher and self.distill == "hard")
         if self.task == "classify" and two_heads:
             options["distillation"] = True
+        if self.task == "classify":
+            options |= self.arguments
         return options

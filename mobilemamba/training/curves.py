@@ -1,23 +1,12 @@
-"""Curves of runs: reads their logs, and draws loss and accuracy, AP or mIoU over the epochs."""
+"""Curves of runs: reads loss and accuracy, AP or mIoU by epoch from their logs."""
 
-import io
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..weights.files import atomic_write
 from .config import MEASURES
 
-__all__ = ["SUFFIXES", "Curves", "draw", "read_curves"]
-
-SUFFIXES = (".png", ".svg")
-
-#: Colours that people with any colour vision tell apart: Okabe and Ito (2008), without yellow and black.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-LINES = ("-", "--", "-.", ":")  # the next one after each round of colours
+__all__ = ["Curves", "read_curves"]
 
 
 @dataclass
@@ -107,78 +96,3 @@ def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"expected a number, got {value!r}")
     return value
-
-
-def draw(runs: Sequence[Curves], target: Path) -> None:
-    """Draw the loss and the accuracy, AP or mIoU of ``runs`` side by side, with one legend.
-
-    Args:
-        runs: at least one with an epoch; runs without one are only in the legend.
-        target: the file to write; its name ends with ``.png`` or ``.svg``.
-
-    Raises:
-        ValueError: the name has another ending, or no run has an epoch.
-        ImportError: matplotlib is missing.
-        OSError: the file cannot be written.
-    """
-    if target.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{target}: expected a name that ends with {' or '.join(SUFFIXES)}")
-    if not any(run.loss for run in runs):
-        raise ValueError(f"{', '.join(str(run.path) for run in runs)}: expected a finished epoch, got none so far")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent}: no such folder to write {target.name} into")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
-    except ImportError as error:
-        raise ImportError("plot needs matplotlib: pip install '.[train]'") from error
-
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "0.4",
-        "axes.grid": True,
-        "grid.color": "0.9",
-        "axes.axisbelow": True,
-        "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": "mobilemamba",  # equal curves give equal files
-    }
-    columns = 1 if len(runs) == 1 else 2
-    rows = math.ceil(len(runs) / columns)
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(10, 4.2 + 0.22 * rows), layout="constrained")
-        panels = figure.subplots(1, 2)
-        handles = []
-        longest = max(len(run.loss) for run in runs)
-        for i, (run, name) in enumerate(zip(runs, _distinct_names(runs), strict=True)):
-            look = {
-                "color": COLOURS[i % len(COLOURS)],
-                "linestyle": LINES[i // len(COLOURS) % len(LINES)],
-                "linewidth": 1.8,
-                "marker": "o" if longest <= 40 or len(run.loss) <= 1 else "",
-                "markersize": 3.5,
-            }
-            for panel, values in zip(panels, (run.loss, run.accuracy), strict=True):
-                epochs = sorted(values)
-                (line,) = panel.plot(epochs, [values[epoch] for epoch in epochs], **look)
-            line.set_label(f"{name}  ({run.state})")
-            handles.append(line)
-        measures = ", ".join(dict.fromkeys(run.measure for run in runs))
-        for panel, title in zip(panels, ("training loss", f"test {measures}"), strict=True):
-            panel.set_title(title, loc="left")
-            panel.set_xlabel("epoch")
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panels[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-        content = io.BytesIO()
-        metadata = {"Date": None} if target.suffix.lower() == ".svg" else {}
-        figure.savefig(content, format=target.suffix[1:].lower(), dpi=150, metadata=metadata)
-    atomic_write(target, lambda temporary: Path(temporary).write_bytes(content.getvalue()))
-
-
-def _distinct_names(runs: Sequence[Curves]) -> list[str]:
-    """The runs' names; where several are the same, their paths."""
-    names = [run.name for run in runs]
-    return [str(run.path) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]

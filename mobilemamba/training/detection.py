@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.coco import CocoImages, mask_library
+from ..data.coco import CocoImages
 from ..data.joint import as_tensors
 from ..data.loading import evaluation_batches
+from ..data.masks import mask_library
+from ..downstream.finite import refuse_infinite
 from .log import progress as progress_line
 from .processes import ALONE, Processes
 
@@ -71,12 +73,13 @@ def evaluate_detector(
         progress: as for :func:`evaluate`.
 
     Raises:
+        FloatingPointError: an output of the model is not finite.
         ImportError: pycocotools is missing.
         ValueError: an image or its annotations are bad and bad images are not skipped; no image can be read;
             ``split.masks`` is set and the model finds no masks; or the model has more classes than ``split``.
     """
     library = mask_library()
-    device, fused = next(model.parameters()).device, model.fuse()  # type: ignore[operator]
+    device, fused = next(model.parameters()).device, refuse_infinite(model.fuse())  # type: ignore[operator]
     start = time.perf_counter()
     batches = evaluation_batches(
         split, as_tensors, batch_size=batch_size, share=processes.share, workers=workers, pin=device.type == "cuda"

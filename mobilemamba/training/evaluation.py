@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..data.loading import evaluation_batches
 from ..models import MobileMamba
 from .log import progress as progress_line
 
-__all__ = ["Result", "evaluate"]
+__all__ = ["Result", "evaluate", "evaluate_outputs"]
 
 
 @dataclass(frozen=True)
@@ -82,20 +83,45 @@ class Result:
 
 @torch.inference_mode()
 def evaluate(
-    model: MobileMamba,
+    model: MobileMamba, split: Split, preprocessing: Preprocessing, batch_size: int = 128, **options: Any
+) -> Result:
+    """Count the images of ``split`` that ``model.fuse()`` has right, as :func:`evaluate_outputs` does.
+
+    Args:
+        model: on any device, in any floating-point type; the images follow it.
+        split, preprocessing, batch_size, options: as of :func:`evaluate_outputs`.
+
+    Raises:
+        ValueError: the images have other channels than the model; and as :func:`evaluate_outputs`.
+        FloatingPointError: an output of the model is not finite.
+    """
+    preprocessing.check_channels(model.in_chans)
+    first, fused = next(model.parameters()), model.fuse()
+
+    def logits(images: Tensor) -> Tensor:
+        return fused(images.to(first.dtype))
+
+    return evaluate_outputs(logits, model.num_classes, split, preprocessing, batch_size, device=first.device, **options)
+
+
+@torch.inference_mode()
+def evaluate_outputs(
+    logits_of: Callable[[Tensor], Tensor],
+    classes: int,
     split: Split,
     preprocessing: Preprocessing,
     batch_size: int = 128,
     *,
+    device: torch.device | str = "cpu",
     workers: int = 0,
     share: tuple[int, int] = (0, 1),
     confusion: bool = False,
     progress: Callable[[int, int, float], str] | None = None,
 ) -> Result:
-    """Count the images of ``split`` that ``model.fuse()`` has right. Bad images that are skipped do not count.
+    """Count the images of ``split`` whose largest output is of their class. Bad images that are skipped do not count.
 
     Args:
-        model: on any device, in any floating-point type; the images follow it.
+        logits_of: normalised float32 images ``(B, C, H, W)`` on ``device`` -> logits ``(B, classes)``.
         preprocessing: resizes, crops and normalises the images.
         batch_size: images per forward pass.
         workers: processes that decode; 0 decodes here.
@@ -105,29 +131,26 @@ def evaluate(
             done, the number of all batches and the seconds.
 
     Raises:
-        ValueError: the images have other channels or classes than the model; or one cannot be read and bad images are
-            not skipped.
-        FloatingPointError: an output of the model is not finite.
+        ValueError: a class is not below ``classes``; or an image cannot be read and bad images are not skipped.
+        FloatingPointError: an output is not finite.
     """
-    preprocessing.check_channels(model.in_chans)
-    classes = model.num_classes
+    device = torch.device(device)
     if len(split.labels) and not 0 <= int(split.labels.min()) <= int(split.labels.max()) < classes:
         raise ValueError(f"labels: expected classes from 0 to {classes - 1}, got {int(split.labels.max())}")
-    first, fused = next(model.parameters()), model.fuse()
     images, right, right5, predicted = (torch.zeros(classes, dtype=torch.int64) for _ in range(4))
     matrix = torch.zeros(classes, classes, dtype=torch.int64) if confusion else None
     expected = len(range(share[0], len(split.labels), share[1]))
     start = time.perf_counter()
     batches = evaluation_batches(
-        split, preprocessing, batch_size=batch_size, share=share, workers=workers, pin=first.is_cuda
+        split, preprocessing, batch_size=batch_size, share=share, workers=workers, pin=device.type == "cuda"
     )
     if progress is not None:
         batches = progress_line(batches, progress, math.ceil(expected / batch_size))
     for pixels, labels in batches:
-        pixels = pixels.to(first.device, non_blocking=True)
-        logits = fused(preprocessing.normalize(pixels).to(first.dtype))
+        pixels = pixels.to(device, non_blocking=True)
+        logits = logits_of(preprocessing.normalize(pixels))
         if not logits.isfinite().all():
-            raise FloatingPointError(f"expected finite outputs of the model, got others in {first.dtype}")
+            raise FloatingPointError(f"expected finite outputs of the model, got others in {logits.dtype}")
         top = logits.topk(min(5, classes)).indices.cpu()
         hits = top == labels[:, None]
         images += labels.bincount(minlength=classes)

@@ -59,7 +59,7 @@ def freeze(model: MobileMamba, part: str) -> None:
     """Keep a part of ``model`` as it is, in place: parameters, running statistics, and no stochastic depth in it.
 
     Args:
-        part: ``"stem"`` (the patch embedding), ``"stages"`` (the three stages without the stem), ``"all-but-head"``
+        part: ``"stem"`` (the patch embedding), ``"stages"`` (all stages without the stem), ``"all-but-head"``
             (both), or ``"none"``.
 
     Raises:

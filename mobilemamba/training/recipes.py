@@ -89,12 +89,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Random weights, and images of the published size
     "detect": {"task": "detect", "batch_size": 16, "lr": 1e-3, "ema_decay": 0.99},
     "segment": {"task": "segment", "batch_size": 16, "lr": 1e-3, "ema_decay": 0.99, "photometric": True},
-    # Half an hour each on two cores (docs/downstream.md)
+    # About half an hour each on two cores (docs/downstream.md)
     "shapes-retinanet": {
         **_SHAPES,
         "task": "detect",
         "kind": "retinanet",
-        "epochs": 16,
+        "epochs": 12,
         "batch_size": 4,
         "ema_decay": 0.998,
         "model_options": '{"pyramid_channels": 96, "backbone_options": {"patch_strides": [2, 2, 2]}}',
@@ -114,7 +114,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         **_SHAPES,
         "task": "segment",
         "kind": "semantic_fpn",
-        "epochs": 12,
+        "epochs": 18,
         "batch_size": 8,
         "ema_decay": 0.995,
         "model_options": '{"pyramid_channels": 96, "channels": 64}',

@@ -14,6 +14,7 @@ from ..data.joint import SegmentationTransform
 from ..data.loading import evaluation_batches
 from ..data.mask_folder import IGNORED, MaskFolder
 from ..downstream.checkpoint import Preparation
+from ..downstream.finite import refuse_infinite
 from .log import progress as progress_line
 from .processes import ALONE, Processes
 
@@ -90,13 +91,14 @@ def evaluate_segmenter(
         workers, processes, precision, progress: as for :func:`evaluate_detector`.
 
     Raises:
+        FloatingPointError: an output of the model is not finite.
         ValueError: an image or its mask is bad and bad images are not skipped; no image can be read; or
             the model has other classes than ``split``.
     """
     classes = len(split.labels)
     assert preparation.size is not None
     transform = SegmentationTransform(preparation.size, training=False)
-    device, fused = next(model.parameters()).device, model.fuse()  # type: ignore[operator]
+    device, fused = next(model.parameters()).device, refuse_infinite(model.fuse())  # type: ignore[operator]
     confusion = torch.zeros(classes * classes, dtype=torch.int64)
     seen = 0
     start = time.perf_counter()

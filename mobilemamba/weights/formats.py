@@ -191,10 +191,12 @@ def save(path: PathLike, checkpoint: Checkpoint) -> None:
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
-        ValueError: ``path`` has another ending, the package safetensors is missing, or the preprocessing has another
-            number of channels than the weights.
+        ValueError: ``path`` has another ending, the package safetensors is missing, the preprocessing has another
+            number of channels than the weights, or the mixer is a function, which no file stores.
     """
     path = Path(path)
+    if callable(mixer := checkpoint.model_args.get("mixer")):
+        raise ValueError(f"{path}: model_args: expected the name of a mixer, got {mixer!r:.100}, which no file stores")
     channels = guess_model_args(checkpoint.state_dict).get("in_chans")
     if checkpoint.preprocessing is not None and channels is not None:
         checkpoint.preprocessing.check_channels(channels)

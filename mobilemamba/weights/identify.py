@@ -2,8 +2,9 @@
 
 import inspect
 import re
+import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,16 +13,15 @@ from ..models import PRESETS, MobileMamba
 
 __all__ = ["check_model_args", "fitting_presets", "guess_model_args"]
 
+BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.")
+
 
 def fitting_presets(state_dict: Mapping[str, Tensor]) -> list[str]:
     """The presets with the widths and depths of ``state_dict``. b1, b2 and b4 are one network, so all three fit."""
-
-    def block_count(stage: int) -> int:
-        pattern = re.compile(rf"stages\.{stage}\.blocks\.(\d+)\.")
-        return len({match[1] for match in map(pattern.match, state_dict) if match})
-
-    widths = tuple(_rows(state_dict.get(f"stages.{i}.blocks.0.mixer.proj.conv.weight")) for i in range(3))
-    depths = tuple(map(block_count, range(3)))
+    blocks = {(int(match[1]), int(match[2])) for match in map(BLOCK.match, state_dict) if match}
+    stages = range(1 + max((stage for stage, _ in blocks), default=-1))
+    widths = tuple(_rows(state_dict.get(f"stages.{i}.blocks.0.mixer.proj.conv.weight")) for i in stages)
+    depths = tuple(sum(stage == i for stage, _ in blocks) for i in stages)
     return [name for name, args in PRESETS.items() if (args["widths"], args["depths"]) == (widths, depths)]
 
 
@@ -58,7 +58,14 @@ def check_model_args(stated: Mapping[str, Any]) -> None:
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    """Whether ``value`` has the annotated type ``kind``. JSON turns tuples into lists; an int may stand for a float."""
+    """Whether ``value`` has the annotated type ``kind``. JSON turns tuples into lists; an int may stand for a float.
+
+    No value of a file is a function.
+    """
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_is_a(value, part) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is Callable:
+        return False
     if parts := typing.get_args(kind):
         if not isinstance(value, (list, tuple)):
             return False

@@ -7,7 +7,7 @@ from mobilemamba import MRFFI, MobileMamba, create_model, ops, training, weights
 
 mobilemamba.s6(num_clases=10)  # error: call-arg
 mobilemamba.s6(num_classes="10")  # error: arg-type
-mobilemamba.s6(widths=(48, 96))  # error: arg-type
+mobilemamba.s6(widths=(48, "96"))  # error: arg-type
 mobilemamba.s6(pretrained=1.0)  # error: arg-type
 mobilemamba.s7()  # error: attr-defined
 create_model("s6", local_kernels=(7, 5, 3))  # error: arg-type

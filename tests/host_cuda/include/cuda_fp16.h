@@ -1,13 +1,11 @@
 #pragma once
-#include <c10/util/Half.h>
-
 #include "cuda_runtime.h"
 
-using __half = c10::Half;
+using __half = _Float16;
 
 inline float __half2float(__half x) {
   return x;
 }
 inline __half __float2half_rn(float x) {
-  return x;
+  return static_cast<__half>(x);
 }
