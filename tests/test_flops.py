@@ -1,6 +1,9 @@
 """torch's flop counter on the operators and models: against the unfused forms and the published MACs."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +123,10 @@ def test_backbone() -> None:
 
     assert flops(lambda: fused(x)) == flops(layers) > 0
     assert flops(lambda: fused.forward_features(x)) == flops(layers) - 2 * 2 * fused.num_features * fused.num_classes
+
+
+@pytest.mark.parametrize("imports", ["mobilemamba, torch.utils.flop_counter", "torch.utils.flop_counter, mobilemamba"])
+def test_formulas_are_registered_in_either_order_of_imports(tmp_path: Path, imports: str) -> None:
+    code = f"import {imports}; print(torch.ops.mobilemamba.haar_conv2d in torch.utils.flop_counter.flop_registry)"
+    code += "; import sys; print(sum('mobilemamba' in type(finder).__module__ for finder in sys.meta_path))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True).split() == ["True", "0"]

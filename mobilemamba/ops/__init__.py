@@ -1,6 +1,6 @@
 """The native operators, and what they cost in floating-point operations."""
 
-from . import flops  # noqa: F401  (registers the formulas with torch's counter)
+from . import counting  # noqa: F401  (registers the formulas with torch's counter)
 from .operators import (
     MRFFI_WEIGHTS,
     backbone,

@@ -4,7 +4,8 @@ A formula takes the shapes of an operator's arguments, and ``out_shape``, and re
 the counter's own formulas, a multiplication and the addition after it count two, and activations, biases and norms
 count nothing. A formula counts the operator's definition, not what a kernel repeats or saves, so a model costs the same
 however it is computed. A backward pass counts twice the forward pass: each product has a gradient for both factors.
-Every operator with a kernel needs a formula; the others are counted by the operators that they call.
+Every operator with a kernel needs a formula; the others are counted by the operators that they call. ``counting``
+imports this module when the counter is imported.
 """
 
 from math import prod
