@@ -4,11 +4,12 @@
     python benchmarks/ablations.py --small --log FILE
     python benchmarks/ablations.py --match
 
-All variants have the same epochs, images and seeds. A finished run is a line of the log and is not repeated; a run that
-was stopped goes on from its latest state in the folder ``--runs``. The table follows when all runs are done. "Accuracy"
-is the mean over the seeds with its standard deviation. "Against nano" is the mean of the differences between runs of
-one seed, with the half width of its 95 % interval (Student's t): where zero is outside, the column "nano is better"
-says yes or no. Throughput is that of the fused model, measured by turns; MACs are those of one image before fuse().
+All variants have the same epochs, images, precision and seeds. A finished run is a line of the log and is not
+repeated; a run that was stopped goes on from its latest state in the folder ``--runs``. The table follows when all runs
+are done. "Accuracy" is the mean over the seeds with its standard deviation. "Against nano" is the mean of the
+differences between runs of one seed, with the half width of its 95 % interval (Student's t): where zero is outside, the
+column "nano is better" says yes or no. Throughput is that of the fused model in float32, measured by turns; MACs are
+those of one image before fuse().
 
 ``--match`` searches the widths with which the four-stage network has nano's throughput, instead of training.
 """
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 import mobilemamba
 from mobilemamba.data import fashion_mnist_dir, read_idx
 from mobilemamba.training import TrainConfig, train
+from mobilemamba.training.config import PRECISIONS
 
 BASE = "nano"
 COLUMNS = ["variant", "accuracy, %", "seeds", "against nano", "nano is better", "images/s", "of nano's"]
@@ -76,6 +78,11 @@ class Size:
     epochs: int
     images: int
     seeds: int
+    precision: str = "float32"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "images": self.images, "precision": self.precision}
 
 
 def create(variant: str) -> mobilemamba.MobileMamba:
@@ -95,6 +102,7 @@ def config(variant: str, seed: int, size: Size, data: str) -> TrainConfig:
         data=data,
         seed=seed,
         epochs=size.epochs,
+        precision=size.precision,
         widths=widths and tuple(widths),
         model_options=json.dumps(arguments) if arguments else "",
     )
@@ -140,8 +148,7 @@ class Log:
 
 
 def key_of(variant: str, seed: int, size: Size) -> dict[str, Any]:
-    options = VARIANTS[variant]
-    return {"variant": variant, "options": options, "seed": seed, "epochs": size.epochs, "images": size.images}
+    return {"variant": variant, "options": VARIANTS[variant], "seed": seed, **size.facts}
 
 
 def train_all(variants: list[str], size: Size, log: Log, runs: Path, device: str) -> None:
@@ -153,7 +160,7 @@ def train_all(variants: list[str], size: Size, log: Log, runs: Path, device: str
             if log.accuracy(key) is not None:
                 continue
             print(f"{variant}, seed {seed}", flush=True)
-            out = runs / f"{variant.replace(' ', '-')}-{size.images}-{size.epochs}-{seed}"
+            out = runs / f"{variant.replace(' ', '-')}-{'-'.join(map(str, size.facts.values()))}-{seed}"
             start = time.monotonic()
             resume = (out / "last.pt").exists()
             accuracy = train(config(variant, seed, size, data), out, device, resume, threads=1, workers=0)
@@ -204,7 +211,7 @@ def table(variants: list[str], size: Size, log: Log, args: argparse.Namespace) -
     """Print the results; returns the exit status."""
     images = torch.randn(args.batch, 1, 28, 28, device=args.device)
     speeds = throughputs({name: fused(create(name), args.device) for name in variants}, images, args.rounds)
-    settings = {**common.setting(torch.device(args.device)), "epochs": size.epochs, "images": size.images}
+    settings = {**common.setting(torch.device(args.device)), **size.facts}
     report = common.Report({**settings, "batch": args.batch}, COLUMNS, args.json, None)
     base = _accuracies(BASE, size, log)
     for name in variants:
@@ -245,6 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, help="these beside nano (default: all)")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--images", type=int, default=60000, help="the first ones of the training images")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the training")
     parser.add_argument("--seeds", type=int, default=3, help="seeds from 0 on")
     parser.add_argument("--small", action="store_true", help="1 epoch of 600 images: whether everything runs")
     parser.add_argument("--log", type=Path, default=Path("ablations.jsonl"), help="finished runs")
@@ -262,7 +270,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.match:
         match(args)
         return 0
-    size = Size(1, 600, args.seeds) if args.small else Size(args.epochs, args.images, args.seeds)
+    epochs, images = (1, 600) if args.small else (args.epochs, args.images)
+    size = Size(epochs, images, args.seeds, args.precision)
     variants = [name for name in VARIANTS if name == BASE or args.variant is None or name in args.variant]
     log = Log(args.log)
     train_all(variants, size, log, args.runs, args.device)
