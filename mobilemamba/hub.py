@@ -53,6 +53,10 @@ The files are those of timm, too: after `import mobilemamba.timm`,
 """
 
 
+def _classes(preset: str, args: Mapping[str, Any]) -> Any:
+    return args.get("num_classes", PRESETS[preset].get("num_classes", 1000))
+
+
 class HubMobileMamba(models.MobileMamba, ModelHubMixin, library_name="mobilemamba"):
     """A :class:`mobilemamba.MobileMamba` with the facts that its folder on the Hub states.
 
@@ -125,11 +129,22 @@ class HubMobileMamba(models.MobileMamba, ModelHubMixin, library_name="mobilemamb
         labels = self.labels if self.labels is not None and len(self.labels) == self.num_classes else None
         return weights.Checkpoint(self.state_dict(), self.preset, args, labels, self.preprocessing)
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        self.checkpoint()  # refuses before the mixin removes what is in the folder
+        return super().save_pretrained(save_directory, **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         stored = self.checkpoint()
         (save_directory / CONFIG_NAME).write_text(json.dumps(to_config(stored), indent=2) + "\n")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stored.state_dict.items()}
         save_file(tensors, save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "HubMobileMamba":
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: {CONFIG_NAME}: expected JSON: {error}") from error
 
     @classmethod
     def _from_pretrained(
@@ -166,11 +181,13 @@ class HubMobileMamba(models.MobileMamba, ModelHubMixin, library_name="mobilemamb
         try:
             preset, args, labels, preprocessing = from_config(config)
             check_model_args(args)
+            if labels is not None and len(labels) != (classes := _classes(preset, args)):
+                raise ValueError(f"label_names: expected {classes} names, as num_classes says, got {len(labels)}")
         except ValueError as error:
             raise ValueError(f"{model_id}: {CONFIG_NAME}: {error}") from error
         check_model_args(options)
         args |= options
-        if labels is not None and len(labels) != args.get("num_classes", PRESETS[preset].get("num_classes", 1000)):
+        if labels is not None and len(labels) != _classes(preset, args):
             labels = None  # a new head
         stored = weights.Checkpoint(weights.read(path).state_dict, preset, args, labels, preprocessing, path)
         if args.get("in_chans"):

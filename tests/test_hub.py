@@ -133,6 +133,7 @@ def test_every_size_survives_timms_share() -> None:
         ({"model_args": {"global_pool": "max"}}, "global_pool: expected 'avg', got 'max'"),
         ({"model_args": [1]}, "model_args: expected a dict"),
         ({"label_names": [1, 2, 3]}, "label_names: expected a list of names"),
+        ({"label_names": ["cat"]}, "label_names: expected 3 names, as num_classes says, got 1"),
         ({"pretrained_cfg": {"mean": [0.5]}}, "pretrained_cfg: expected input_size, crop_pct, mean, std and interp"),
         ({"model_args": {"in_chans": 0}}, "in_chans: expected"),
     ],
@@ -145,12 +146,24 @@ def test_damaged_configs_are_refused(change: dict[str, Any], message: str, tmp_p
         hub.MobileMamba.from_pretrained(tmp_path)
 
 
+def test_a_refused_model_leaves_the_folder_as_it_is(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="expected a model that is not fused"):
+        made().fuse().save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_what_cannot_be_saved_or_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a model that is not fused"):
         made().fuse().save_pretrained(tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
     with pytest.raises(ValueError, match=r"preset: expected a model of from_checkpoint\(\)"):
         hub.MobileMamba(**mobilemamba.PRESETS["nano"]).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match=r"expected a config\.json"):
+        hub.MobileMamba.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: expected JSON: .*line 1 column 2"):
         hub.MobileMamba.from_pretrained(tmp_path)
     made().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"^model_args: expected arguments of MobileMamba, got 'widht'"):
