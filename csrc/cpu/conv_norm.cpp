@@ -4,7 +4,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 
 #include "cpu/backends.h"
 #include "cpu/image_patches.h"
@@ -12,6 +12,7 @@
 #include "cpu/run.h"
 #include "ops/common.h"
 #include "ops/matrix.h"
+#include "ops/packed_conv2d.h"
 #include "registration.h"
 
 namespace mobilemamba::cpu {
@@ -47,10 +48,11 @@ class RowsOfImage {
     return at::from_blob(scratch, {size, in()}, weight_.options());
   }
 
-  void add_gradient(const at::Tensor& grad, int64_t first, std::byte* scratch, const at::Tensor& grad_input) const {
-    if (pixels_.defined()) return input_gradient(grad, weight_, first, positions(grad_input));
-    at::Tensor rows = at::from_blob(scratch, {grad.size(0), in()}, weight_.options());
-    at::mm_out(rows, grad, weight_);
+  /// Adds the input's gradient; `right` is the weight.
+  void add_gradient(const at::Tensor& grad, const ProductWeight& right, int64_t first, std::byte* scratch,
+                    const at::Tensor& grad_input) const {
+    if (pixels_.defined()) return input_gradient(grad, right, first, positions(grad_input));
+    right.multiply(grad, at::from_blob(scratch, {grad.size(0), in()}, weight_.options()));
     patches_.clear(first, grad.size(0), grad_input);
     patches_.scatter(first, grad.size(0), scratch, grad_input);
   }
@@ -72,7 +74,16 @@ at::Tensor convolve_depthwise(const ConvNormArguments& a) {
   return depthwise.depthwise_conv2d({a.input, a.weight, std::nullopt, a.stride, "none"}, std::nullopt);
 }
 
-/// Whether torch's convolution computes it: the sums of overlapping patches would be rounded to 16 bits.
+at::Tensor convolve(const ConvNormArguments& a) {
+  if (a.depthwise()) return convolve_depthwise(a);
+  if (a.input.scalar_type() != at::kFloat) return convolve_with_torch(a);
+  const at::Tensor bias = at::zeros({a.weight.size(0)}, a.weight.options());
+  return PackedConvArguments{a.input, pack_conv2d_weight(a.weight), bias, std::nullopt, a.weight.size(3), a.stride,
+                             "none"}
+      .with(run_packed_conv);
+}
+
+/// Whether torch's convolution computes the gradients: the sums of overlapping patches would be rounded to 16 bits.
 bool by_torch(const ConvNormArguments& a) {
   return !a.depthwise() && !a.pointwise() && accumulate_type(a.input.scalar_type()) != a.input.scalar_type();
 }
@@ -90,7 +101,7 @@ ConvNormResult forward(const ConvNormArguments& a, const std::optional<at::Tenso
     const auto rows_of = [&](int64_t first, int64_t size, std::byte* scratch) { return x.of(first, size, scratch); };
     moments = multiply(Parts(rows, x.in(), channels, layout.part_rows()), 0, rows_of, x.weight(), positions(convolved));
   } else {
-    convolved = a.depthwise() ? convolve_depthwise(a) : convolve_with_torch(a);
+    convolved = convolve(a);
     const at::Tensor sums = layout.sums(rows);
     run(kernels().norm_statistics,
         {layout.sizes(rows), layout.rows(convolved.const_data_ptr()), sums.mutable_data_ptr()});
@@ -132,11 +143,12 @@ ConvNormGradients backward(const at::Tensor& grad_output, const ConvNormArgument
   } else {
     const RowsOfImage x(a, image_rows(a));
     const Parts parts = x.backward_parts(norm.layout().part_rows());
+    const std::optional<ProductWeight> right = wants_input ? std::optional<ProductWeight>(x.weight()) : std::nullopt;
     const size_t grad_bytes = ceil_div(parts.largest() * channels * before.element_size(), 64) * 64;
     const auto rows_of = [&](int64_t first, int64_t size, std::byte* scratch) -> ProductRows {
       run_here(kernels().norm_backward_input, norm.backward_input(first, size, grad_rows, scratch));
       const at::Tensor part = at::from_blob(scratch, {size, channels}, before.options());
-      if (wants_input) x.add_gradient(part, first, scratch + grad_bytes, grad_input);
+      if (right) x.add_gradient(part, *right, first, scratch + grad_bytes, grad_input);
       return {part, x.of(first, size, scratch + grad_bytes)};
     };
     grad_weight = weight_gradient(parts, grad_bytes + parts.largest() * x.scratch_bytes(), rows_of, x.weight());

@@ -88,11 +88,12 @@ FfnNormGradients ffn_norm_gradients(const at::Tensor& grad_output, const FfnNorm
   project_norm.solve(project_sums);
 
   const at::Tensor grad_hidden = at::empty({p.rows, p.hidden}, p.x.options());
+  const ProductWeight expand(p.expand_weight), project(p.project_weight);
   const auto project_rows = [&](int64_t first, int64_t size, std::byte* scratch) -> ProductRows {
     std::byte* const hidden = scratch + p.bytes(p.channels);
     run_here(kernels().norm_backward_input, project_norm.backward_input(first, size, grad, scratch));
     const at::Tensor grad_projected = p.matrix(scratch, size, p.channels);
-    input_gradient(grad_projected, p.project_weight, first, grad_hidden);
+    input_gradient(grad_projected, project, first, grad_hidden);
     run_here(kernels().norm_backward_sums, expand_norm.backward_sums(first, size, grad_hidden, expand_sums));
     run_here(kernels().norm_forward, expand_norm.forward(first, size, nullptr, hidden));
     return {grad_projected, p.matrix(hidden, size, p.hidden)};
@@ -104,7 +105,7 @@ FfnNormGradients ffn_norm_gradients(const at::Tensor& grad_output, const FfnNorm
   const auto expand_rows = [&](int64_t first, int64_t size, std::byte* scratch) -> ProductRows {
     run_here(kernels().norm_backward_input, expand_norm.backward_input(first, size, grad_hidden, scratch));
     const at::Tensor grad_expanded = p.matrix(scratch, size, p.hidden);
-    input_gradient(grad_expanded, p.expand_weight, first, positions(grad_input), grad);
+    input_gradient(grad_expanded, expand, first, positions(grad_input), grad);
     return {grad_expanded, p.x.narrow(0, first, size)};
   };
   const at::Tensor grad_expand = weight_gradient(p.parts, p.bytes(p.hidden), expand_rows, p.expand_weight);

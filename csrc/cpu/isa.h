@@ -9,6 +9,7 @@
 #include "cpu/packed_conv_kernels.h"
 #include "cpu/quantized_conv_kernels.h"
 #include "cpu/scan_kernels.h"
+#include "cpu/weight_gradient_kernels.h"
 
 namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA {
 
@@ -56,6 +57,7 @@ constinit const Kernels kernels = {
     {PackedConvKernel<float>::Task::count, packed_conv_scratch_bytes, run_packed_conv},
     {PackedConvKernel<float>::Task::count, packed_conv_scratch_bytes, run_packed_conv},
     quantized_conv<PairProducts>,
+    {WeightGradientKernel::tasks, WeightGradientKernel::scratch_bytes, WeightGradientKernel::run},
 };
 
 }  // namespace mobilemamba::cpu::MOBILEMAMBA_CPU_ISA

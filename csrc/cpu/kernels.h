@@ -13,6 +13,7 @@
 #include "kernels/norm.h"
 #include "kernels/packed_conv.h"
 #include "kernels/scan.h"
+#include "kernels/weight_gradient.h"
 
 namespace mobilemamba::cpu {
 
@@ -43,6 +44,7 @@ struct Kernels {
   Kernel<PackedConvForward> packed_conv;
   Kernel<PackedConvForward> packed_conv_bfloat16;
   Kernel<PackedConvForward> packed_conv_int8;
+  Kernel<WeightGradient> weight_gradient;
 };
 
 namespace generic {

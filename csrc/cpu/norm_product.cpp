@@ -9,7 +9,8 @@
 
 #include <algorithm>
 
-#include "cpu/team.h"
+#include "cpu/backends.h"
+#include "cpu/run.h"
 
 namespace mobilemamba::cpu {
 namespace {
@@ -20,6 +21,38 @@ constexpr int64_t part_elements = 3 << 16;
 constexpr int64_t part_least_rows = 256;
 /// The least number of parts, unless they would be too small; the most partial sums of a weight's gradient.
 constexpr int64_t least_parts = 4, most_slabs = 8;
+
+/// Whether products are our kernels': torch's are faster in 16 bits, and in float32 as fast where MKL has this
+/// processor's instructions, which it has not on AMD's with AVX-512.
+bool has_kernel(const at::Tensor& matrix) {
+  return matrix.scalar_type() == at::kFloat;
+}
+
+/// A matrix (in, out) in the order of pack_conv2d_weight, in a third of its time: a training step packs all weights.
+at::Tensor in_panels(const at::Tensor& right) {
+  constexpr int64_t panel = PackedConvForward::panel;
+  const int64_t in = right.size(0), out = right.size(1), pairs = ceil_div(in, 2), panels = ceil_div(out, panel);
+  const int64_t from_input = right.stride(0), from_output = right.stride(1);
+  const float* const from = right.const_data_ptr<float>();
+  const at::Tensor packed = at::empty({panels, pairs, panel, 2}, right.options());
+  parallel(panels, 0, [&](int64_t begin, int64_t end, std::byte*) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* const first = from + i * panel * from_output;
+      float* const to = packed.mutable_data_ptr<float>() + i * pairs * panel * 2;
+      const int64_t outputs = std::min(panel, out - i * panel);
+      if (outputs < panel || in % 2) std::fill_n(to, pairs * panel * 2, 0.0f);
+      if (from_output == 1)
+        for (int64_t k = 0; k < in; ++k)
+          for (int64_t j = 0; j < outputs; ++j)
+            to[k / 2 * panel * 2 + 2 * j + k % 2] = first[k * from_input + j];
+      else
+        for (int64_t j = 0; j < outputs; ++j)
+          for (int64_t k = 0; k < in; ++k)
+            to[k / 2 * panel * 2 + 2 * j + k % 2] = first[k * from_input + j * from_output];
+    }
+  });
+  return packed;
+}
 
 int64_t rows_of_part(int64_t rows, int64_t in, int64_t out) {
   return std::max(part_least_rows, std::min(part_elements / (in + out), rows / least_parts));
@@ -49,6 +82,41 @@ Parts Parts::of_images(int64_t images, int64_t rows_of_image, int64_t in, int64_
   return {std::move(bounds), of_image};
 }
 
+ProductWeight::ProductWeight(const at::Tensor& right) {
+  if (has_kernel(right))
+    packed_ = in_panels(right);
+  else
+    right_ = right;
+}
+
+void ProductWeight::multiply(const at::Tensor& x, const at::Tensor& to, const at::Tensor& added) const {
+  at::Tensor result = to;
+  if (!packed_.defined()) {
+    added.defined() ? at::addmm_out(result, added, x, right_) : at::mm_out(result, x, right_);
+    return;
+  }
+  const PackedConvForward p = {
+      .dtype = kernel_dtype(x.scalar_type()),
+      .batch = 1,
+      .in_channels = x.size(1),
+      .height = 1,
+      .width = x.size(0),
+      .out_channels = to.size(1),
+      .kernel = 1,
+      .stride = 1,
+      .activation = Activation::none,
+      .residual_inside = false,
+      .input = {x.const_data_ptr(), 0, 0, x.stride(0)},
+      .weight = packed_.const_data_ptr(),
+      .bias = nullptr,
+      .residual = added.defined() ? added.const_data_ptr() : nullptr,
+      .residual_row = added.defined() ? added.stride(0) : 0,
+      .output = to.mutable_data_ptr(),
+      .output_row = to.stride(0),
+  };
+  run(packed_conv_kernel(p), p);
+}
+
 int64_t Parts::largest() const {
   int64_t most = 0;
   for (int64_t i = 0; i < count(); ++i)
@@ -68,10 +136,10 @@ NormLayout::Moments multiply(const Parts& parts, size_t scratch_bytes, RowsOf x_
                              const at::Tensor& y) {
   const NormLayout layout(y.scalar_type(), y.size(0), y.size(1));
   const at::Tensor sums = layout.sums(y.size(0));
+  const ProductWeight right(weight.t());
   for_parts(parts.count(), scratch_bytes, [&](int64_t i, std::byte* scratch) {
     const int64_t first = parts.first(i), size = parts.size(i);
-    at::Tensor part = y.narrow(0, first, size);
-    at::mm_out(part, x_of(first, size, scratch), weight.t());
+    right.multiply(x_of(first, size, scratch), y.narrow(0, first, size));
     run_here(kernels().norm_statistics, {layout.sizes(size), layout.rows(y, first), layout.sums_of(sums, first)});
   });
   return layout.join_moments(sums, y.size(0));
@@ -88,24 +156,29 @@ at::Tensor weight_gradient(const Parts& parts, size_t scratch_bytes, ProductRows
     const int64_t begin = parts.begin(slab, slabs), end = parts.begin(slab + 1, slabs);
     for (int64_t i = begin; i < end; ++i) {
       const auto [grad, x] = rows_of(parts.first(i), parts.size(i), scratch);
-      if (sum.scalar_type() != x.scalar_type())
-        i == begin ? sum.copy_(at::mm(grad.t(), x)) : sum.add_(at::mm(grad.t(), x));
-      else if (i == begin)
-        at::mm_out(sum, grad.t(), x);
-      else
-        sum.addmm_(grad.t(), x);
+      if (!has_kernel(x)) {
+        if (sum.scalar_type() != x.scalar_type())
+          i == begin ? sum.copy_(at::mm(grad.t(), x)) : sum.add_(at::mm(grad.t(), x));
+        else
+          i == begin ? at::mm_out(sum, grad.t(), x) : sum.addmm_(grad.t(), x);
+        continue;
+      }
+      run(kernels().weight_gradient, {.rows = x.size(0),
+                                      .outputs = out,
+                                      .inputs = in,
+                                      .grad = {grad.const_data_ptr(), grad.stride(0)},
+                                      .input = {x.const_data_ptr(), x.stride(0)},
+                                      .sums = sum.mutable_data_ptr<float>(),
+                                      .add = i > begin});
     }
   });
   return slabs == 1 ? sums[0] : sums.sum(0);
 }
 
-void input_gradient(const at::Tensor& grad, const at::Tensor& weight, int64_t first, const at::Tensor& to,
+void input_gradient(const at::Tensor& grad, const ProductWeight& weight, int64_t first, const at::Tensor& to,
                     const at::Tensor& added) {
-  at::Tensor rows = to.narrow(0, first, grad.size(0));
-  if (added.defined())
-    at::addmm_out(rows, added.narrow(0, first, grad.size(0)), grad, weight);
-  else
-    at::mm_out(rows, grad, weight);
+  const int64_t size = grad.size(0);
+  weight.multiply(grad, to.narrow(0, first, size), added.defined() ? added.narrow(0, first, size) : added);
 }
 
 }  // namespace mobilemamba::cpu

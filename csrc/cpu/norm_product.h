@@ -37,10 +37,25 @@ class Parts {
   int64_t of_image_ = 1;         // parts that must be in one slab
 };
 
+/// A weight as the right side of a matrix product, prepared for several calls. Kernels compute it in float32, torch in
+/// other types.
+class ProductWeight {
+ public:
+  /// For products with `right`, (in, out), of any strides.
+  explicit ProductWeight(const at::Tensor& right);
+
+  /// to = x @ right, plus `added` if that is defined. Rows may have any distance, and their columns are contiguous.
+  void multiply(const at::Tensor& x, const at::Tensor& to, const at::Tensor& added = {}) const;
+
+ private:
+  at::Tensor right_, packed_;
+};
+
 /// Calls f(i, scratch) for i in [0, count) on torch's threads, below autograd.
 void for_parts(int64_t count, size_t scratch_bytes, c10::function_ref<void(int64_t, std::byte*)> f);
 
-/// y = x @ weight.t(), and the norm's sums for its moments. `x_of(first, size, scratch)` returns rows of x.
+/// y = x @ weight.t() for a weight (out, in), and the norm's sums for its moments. `x_of(first, size, scratch)` returns
+/// rows of x.
 using RowsOf = c10::function_ref<at::Tensor(int64_t first, int64_t size, std::byte* scratch)>;
 NormLayout::Moments multiply(const Parts& parts, size_t scratch_bytes, RowsOf x_of, const at::Tensor& weight,
                              const at::Tensor& y);
@@ -56,7 +71,7 @@ using ProductRowsOf = c10::function_ref<ProductRows(int64_t first, int64_t size,
 at::Tensor weight_gradient(const Parts& parts, size_t scratch_bytes, ProductRowsOf rows_of, const at::Tensor& weight);
 
 /// Rows [first, first + grad.size(0)) of `to` become grad @ weight, plus these rows of `added` if that is defined.
-void input_gradient(const at::Tensor& grad, const at::Tensor& weight, int64_t first, const at::Tensor& to,
+void input_gradient(const at::Tensor& grad, const ProductWeight& weight, int64_t first, const at::Tensor& to,
                     const at::Tensor& added = {});
 
 /// Calls a kernel for all of its tasks on this thread.

@@ -476,6 +476,35 @@ void test_product(DType type, bool quantized, Random& random) {
   quantized ? out.check(what, 0) : out.check(what);  // all instruction sets have the same bits in 8 bits
 }
 
+void test_weight_gradient(Random& random) {
+  const DType type = DType::float32;
+  const int64_t rows = random.between(1, 600), outputs = random.between(1, 70), inputs = random.between(1, 110);
+  const Array grad(type, {1, 1, rows, outputs}, random.between(0, 5), random);
+  const Array in(type, {1, 1, rows, inputs}, random.between(0, 5), random);
+  Array out(type, {1, 1, outputs, inputs});
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t i = 0; i < inputs; ++i)
+        out(0, 0, o, i) += grad(0, 0, row, o) * in(0, 0, row, i);
+  const std::string what = title("gradient of a weight", type, {rows, outputs, inputs});
+  const auto of_rows = [&](int64_t first, int64_t last, bool add) {
+    const auto from = [&](const Array& x) -> Rows {
+      return {static_cast<const float*>(x.data()) + first * x.stride[2], x.stride[2]};
+    };
+    return WeightGradient{last - first, outputs, inputs, from(grad), from(in), static_cast<float*>(out.data()), add};
+  };
+  run(what, kernels.weight_gradient, of_rows(0, rows, false), {&out});
+  out.check(what);
+  const int64_t half = random.between(0, rows);
+  out.clear();
+  for (const WeightGradient& p : {of_rows(0, half, false), of_rows(half, rows, true)}) {
+    std::vector<std::byte> scratch(kernels.weight_gradient.scratch_bytes(p) + 64);
+    const auto begin = (reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64;
+    kernels.weight_gradient.run(p, 0, kernels.weight_gradient.tasks(p), reinterpret_cast<std::byte*>(begin));
+  }
+  out.check(what + " in two parts");
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -491,6 +520,7 @@ int main(int count, char** arguments) {
       test_norm(type, random);
       if (bytes_of(type) == 2 && trial == 0) test_conversions(type, random);
       if (type == DType::float64) continue;  // torch multiplies it
+      if (type == DType::float32) test_weight_gradient(random);
       test_product(type, false, random);
       test_product(type, true, random);
     }
