@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mobilemamba
-from mobilemamba import deploy, weights
+from mobilemamba import CUDAGraphs, deploy, weights
 from mobilemamba.deploy.standard import mixer
 
 OURS = "MobileMamba"
@@ -93,7 +93,7 @@ def macs_of(model: nn.Module, x: Tensor, formulas: dict[Any, Any] | None = None)
     return counter.get_total_flops() / 2e6 / x.size(0)
 
 
-def forward(network: nn.Module, x: Tensor) -> Tensor:
+def forward(network: nn.Module | CUDAGraphs, x: Tensor) -> Tensor:
     with torch.inference_mode():
         return network(x)
 
@@ -127,7 +127,7 @@ def doubling(a: Tensor, b: Tensor, backward: bool) -> Tensor:
 SCANS: dict[str, Callable[[Tensor, Tensor, bool], Tensor]] = {"rows": mixer.recurrence, "doubling": doubling}
 
 
-def plain_forward(scan: str, network: nn.Module, x: Tensor) -> Tensor:
+def plain_forward(scan: str, network: nn.Module | CUDAGraphs, x: Tensor) -> Tensor:
     """``network``, made by ``mobilemamba.deploy.portable``, with one of ``SCANS``."""
     with mock.patch.object(mixer, "recurrence", SCANS[scan]):
         return forward(network, x)
@@ -190,8 +190,7 @@ def our_contestants(name: str, runtime: str, setting: Setting, with_plain: bool)
             facts = {**facts, "int8": True}
             yield Contestant(f"{title}.quantize(), scripted", partial(forward, scripted, x), facts)
     elif setting.batch == 1:
-        for contestant in eager:
-            yield Contestant(f"{contestant.name}, CUDA graph", graph_of(contestant.call), contestant.facts)
+        yield from map(graph_of, eager)
 
 
 def peer_contestants(name: str, runtime: str, setting: Setting) -> Iterator[Contestant]:
@@ -217,7 +216,10 @@ def peer_contestants(name: str, runtime: str, setting: Setting) -> Iterator[Cont
     model = make().to(setting.dtype, memory_format=setting.layout)
     x = setting.images(3, peer.pixels).to(setting.dtype)
     facts["MMACs"] = macs_of(model, x, mambas.MACS if name in peers.HERE else None)
-    yield Contestant(title, partial(forward, setting.compile(model) if runtime == "compile" else model, x), facts)
+    made = Contestant(title, partial(forward, setting.compile(model) if runtime == "compile" else model, x), facts)
+    yield made
+    if runtime == "torch" and setting.device.type == "cuda" and setting.batch == 1:
+        yield graph_of(made)
 
 
 def files_of(
@@ -265,15 +267,11 @@ def training_contestants(name: str, setting: Setting) -> Iterator[Contestant]:
     yield Contestant(f"mobilemamba.{name}(), training", native, facts)
 
 
-def graph_of(call: Call) -> Call:
-    """``call`` captured as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+def graph_of(contestant: Contestant) -> Contestant:
+    """The same network replayed as a CUDA graph, with the copies of images and logits that this takes."""
+    call = contestant.call
+    assert isinstance(call, partial)
+    *options, network, x = call.args
+    graphs = CUDAGraphs(network)
+    call.func(*options, graphs, x)  # captures, with the contestant's own options
+    return Contestant(f"{contestant.name}, CUDA graph", partial(forward, graphs, x), contestant.facts)

@@ -35,7 +35,7 @@ TF32 is as torch has it by default: in cuDNN's convolutions, not in matrix produ
 
 MACs are torch's flop counter's, halved. Peak MiB is what the tensors take that one call allocates, weights not
 included: on the CPU as torch's allocator tells the profiler, where libraries' own buffers do not show, nor what mrffi's
-threads allocate for their images. On CUDA every call is waited for, and batch 1 is also replayed as a CUDA graph.
+threads allocate for their images. On CUDA every call is waited for, and batch 1 is also replayed by ``CUDAGraphs``.
 ``--train`` times training steps, with AdamW.
 """
 

@@ -2,7 +2,7 @@
 
 from . import data, deploy, downstream, models, ops, training, weights
 from .deploy import export
-from .models import MRFFI, PRESETS, FeatureExtractor, MobileMamba
+from .models import MRFFI, PRESETS, CUDAGraphs, FeatureExtractor, MobileMamba
 from .ops import bidirectional_scan, depthwise_conv2d, haar_conv2d
 from .zoo import b1, b2, b4, create_model, feature_extractor, list_models, nano, open_model, s6, t2, t4
 
@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MRFFI",
     "PRESETS",
+    "CUDAGraphs",
     "FeatureExtractor",
     "MobileMamba",
     "b1",

@@ -1,6 +1,5 @@
 """The CUDA kernels on a GPU, compared with the CPU kernels; then streams, graphs, synchronisation and memory."""
 
-import copy
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -12,9 +11,8 @@ from test_operators import check_against_reference, depthwise_arguments, haar_ar
 from test_packed_conv import SHAPES as PACKED_CONV_SHAPES
 from test_packed_conv import arguments_of as packed_conv_arguments
 from test_packed_conv import packing
-from torch import Tensor, nn
+from torch import Tensor
 
-import mobilemamba
 from mobilemamba import _native, ops
 
 if not torch.cuda.is_available():
@@ -417,79 +415,3 @@ def test_one_image_of_more_than_2_to_the_31_elements():
         lambda x: torch.ops.mobilemamba.depthwise_conv2d_backward(x, x, weight, bias, 1, "silu")[0],
     ):
         torch.testing.assert_close(operator(image)[:, :, -rows + margin :], operator(last)[:, :, margin:])
-
-
-# The model -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def s6() -> mobilemamba.MobileMamba:
-    """In float64 on the CPU, with residual branches that are not zero, as they are at initialisation."""
-    torch.manual_seed(0)
-    model = mobilemamba.s6()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            nn.init.normal_(module.weight, 0.3, 0.03)
-            nn.init.normal_(module.bias, 0, 0.1)
-    return model.double().eval()
-
-
-IMAGES = (8, 3, 224, 224)
-
-
-@torch.no_grad()
-def test_model(s6):
-    x = torch.randn(IMAGES)
-    expected = s6(x.double())
-    device_model, device_x = copy.deepcopy(s6).float().to(CUDA), x.to(CUDA)
-    last = device_x.contiguous(memory_format=torch.channels_last)
-    results = [device_model(device_x), device_model(last), device_model.fuse()(device_x)]
-    for y in results:
-        assert error(y, expected) < 1e-4
-    torch.testing.assert_close(results[1], results[0])  # for either layout of the input
-    maps = device_model.forward_features(last, stages=True)
-    assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
-    for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cuda", dtype):
-            assert error(device_model(device_x), expected) < 5e-2
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """The relative error in the norm."""
-    return ((actual.detach().cpu().double() - expected).norm() / expected.double().norm()).item()
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float64, 1e-8), (torch.float32, 5e-2)],  # float32 on the CPU is off by up to 1e-2
-    ids=str,
-)
-def test_training_step(s6, dtype, tolerance):
-    """Loss, gradients and statistics."""
-    x, labels = torch.randn(IMAGES), torch.arange(IMAGES[0])
-
-    def train(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-        x = x.requires_grad_()
-        loss = nn.functional.cross_entropy(model.train()(x), labels.to(x.device))
-        loss.backward()
-        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-        return {"loss": loss.detach(), "image": x.grad, **grads, **dict(model.named_buffers())}
-
-    expected = train(copy.deepcopy(s6), x.double())
-    actual = train(copy.deepcopy(s6).to(CUDA, dtype), x.to(CUDA, dtype))
-    assert error(actual["loss"], expected["loss"]) < 1e-5
-    for name, value in actual.items():
-        assert value.isfinite().all(), name
-        if expected[name].double().norm() > 1e-9:  # the gradient of a bias before BatchNorm is 0 up to rounding
-            assert error(value, expected[name]) < tolerance, name
-
-
-@torch.no_grad()
-def test_model_in_a_graph(s6):
-    model = copy.deepcopy(s6).float().to(CUDA).fuse()
-    x = torch.randn(1, 3, 224, 224, device=CUDA)
-    graph, (y,) = captured(lambda: [model(x)])
-    for _ in range(2):
-        x.normal_()
-        graph.replay()
-        torch.testing.assert_close(y, model(x))

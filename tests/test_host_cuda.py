@@ -110,6 +110,25 @@ for error in {list(ERRORS)}:
         assert message in line
 
 
+def test_a_kernel_asks_for_shared_memory_once(library):
+    program = """
+import ctypes
+import os
+import host_library
+host_library.pytest_configure()
+import torch
+from mobilemamba import ops
+
+calls = ctypes.c_int.in_dll(ctypes.CDLL(os.environ["HOST_CUDA_LIBRARY"]), "host_cuda_attributes_set")
+for kernel_size in (9, 9, 9, 7):
+    ops.haar_conv2d(torch.zeros(1, 64, 40, 40), torch.zeros(256, 1, kernel_size, kernel_size))
+    print(calls.value)
+"""
+    done = processes.run([sys.executable, "-c", program], host_library.environment(library))
+    processes.check(done)
+    assert done.stdout.split() == ["1", "1", "1", "2"]
+
+
 # Planted bugs --------------------------------------------------------------------------------------------------------
 
 MUTATIONS = {  # file, source that is compiled with it, text, text with the bug, tests, pattern of the failing output

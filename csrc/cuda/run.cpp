@@ -3,16 +3,38 @@
 
 #include <cuda_runtime_api.h>
 
+#include <map>
+#include <mutex>
+
 #include "build.h"
 
 namespace mobilemamba::cuda {
 namespace {
 
-int attribute(cudaDeviceAttr name) {
-  int device = 0, value = 0;
+struct Facts {
+  Capability capability;
+  size_t shared_limit;
+};
+
+/// Of the current device. A launch asks for them: they are read once for each device.
+Facts facts() {
+  static std::mutex mutex;
+  static std::map<int, Facts> known;
+  int device = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
-  return value;
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+    return value;
+  };
+  const Facts read = {
+      {attribute(cudaDevAttrComputeCapabilityMajor), attribute(cudaDevAttrComputeCapabilityMinor)},
+      static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+  };
+  return known.emplace(device, read).first->second;
 }
 
 }  // namespace
@@ -30,11 +52,11 @@ void check_launch(cudaError_t error) {
 }
 
 Capability compute_capability() {
-  return {attribute(cudaDevAttrComputeCapabilityMajor), attribute(cudaDevAttrComputeCapabilityMinor)};
+  return facts().capability;
 }
 
 size_t shared_limit() {
-  return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  return facts().shared_limit;
 }
 
 }  // namespace mobilemamba::cuda

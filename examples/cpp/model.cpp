@@ -6,6 +6,8 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/import.h>
 
+#include <mobilemamba_cuda_graphs.h>
+
 #include <filesystem>
 #include <memory>
 #include <sstream>
@@ -69,8 +71,9 @@ std::function<at::Tensor(const at::Tensor&)> torchscript(const std::string& path
 }
 
 std::function<at::Tensor(const at::Tensor&)> aot_inductor(const std::string& path, at::Device device) {
-  auto network = std::make_shared<torch::inductor::AOTIModelPackageLoader>(path, "model", /*run_single_threaded=*/false,
-                                                                           /*num_runners=*/1, device.index());
+  // A CUDA graph can be captured of a network that is run by one thread at a time.
+  auto network = std::make_shared<torch::inductor::AOTIModelPackageLoader>(
+      path, "model", /*run_single_threaded=*/device.is_cuda(), /*num_runners=*/1, device.index());
   return [network](const at::Tensor& images) { return network->run({images})[0]; };
 }
 
@@ -96,11 +99,13 @@ Model::Model(const std::string& path, at::Device device) : device_(device) {
                      records.values("mean"), records.values("std")};
     if (!records.has("archive_format")) {
       run_ = torchscript(path, device);
-      return;
-    }
-    if (const auto compiled = records.text("device"); at::Device(compiled).type() != device.type())
+    } else if (const auto compiled = records.text("device"); at::Device(compiled).type() != device.type()) {
       throw std::runtime_error("compiled for " + compiled + ", asked to run on " + device.str());
-    run_ = aot_inductor(path, device);
+    } else {
+      run_ = aot_inductor(path, device);
+    }
+    if (device.is_cuda())
+      run_ = [graphs = std::make_shared<mobilemamba::CUDAGraphs>(run_)](const at::Tensor& x) { return (*graphs)(x); };
   } catch (const c10::Error& error) {
     throw std::runtime_error(path + ": not a readable model file: " + first_sentence(error.what_without_backtrace()));
   } catch (const std::exception& error) {

@@ -369,6 +369,9 @@ class MobileMamba(nn.Module):
         convolutions folded. A model in float16 or bfloat16 is folded in float32; its biases, depthwise
         kernels and scan parameters stay in float32.
 
+        For 16 bits cast the copy: ``model.fuse().to(torch.bfloat16)``. Under autocast a copy in float32 casts its
+        matrices again in every call. On a GPU, :class:`CUDAGraphs` calls the copy with one launch.
+
         The copy can be moved, cast, copied, pickled, scripted, compiled and exported. Its parameters have the memory
         order of the kernels, which safetensors does not store: keep the model that it is made from.
 

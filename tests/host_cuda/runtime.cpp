@@ -288,9 +288,14 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return cudaSuccess;
 }
 
+/// Calls of cudaFuncSetAttribute, for a test.
+extern "C" __attribute__((visibility("default"))) int host_cuda_attributes_set;
+int host_cuda_attributes_set = 0;
+
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
   host_cuda::Scheduler& s = host_cuda::scheduler();
   const std::lock_guard lock(s.mutex);
   s.granted[function] = static_cast<size_t>(value);
+  ++host_cuda_attributes_set;
   return cudaSuccess;
 }
