@@ -160,7 +160,9 @@ def profile(model: nn.Module, x: Tensor, rounds: int) -> Iterator[tuple[list[str
     on_cuda = x.device.type == "cuda"
     wait = torch.cuda.synchronize if on_cuda else lambda: None
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
-    flops, marks = flops_of(model, x), Marks(model)
+    marks = Marks(model)
+    with marks:  # as in the profiled passes, where the layers are no single operator
+        flops = flops_of(model, x)
     passes, alone = [], []
     with torch.inference_mode():
         for i in range(rounds + 2):  # two rounds to warm up

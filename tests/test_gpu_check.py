@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,13 +18,14 @@ if not (ROOT / "tools").is_dir():
 sys.path.insert(0, str(ROOT / "tools"))
 
 import gpu_check  # noqa: E402
+import kernel_times  # noqa: E402
 
 
 def test_unknown_stage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         gpu_check.main(["kernels", "modles"])
     assert caught.value.code == 2
-    message = "unknown stage 'modles', expected some of build, tests, sanitizer, kernels, models"
+    message = f"unknown stage 'modles', expected some of {', '.join(gpu_check.STAGES)}"
     assert message in capsys.readouterr().err
 
 
@@ -154,3 +157,129 @@ def test_reading_the_output_of_pytest(tmp_path: Path) -> None:
     assert unfinished == "tests/test_it.py::test_crash"
     counts, failed, unfinished = run("test_unimportable.py")
     assert (counts["error"], failed, unfinished) == (1, ["tests/test_unimportable.py"], "")
+
+
+# The rehearsal
+
+
+def rehearse(*arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(root / "tools" / "gpu_check.py"), "--rehearse", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_rehearsal(tmp_path: Path) -> None:
+    done = rehearse("sanitizer", "passes", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads((tmp_path / "rehearsal.json").read_text())
+    assert [stage["status"] for stage in content["stages"].values()] == ["passed", "passed"]
+    assert "| passes | passed |" in (tmp_path / "rehearsal.md").read_text()
+    assert "done" in (tmp_path / "rehearsal-sanitizer-memcheck.log").read_text()
+
+
+@pytest.mark.full
+def test_rehearsal_of_all_programs(tmp_path: Path) -> None:
+    stages = [name for name in gpu_check.STAGES if name not in ("build", "peers")]
+    done = rehearse(*stages, "--results", str(tmp_path), "--limit", "3000")
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads((tmp_path / "rehearsal.json").read_text())["stages"]
+    assert list(content) == stages
+    assert re.search(r"\d{3} of all others", content["tests"]["summary"])
+    assert not any(result.get("left_out") for result in content.values())
+    assert "mobilemamba.s6().fuse(), CUDA graph" in [row[2] for row in content["models"]["rows"]]
+
+
+MISTAKES = {  # file, text, text with a mistake that runs on a GPU only, stage, what is printed
+    "a function that torch does not have": (
+        "benchmarks/operators.py",
+        "torch.cuda._sleep(1_000_000)",
+        "torch.cuda._slep(1_000_000)",
+        "kernels",
+        "_slep",
+    ),
+    "an argument that torch does not have": (
+        "benchmarks/operators.py",
+        "torch.cuda.Event(enable_timing=True)",
+        "torch.cuda.Event(timing=True)",
+        "kernels",
+        "unexpected keyword argument 'timing'",
+    ),
+    "a tensor on the CPU among those on CUDA": (
+        "tools/kernel_times.py",
+        'torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)',
+        "torch.randn(batch, 3, 224, 224, dtype=torch.bfloat16)",
+        "passes",
+        "expected all tensors on one device",
+    ),
+    "an option that the program does not have": (
+        "tools/gpu_check.py",
+        '"--profile", "--batch", 256',
+        '"--profile", "--batches", 256',
+        "layers",
+        "unrecognized arguments: --batches",
+    ),
+    "a name that does not exist": (
+        "benchmarks/contestants.py",
+        "graphs = CUDAGraphs(network)",
+        "graphs = CUDAGraph(network)",
+        "models",
+        "name 'CUDAGraph' is not defined",
+    ),
+    "a test file that cannot be imported": ("tests/test_ffn.py", "import pytest", "import pitest", "tests", "pitest"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] if i else []) for i, name in enumerate(MISTAKES)]
+)
+def test_a_rehearsal_finds(name: str, tmp_path: Path) -> None:
+    file, old, new, stage, sign = MISTAKES[name]
+    for folder in ("benchmarks", "build_backend", "tests", "tools"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    text = (tmp_path / file).read_text()
+    assert old in text, f"{file} has changed: expected {old!r}"
+    (tmp_path / file).write_text(text.replace(old, new))
+    done = rehearse(stage, "--results", str(tmp_path / "results"), "--limit", "90", root=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert sign in (tmp_path / "results" / f"rehearsal-{stage}.log").read_text()
+
+
+def test_names_of_kernels() -> None:
+    for name in (
+        "void mobilemamba::cuda::(anonymous namespace)::scan_kernel<float, 1>(mobilemamba::ScanForward)",
+        "scan_kernel(mobilemamba::ScanForward)",
+        "`scan_kernel<__half>`",
+    ):
+        assert kernel_times.short_name(name) == "scan_kernel"
+
+
+def test_predictions() -> None:
+    text = """
+# Counters
+## batch 256
+| kernel | launches | predicted, µs |
+|---|---|---|
+| `scan<1>` | 5 | 30.5 |
+| `scan<2>` | 5 | 10 |
+| gate | 5 | - |
+
+| batch | kernel | predicted, us |
+|---|---|---|
+| 1 | gate | 2.5 |
+| 256 | gate | 7 |
+"""
+    assert kernel_times.predicted(text, 256) == {"scan": 40.5, "gate": 7.0}
+    assert kernel_times.predicted(text, 1) == {"gate": 2.5}
+
+
+def test_reading_the_output_of_ncu() -> None:
+    text = """==PROF== Connected
+"ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum"
+"","","ns","byte"
+"0","void scan<float>(P)","1,500","64"
+"1","void scan<float>(P)","500","0"
+"2","gate(P)","7","8"
+"""
+    assert kernel_times.read_ncu(text) == [
+        ["scan", "2", "2000", "0", "0", "0", "0", "0", "64"],
+        ["gate", "1", "7", "0", "0", "0", "0", "0", "8"],
+    ]

@@ -1,11 +1,16 @@
 """Runs every check that needs a GPU, in one command, without a network and within ten minutes.
 
-    python tools/gpu_check.py                  # build, tests, sanitizer, kernels, models
+    python tools/gpu_check.py                  # all stages
     python tools/gpu_check.py tests kernels    # only these
+    python tools/gpu_check.py --rehearse       # without a GPU, up to the launches
 
 When a stage ends, its result replaces its earlier one in benchmarks/results/DEVICE.json and in the table DEVICE.md.
 Its whole output is in DEVICE-STAGE.log. A failure does not stop the stages that follow.
 Exit status: 0 if no stage failed, 1 if one did, 2 without a GPU.
+
+A rehearsal shows that no stage ends at a mistake in a program before a kernel runs. The programs run as they are, on a
+GPU that tools/rehearsal pretends: their tensors have no data, and their figures mean nothing. Tests are collected only,
+the sanitizer and ncu are left out, and the results go to a temporary folder.
 """
 
 import argparse
@@ -27,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+REHEARSAL = ROOT / "tools" / "rehearsal"
 OUTCOMES = ("passed", "failed", "error", "skipped")  # of a test
 Result = dict[str, Any]
 
@@ -42,11 +48,12 @@ print(json.dumps(facts))
 
 @dataclass
 class Stage:
-    """What a stage has: a limit in seconds, a log, facts about the GPU."""
+    """What a stage has: a limit in seconds, a log, facts about the GPU, and whether that is pretended."""
 
     limit: float
     log: Path
     gpu: Mapping[str, Any]
+    rehearsal: bool = False
 
     def __post_init__(self) -> None:
         self.end = time.monotonic() + self.limit
@@ -55,9 +62,13 @@ class Stage:
     def left(self) -> float:
         return max(1.0, self.end - time.monotonic())
 
-    def run(self, *command: object, limit: float | None = None, **environment: str) -> tuple[int | None, str]:
+    def run(
+        self, *command: object, limit: float | None = None, on_gpu: bool = True, **environment: str
+    ) -> tuple[int | None, str]:
         """Exit status (None: stopped at the time limit) and output, which is also appended to the log."""
         limit = min(self.left(), limit or self.left())
+        if self.rehearsal and on_gpu:
+            environment |= rehearsed()
         with self.log.open("a+") as log:
             print("$", *command, file=log, flush=True)
             start = log.tell()
@@ -81,6 +92,11 @@ class Stage:
             return status, log.read()
 
 
+def rehearsed() -> dict[str, str]:
+    """Variables of a process that has a pretended GPU, as do those that it starts."""
+    return {"PYTHONPATH": os.pathsep.join([str(REHEARSAL), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+
+
 def ended(status: int | None) -> str:
     return "time limit reached" if status is None else f"exit status {status}"
 
@@ -96,11 +112,11 @@ def build(stage: Stage) -> Result:
     """Builds the library, for this GPU's arch only."""
     options = ("--no-build-isolation", "--no-deps", "--no-index", "-v")
     settings = {"TORCH_CUDA_ARCH_LIST": stage.gpu["capability"], "FORCE_CUDA": "1", "MAX_JOBS": str(os.cpu_count())}
-    status, output = stage.run(sys.executable, "-m", "pip", "install", *options, "-e", ".", **settings)
+    status, output = stage.run(sys.executable, "-m", "pip", "install", *options, "-e", ".", on_gpu=False, **settings)
     if status != 0:
         return {"status": "failed", "summary": f"pip install: {ended(status)}", "output": tail(output)}
     warnings = re.findall(r"^.*(?:csrc/.*warning|ptxas.*warning|nvcc warning).*$", output, re.M)
-    status, output = stage.run(sys.executable, "-m", "mobilemamba", "info")
+    status, output = stage.run(sys.executable, "-m", "mobilemamba", "info", on_gpu=False)
     built = re.search(r"^.*CUDA.*sm_.*$", output, re.M)
     if status != 0 or built is None:
         return {"status": "failed", "summary": f"mobilemamba info: {ended(status)}", "output": tail(output)}
@@ -117,11 +133,14 @@ def tests(stage: Stage) -> Result:
     files = [f"tests/test_{name}.py" for name in names]
     cores = os.cpu_count() or 1
     parallel = ["-n", str(min(8, cores))] if importlib.util.find_spec("xdist") and cores > 1 else []
+    groups = (["tests/test_cuda.py", "tests/test_cuda_models.py"], 0.4), (["--device", "cuda", *files], 1.0)
+    if stage.rehearsal:
+        return collect(stage, [arguments for arguments, _ in groups])
     total = dict.fromkeys(OUTCOMES, 0)
     failures: list[str] = []
     endings: list[str] = []
     output: list[str] = []
-    for arguments, share in ((["tests/test_cuda.py"], 0.4), (["--device", "cuda", *files], 1.0)):
+    for arguments, share in groups:
         options = ("-v", "--tb=short", "-p", "no:cacheprovider", *parallel)
         status, printed = stage.run(
             sys.executable, "-m", "pytest", *options, *arguments, limit=share * stage.left(), OMP_NUM_THREADS="2"
@@ -137,6 +156,19 @@ def tests(stage: Stage) -> Result:
     summary = ", ".join([*(f"{count} {outcome}" for outcome, count in total.items() if count), *endings])
     result = {"status": "passed" if good else "failed", "summary": summary, **total, "failures": failures}
     return result if good else {**result, "output": output}
+
+
+def collect(stage: Stage, groups: list[list[str]]) -> Result:
+    """Imports the files with the tests and counts these."""
+    counts: list[str] = []
+    for arguments in groups:
+        options = ("--collect-only", "-q", "-p", "no:cacheprovider")
+        status, printed = stage.run(sys.executable, "-m", "pytest", *options, *arguments)
+        found = re.search(r"^(\d+)(?:/\d+)? tests? collected|^no tests collected", printed, re.M)
+        if status not in (0, 5) or found is None:  # 5: all files are skipped, as without CUDA kernels
+            return {"status": "failed", "summary": f"{arguments[-1]}: {ended(status)}", "output": tail(printed)}
+        counts.append(f"{found[1] or 0} of {arguments[0] if arguments[0].startswith('tests') else 'all others'}")
+    return {"status": "passed", "summary": f"collected: {', '.join(counts)}"}
 
 
 def read_pytest(output: str) -> tuple[dict[str, int], list[str], str]:
@@ -157,19 +189,20 @@ def read_pytest(output: str) -> tuple[dict[str, int], list[str], str]:
 
 def sanitizer(stage: Stage) -> Result:
     """Runs small calls of every operator under compute-sanitizer; each tensor has an allocation of its own."""
-    program = find_sanitizer()
-    if program is None:
+    program = find_tool("compute-sanitizer")
+    if program is None and not stage.rehearsal:
         return {"status": "absent", "summary": "no compute-sanitizer beside nvcc or on PATH"}
     calls = (sys.executable, ROOT / "tools" / "operator_calls.py")
 
     def run(tool: str) -> tuple[int | None, str]:
         log = stage.log.with_name(f"{stage.log.stem}-{tool}.log")
         own = ("--own",) if tool == "initcheck" else ()
-        options = ("--tool", tool, "--error-exitcode", "9")
+        watched = () if stage.rehearsal else (program, "--tool", tool, "--error-exitcode", "9")
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Stage(stage.left(), log, stage.gpu).run(program, *options, *calls, *own, **environment)
+        alone = Stage(stage.left(), log, stage.gpu, stage.rehearsal)
+        return alone.run(*watched, *calls, *own, **environment)
 
-    tools = ("memcheck", "racecheck", "synccheck", "initcheck")
+    tools = ("memcheck", "initcheck") if stage.rehearsal else ("memcheck", "racecheck", "synccheck", "initcheck")
     with concurrent.futures.ThreadPoolExecutor(len(tools)) as pool:
         done = dict(zip(tools, pool.map(run, tools), strict=True))
     found: dict[str, str] = {}
@@ -184,14 +217,15 @@ def sanitizer(stage: Stage) -> Result:
     return {**result, "status": "failed", "output": failed} if failed else result
 
 
-def find_sanitizer() -> str | None:
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, beside nvcc or on PATH."""
     sys.path.insert(0, str(ROOT / "build_backend"))
     from mobilemamba_toolkit import find_nvcc
 
     nvcc = find_nvcc(os.environ)
-    folders = [nvcc.parent, nvcc.resolve().parent, nvcc.resolve().parents[1] / "compute-sanitizer"] if nvcc else []
+    folders = [nvcc.parent, nvcc.resolve().parent, nvcc.resolve().parents[1] / name] if nvcc else []
     path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")])
-    return shutil.which("compute-sanitizer", path=path)
+    return shutil.which(name, path=path)
 
 
 def kernels(stage: Stage) -> Result:
@@ -200,10 +234,51 @@ def kernels(stage: Stage) -> Result:
 
 
 def models(stage: Stage) -> Result:
-    """Times s6 against its plain PyTorch rendition, and a training step."""
+    """Times s6 against its plain PyTorch rendition, and a training step; batch 1 as CUDA graphs too."""
     options = ("--batch", 1, 256, "--train", 256, "--dtype", "bfloat16", "float32", "float16")
     alone = ("--no-peers", "--runtimes", "torch")  # compiling takes longer than the limit
-    return benchmark(stage, "models.py", *options, "--rounds", 9, *alone)
+    return benchmark(stage, "models.py", *options, "--rounds", 1 if stage.rehearsal else 9, *alone)
+
+
+def layers(stage: Stage) -> Result:
+    """Times the layers of a fused s6."""
+    rounds = 1 if stage.rehearsal else 5
+    return benchmark(stage, "models.py", "--profile", "--batch", 256, "--dtype", "bfloat16", "--rounds", rounds)
+
+
+def passes(stage: Stage) -> Result:
+    """Times each kernel of a fused s6, beside the prediction where there is one; with ncu, its counters too."""
+    program = ROOT / "tools" / "kernel_times.py"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "measured.json"
+        status, output = stage.run(sys.executable, program, "--json", path)
+        figures = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    if status != 0:
+        return {"status": "failed", "summary": ended(status), "output": tail(output), **figures}
+    result = {"status": "passed", "summary": f"{len(figures['rows'])} rows", **figures}
+    ncu = find_tool("ncu")
+    if ncu is None and not stage.rehearsal:
+        return {**result, "summary": f"{result['summary']}; no ncu beside nvcc or on PATH"}
+    sys.path.insert(0, str(ROOT / "tools"))
+    from kernel_times import METRICS, read_ncu
+
+    options = ("--csv", "--page", "raw", "--print-units", "base", "--profile-from-start", "off")
+    watched = () if stage.rehearsal else (ncu, *options, "--metrics", ",".join(METRICS))
+    status, output = stage.run(*watched, sys.executable, program, "--batch", 256, "--once")
+    counted = read_ncu(output)
+    if status != 0 or not (counted or stage.rehearsal):  # ncu needs rights that a machine may not give
+        return {**result, "summary": f"{result['summary']}; ncu: {ended(status)}", "ncu": tail(output)}
+    columns = ["kernel", "launches", *METRICS.values()]
+    return {**result, "summary": f"{result['summary']}; ncu: {len(counted)} kernels", "counters": [columns, *counted]}
+
+
+def peers(stage: Stage) -> Result:
+    """Times s6 against networks of timm, eager and as CUDA graphs, one of them compiled too."""
+    if importlib.util.find_spec("timm") is None:
+        return {"status": "absent", "summary": "timm is not installed"}
+    rivals = ("--peers", "shvit_s3", "levit_192", "--compile", "shvit_s3", "--runtimes", "torch", "compile")
+    rounds = 1 if stage.rehearsal else 9
+    return benchmark(stage, "models.py", "--batch", 256, 1, "--dtype", "float16", "--rounds", rounds, *rivals)
 
 
 def benchmark(stage: Stage, name: str, *options: object) -> Result:
@@ -226,7 +301,10 @@ STAGES: dict[str, tuple[Callable[[Stage], Result], float]] = {
     "tests": (tests, 3.0),
     "sanitizer": (sanitizer, 1.5),
     "kernels": (kernels, 1.5),
+    "layers": (layers, 0.3),
+    "passes": (passes, 0.7),
     "models": (models, 1.0),
+    "peers": (peers, 2.0),  # compiling takes most of it
 }
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -271,6 +349,9 @@ def markdown(content: Mapping[str, Any]) -> str:
             notes = [f"{key} {result[key]}" for key in ("model", "pixels", "tf32") if key in result]
             lines += ["", f"## {name}", "", *([", ".join(notes), ""] if notes else [])]
             lines += table(result["columns"], result["rows"])
+        if result.get("counters"):
+            columns, *counted = result["counters"]
+            lines += ["", f"## {name}: what ncu counted, batch 256", "", *table(columns, counted)]
         if result["status"] == "failed":
             failures = result.get("failures", [])
             shown = [f"- `{failure}`" for failure in failures[:50]]
@@ -285,10 +366,11 @@ def table(columns: Any, rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]
 
 
-def printed_by(*command: str) -> str:
+def printed_by(*command: str, **environment: str) -> str:
     """What a command prints; nothing if it fails."""
+    variables = {**os.environ, **environment}
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=180)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -298,14 +380,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all, in order)")
     parser.add_argument("--limit", type=float, default=560, help="seconds for all stages together (default: 560)")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder to write to")
+    parser.add_argument("--results", type=Path, help="folder to write to (default: benchmarks/results)")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, up to the first launch")
     parser.add_argument("--commit", help="commit of the sources (default: git describe)")
     args = parser.parse_args(argv)
     unknown = [name for name in args.stages if name not in STAGES]
     if unknown:
         parser.error(f"unknown stage {unknown[0]!r}, expected some of {', '.join(STAGES)}")
     end = time.monotonic() + args.limit
-    facts = json.loads(printed_by(sys.executable, "-c", PROBE) or '{"gpu": null, "torch": "that cannot be imported"}')
+    environment = rehearsed() if args.rehearse else {}
+    facts = json.loads(
+        printed_by(sys.executable, "-c", PROBE, **environment) or '{"gpu": null, "torch": "that cannot be imported"}'
+    )
     if facts["gpu"] is None:
         print(f"gpu_check: no CUDA GPU (torch {facts['torch']}); expected one, and a torch with CUDA", file=sys.stderr)
         return 2
@@ -318,6 +404,8 @@ def main(argv: list[str] | None = None) -> int:
         "python": sys.version.split()[0],
         "cores": os.cpu_count(),
     }
+    default = Path(tempfile.mkdtemp(prefix="rehearsal-")) if args.rehearse else ROOT / "benchmarks" / "results"
+    args.results = args.results or default
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results.resolve() / f"{device_name(facts['gpu'])}.json"
     chosen = [name for name in STAGES if name in args.stages or not args.stages]
@@ -327,7 +415,7 @@ def main(argv: list[str] | None = None) -> int:
         limit = max(1.0, end - time.monotonic()) * share / sum(STAGES[other][1] for other in chosen[i:])
         start = time.monotonic()
         try:
-            result = work(Stage(limit, path.with_name(f"{path.stem}-{name}.log"), facts))
+            result = work(Stage(limit, path.with_name(f"{path.stem}-{name}.log"), facts, args.rehearse))
         except Exception as error:  # one stage must not lose the results of the others
             result = {"status": "failed", "summary": f"{type(error).__name__}: {error}"}
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -260,6 +260,8 @@ def pretended(storage: str = "meta") -> Iterator[None]:
 
         for name, stand_in in TORCH_CUDA.items():
             replace(torch.cuda, name, held_against(getattr(torch.cuda, name), stand_in))
+        for name in ("start", "stop"):
+            replace(torch.cuda.profiler, name, held_against(getattr(torch.cuda.profiler, name), lambda: None))
         replace(DeviceContext, "__init__", lambda self, device: context_of(self, on_cuda.stored(device)))
         replace(torch, "compile", held_against(torch.compile, lambda model, **options: model))
         replace(FunctionEvent, "device_time_total", property(lambda event: 1.0))  # microseconds
