@@ -1,8 +1,10 @@
-"""``CUDAGraphs`` without a GPU: what is captured when, on a stand-in whose graphs record operators and run them again.
+"""``CUDAGraphs`` without a GPU: what is captured when, on a stand-in whose graphs record operators and run them again;
+and fused models that move to CUDA.
 
 tests/test_cuda_models.py has the real ones.
 """
 
+import copy
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 import mobilemamba
 from mobilemamba import CUDAGraphs
+from mobilemamba.models.folded import Folded
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools" / "rehearsal"
 if not TOOLS.is_dir():
@@ -204,3 +207,23 @@ def test_refuses_the_cpu() -> None:
     graphs = CUDAGraphs(mobilemamba.nano().eval().fuse())
     with pytest.raises(ValueError, match="the images are on cpu, expected CUDA; there, call the model itself"):
         graphs(torch.randn(1, 1, 28, 28))
+
+
+def test_a_fused_model_that_moves_is_packed_for_its_products() -> None:
+    """On CUDA the products in float32 are torch's: a packed weight would be unpacked in every call."""
+    model = mobilemamba.nano().eval().fuse()
+    layers = [m for m in model.modules() if isinstance(m, Folded) and m.matrices]
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    x = torch.randn(2, 1, 28, 28)
+    logits, short = model(x), copy.deepcopy(model).bfloat16()(x.bfloat16())
+    assert all(layer.packed for layer in layers)
+    with pretended_cuda.pretended("cpu"):
+        model.to("cuda")
+        assert not any(layer.packed for layer in layers)
+        torch.testing.assert_close(model(x), logits)
+        assert torch.equal(copy.deepcopy(model).bfloat16()(x.bfloat16()), short)  # packed again
+        assert not any(m.packed for m in mobilemamba.nano().eval().fuse().modules() if isinstance(m, Folded))
+    model.to("cpu")
+    assert all(layer.packed for layer in layers)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert torch.equal(model(x), logits)

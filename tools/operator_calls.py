@@ -32,6 +32,17 @@ def products(dtype: torch.dtype) -> None:
         ops.packed_conv2d(x, weight, leaf(outputs, dtype=dtype), y, kernel, stride)
 
 
+def norms(dtype: torch.dtype) -> None:
+    """Convolutions and the feed-forward layer with the norms of training."""
+    c, exact = 24, torch.promote_types(dtype, torch.float32)
+    image, scale, shift = leaf(2, c, 9, 8, dtype=dtype), leaf(c, dtype=exact), leaf(c, dtype=exact)
+    for weight, stride in ((leaf(c, c, 3, 3, dtype=dtype), 2), (leaf(c, 1, 3, 3, dtype=dtype), 1)):
+        ops.conv_norm(image, weight, scale, shift, None, stride, "relu")[0].sum().backward()
+    hidden = leaf(2 * c, dtype=exact), leaf(2 * c, dtype=exact)
+    expand, project = leaf(2 * c, c, 1, 1, dtype=dtype), leaf(c, 2 * c, 1, 1, dtype=dtype)
+    ops.ffn_norm(image, expand, *hidden, project, scale, shift)[0].sum().backward()
+
+
 def main() -> None:
     torch.manual_seed(0)
     own = "--own" in sys.argv
@@ -52,6 +63,7 @@ def main() -> None:
             products(dtype)
         if own:
             continue
+        norms(dtype)
         g, p, d, r, n, c = 16, 5, 40, 2, 1, 24  # global, local, inner, rank, state, channels
         shapes = [(2 * d, g), (2 * d,), (d, 1, 3, 3), (d,), (2 * (r + 2 * n), d), (2, d, r), (2, d), (2, d, n), (2, d)]
         shapes += [(d,), (d,), (g, d), (g,), (g, 4, 5, 5), (p, 1, 7, 7), (p,), (p,), (p,), (c, c), (c,)]

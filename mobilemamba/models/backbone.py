@@ -380,8 +380,8 @@ class MobileMamba(nn.Module):
         """
         fused = self._folded()
         for module in fused.modules():
-            if isinstance(module, Folded) and next(module.parameters()).device.type in ("cpu", "cuda"):
-                module.pack()
+            if isinstance(module, Folded):
+                module.arrange()
         return fused.eval().requires_grad_(False)
 
     @torch.jit.unused

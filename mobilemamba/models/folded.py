@@ -99,11 +99,30 @@ def is_short(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
+def has_packed_products(weight: Tensor) -> bool:
+    """Whether the kernels that multiply with ``weight`` read it packed: on CUDA those of tensor cores, in 16 bits.
+
+    The other products on CUDA are torch's, for which a packed weight would be unpacked in every call.
+    """
+    if weight.device.type == "cuda":
+        return is_short(weight) and torch.cuda.get_device_capability(weight.device)[0] >= 8
+    return weight.device.type == "cpu"
+
+
+def unpacked(weight: Tensor, shape: torch.Size) -> Tensor:
+    """The weight of this shape, ``(out, in)`` or ``(out, in, k, k)``, that ``pack_conv2d_weight`` has packed."""
+    out, in_chans, size = shape[0], shape[1], shape[2] if len(shape) == 4 else 1
+    rows = weight.detach().permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:out, : in_chans * size**2]
+    plain = rows.unflatten(1, (size, size, in_chans)).permute(0, 3, 1, 2)  # channels last in memory
+    return plain.clone() if len(shape) == 4 else plain.reshape(shape).clone()
+
+
 class Folded(nn.Module):
     """A folded layer. ``matrices`` names the parameters that have the dtype of the images.
 
     The other parameters are small: 16 bits would cost accuracy and save no time. So they stay float32 if the layer is
-    cast to 16 bits. ``pack`` replaces the matrices by copies in the memory order of the CPU kernel. A memory format
+    cast to 16 bits. ``pack`` replaces the matrices by copies in the memory order of the kernels. After ``arrange`` they
+    are packed wherever kernels read them so, and plain elsewhere, also when the layer moves or is cast. A memory format
     passed to ``to`` does not change the memory order of a parameter.
 
     ``sources`` has for each matrix that may be quantized the name of the layer, among those that were folded, whose
@@ -115,7 +134,8 @@ class Folded(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.packed = False
+        self.packed = self.arranged = False
+        self.shapes: dict[str, torch.Size] = {}  # of the packed matrices
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Folded":
         small = [p for name, p in self.named_parameters(recurse=False) if name not in self.matrices]
@@ -130,7 +150,28 @@ class Folded(nn.Module):
                 result = as_it_was.copy_(result)
             return result
 
-        return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        if self.arranged:
+            self.arrange()
+        return self
+
+    @torch.no_grad()
+    def arrange(self) -> None:
+        """Pack or unpack the matrices, as it is best for their device and dtype, and from now on whenever these change.
+
+        Quantized matrices stay as they are.
+        """
+        self.arranged = True
+        matrices = [getattr(self, name) for name in self.matrices]
+        if not matrices or not all(matrix.is_floating_point() for matrix in matrices):
+            return
+        if not self.packed and has_packed_products(matrices[0]):
+            self.pack()
+        elif self.packed and not has_packed_products(matrices[0]):
+            for name, matrix in zip(self.matrices, matrices, strict=True):
+                plain = unpacked(matrix, self.shapes[name])
+                setattr(self, name, nn.Parameter(plain, matrix.requires_grad))
+            self.packed = False
 
     @torch.no_grad()
     def pack(self, scales: Mapping[str, tuple[float, int]] | None = None) -> None:
@@ -138,6 +179,7 @@ class Folded(nn.Module):
         if not self.packed:
             for name in self.matrices:
                 weight = getattr(self, name)
+                self.shapes[name] = weight.shape
                 kernel = weight if weight.dim() == 4 else weight[:, :, None, None]
                 if scales and name in scales:
                     setattr(self, name, nn.Parameter(quantize_conv2d_weight(kernel, *scales[name]), False))
