@@ -163,11 +163,12 @@ class Folded(nn.Module):
         """
         self.arranged = True
         matrices = [getattr(self, name) for name in self.matrices]
-        if not matrices or not all(matrix.is_floating_point() for matrix in matrices):
+        if not all(matrix.is_floating_point() for matrix in matrices):
             return
-        if not self.packed and has_packed_products(matrices[0]):
+        pack = all(map(has_packed_products, matrices))
+        if pack and not self.packed:
             self.pack()
-        elif self.packed and not has_packed_products(matrices[0]):
+        elif self.packed and not pack:
             for name, matrix in zip(self.matrices, matrices, strict=True):
                 plain = unpacked(matrix, self.shapes[name])
                 setattr(self, name, nn.Parameter(plain, matrix.requires_grad))
