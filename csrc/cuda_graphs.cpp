@@ -25,12 +25,12 @@ namespace mobilemamba {
 
 #ifdef MOBILEMAMBA_CUDA
 
-namespace {
+namespace cuda_graphs {  // named, since CUDAGraphs::Graphs, which other files know of, has a Graph
 
 constexpr int warm_up = 3;  // calls before a capture, as torch.cuda.make_graphed_callables makes
 
 /// torch captures one graph at a time in a process.
-std::mutex& capturing() {
+inline std::mutex& capturing() {
   static std::mutex mutex;
   return mutex;
 }
@@ -57,7 +57,7 @@ struct Occasion {
 };
 
 /// Makes `later` wait for what is in `earlier` by now.
-void order(const c10::Stream& earlier, const c10::Stream& later) {
+inline void order(const c10::Stream& earlier, const c10::Stream& later) {
   c10::Event event(c10::DeviceType::CUDA);
   event.record(earlier);
   event.block(later);
@@ -116,9 +116,11 @@ struct Graph {
   }
 };
 
-}  // namespace
+}  // namespace cuda_graphs
 
 struct CUDAGraphs::Graphs {
+  using Graph = cuda_graphs::Graph;
+
   Network network;
   size_t limit;
   std::mutex mutex;
@@ -128,7 +130,7 @@ struct CUDAGraphs::Graphs {
     const std::lock_guard lock(mutex);
     const c10::cuda::CUDAGuard device(images.device());
     if (images.numel() == 0) return network(images);  // launches nothing
-    Occasion occasion(images);
+    cuda_graphs::Occasion occasion(images);
     auto found = std::find_if(kept.begin(), kept.end(), [&](const Graph& g) { return g.occasion == occasion; });
     if (found == kept.end()) {
       while (kept.size() >= limit)

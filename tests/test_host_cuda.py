@@ -120,13 +120,13 @@ import torch
 from mobilemamba import ops
 
 calls = ctypes.c_int.in_dll(ctypes.CDLL(os.environ["HOST_CUDA_LIBRARY"]), "host_cuda_attributes_set")
-for kernel_size in (9, 9, 9, 7):
-    ops.haar_conv2d(torch.zeros(1, 64, 40, 40), torch.zeros(256, 1, kernel_size, kernel_size))
+for _ in range(3):
+    ops.haar_conv2d(torch.zeros(1, 64, 40, 40), torch.zeros(256, 1, 7, 7))
     print(calls.value)
 """
     done = processes.run([sys.executable, "-c", program], host_library.environment(library))
     processes.check(done)
-    assert done.stdout.split() == ["1", "1", "1", "2"]
+    assert done.stdout.split() == ["1", "1", "1"]
 
 
 # Planted bugs --------------------------------------------------------------------------------------------------------

@@ -223,6 +223,7 @@ TORCH_CUDA: dict[str, Any] = {
     "graph": graph,
     "graph_pool_handle": lambda: (0, 1),
     "is_available": lambda: True,
+    "is_current_stream_capturing": lambda: False,
     "is_bf16_supported": lambda including_emulation=True: True,
     "max_memory_allocated": lambda device=None: GIB,
     "mem_get_info": lambda device=None: (80 * GIB, 80 * GIB),
