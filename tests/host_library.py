@@ -34,7 +34,8 @@ SANITIZE = [
     "-fno-omit-frame-pointer",
 ]
 KERNEL_FLAGS = ["-O1", "-g1", *SANITIZE]
-# For the library that counts accesses: calls at each access and basic block, and accesses as wide as in the source.
+# For the library that counts accesses: calls at each access and basic block, accesses as wide as in the source, and
+# blocks in its order. Loops are unrolled where the source says so.
 COUNT = ["-O2", "-g1", "-DHOST_CUDA_COUNTERS"]
 COUNT_ACCESSES = [
     "-fsanitize=thread",
@@ -47,6 +48,7 @@ COUNT_ACCESSES = [
     "-fno-reorder-blocks",
     "-fno-reorder-blocks-and-partition",
     "-fno-crossjumping",
+    "-fno-thread-jumps",
     "-fno-tree-tail-merge",
     "-fno-optimize-sibling-calls",
     "-maccumulate-outgoing-args",
@@ -74,9 +76,14 @@ def build(csrc: Path = CSRC, folder: Path = FOLDER, only: Path | None = None, co
     """
     from torch.utils.cpp_extension import include_paths, library_paths
 
+    if counting:
+        unrolled = (COUNTING_FOLDER if only is None else folder) / "csrc"
+        copy_unrolled(csrc, unrolled)
+        only = only and unrolled / only.relative_to(csrc)
+        csrc = unrolled
     include = [f"-I{HERE / 'host_cuda' / 'include'}", f"-I{csrc}"]
     runtime = sorted((HERE / "host_cuda").glob("*.cpp" if counting else "runtime.cpp"))
-    kernels = sorted((CSRC / "cuda").glob("*.cu"))
+    kernels = sorted((csrc / "cuda").glob("*.cu"))
     kernels_folder = COUNTING_FOLDER if counting else KERNELS_FOLDER
     runtime_flags = COUNT if counting else KERNEL_FLAGS
     kernel_flags = [*COUNT, *COUNT_ACCESSES] if counting else KERNEL_FLAGS
@@ -103,6 +110,18 @@ def build(csrc: Path = CSRC, folder: Path = FOLDER, only: Path | None = None, co
     library = folder / ("libcounting_cuda.so" if counting else "libhost_cuda.so")
     run_ninja(folder, hosts if only is None else {}, flags, library, link)
     return library
+
+
+def copy_unrolled(csrc: Path, to: Path) -> None:
+    """Copies the kernels with their pragmas for loops as g++ knows them. Files that stay the same are not written."""
+    for source in (path for path in csrc.rglob("*") if path.is_file()):
+        text = re.sub(
+            r"#pragma unroll( \d+)?$", lambda m: f"#pragma GCC unroll{m[1] or ' 128'}", source.read_text(), flags=re.M
+        )
+        copy = to / source.relative_to(csrc)
+        if not copy.exists() or copy.read_text() != text:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text)
 
 
 def run_ninja(

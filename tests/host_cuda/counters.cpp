@@ -4,7 +4,8 @@
 // Each lane of a warp records its accesses and basic blocks. When the lanes meet, at a barrier or a shuffle, their
 // records are merged into the warp's instructions: as long as lanes are at different places, those go on whose place is
 // deepest in the calls and then first in the code. So lanes meet again behind a branch, and each pass through a loop is
-// an instruction of its own. For this the compiler must leave the blocks in the order of the source.
+// an instruction of its own. For this the compiler must leave the blocks in the order of the source. Tensor-core
+// instructions and shuffles need the whole warp: where lanes do not meet at one, the process ends with a message.
 //
 // The environment has the settings:
 //   HOST_CUDA_COUNTERS  file to which each launch appends a line of JSON
@@ -180,6 +181,17 @@ void count_shared(Site& site, const Event* const* events, const int* lanes, int 
   }
 }
 
+bool needs_warp(Kind kind) {
+  return kind == Kind::product || kind == Kind::shuffle || kind == Kind::matrices;
+}
+
+/// Which of two lanes goes on: below 0 that of `a`, 0 both. An instruction of the whole warp waits for the others.
+int compare(const Event& a, const Event& b) {
+  if (needs_warp(a.kind) != needs_warp(b.kind)) return needs_warp(a.kind) ? 1 : -1;
+  if (a.depth != b.depth) return a.depth > b.depth ? -1 : 1;
+  return a.place < b.place ? -1 : a.place > b.place;
+}
+
 void execute(const Event* const* events, const int* lanes, int count) {
   Recorder& r = recorder();
   const Event& first = *events[0];
@@ -313,14 +325,19 @@ void meet(int begin, int end) {
       if (next[lane] == trace.size()) continue;
       const Event* event = &trace[next[lane]];
       if (chosen > 0) {
-        const Event& best = *events[0];
-        if (event->depth < best.depth || (event->depth == best.depth && event->place > best.place)) continue;
-        if (event->depth != best.depth || event->place != best.place) chosen = 0;
+        const int order = compare(*event, *events[0]);
+        if (order > 0) continue;
+        if (order < 0) chosen = 0;
       }
       lanes[chosen] = lane;
       events[chosen++] = event;
     }
     if (chosen == 0) break;
+    if (needs_warp(events[0]->kind) && chosen != warp_size) {
+      std::fprintf(stderr, "host_cuda: %d lanes are at an instruction of the whole warp at %#x\n", chosen,
+                   events[0]->place);
+      std::abort();
+    }
     execute(events, lanes, chosen);
     for (int i = 0; i < chosen; ++i)
       ++next[lanes[i]];
