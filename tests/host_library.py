@@ -81,7 +81,7 @@ def build(csrc: Path = CSRC, folder: Path = FOLDER, only: Path | None = None, co
         copy_unrolled(csrc, unrolled)
         only = only and unrolled / only.relative_to(csrc)
         csrc = unrolled
-    include = [f"-I{HERE / 'host_cuda' / 'include'}", f"-I{csrc}"]
+    include = include_flags(csrc)
     runtime = sorted((HERE / "host_cuda").glob("*.cpp" if counting else "runtime.cpp"))
     kernels = sorted((csrc / "cuda").glob("*.cu"))
     kernels_folder = COUNTING_FOLDER if counting else KERNELS_FOLDER
@@ -96,7 +96,7 @@ def build(csrc: Path = CSRC, folder: Path = FOLDER, only: Path | None = None, co
         run_ninja(folder, {objects[only.name]: only}, [*kernel_flags, *include])
     hosts = {FOLDER / f"{source.name}.o": source for source in host_sources()}
     torch_headers = [flag for path in include_paths("cpu") for flag in ("-isystem", path)]
-    flags = [*HOST_FLAGS, "-DHOST_CUDA", "-DMOBILEMAMBA_CUDA_ARCHS=sm_80,sm_90+PTX", *include, *torch_headers]
+    flags = [*HOST_FLAGS, "-DHOST_CUDA", "-DMOBILEMAMBA_CUDA_ARCHS=sm_80,sm_90+PTX", *include_flags(), *torch_headers]
     # The kernels come first: of an inline function that several objects have, the linker takes the first.
     link = [
         *objects.values(),
@@ -112,13 +112,16 @@ def build(csrc: Path = CSRC, folder: Path = FOLDER, only: Path | None = None, co
     return library
 
 
-def copy_unrolled(csrc: Path, to: Path) -> None:
-    """Copies the kernels with their pragmas for loops as g++ knows them. Files that stay the same are not written."""
-    for source in (path for path in csrc.rglob("*") if path.is_file()):
-        text = re.sub(
-            r"#pragma unroll( \d+)?$", lambda m: f"#pragma GCC unroll{m[1] or ' 128'}", source.read_text(), flags=re.M
-        )
-        copy = to / source.relative_to(csrc)
+def include_flags(csrc: Path = CSRC) -> list[str]:
+    return [f"-I{HERE / 'host_cuda' / 'include'}", f"-I{csrc}"]
+
+
+def copy_unrolled(folder: Path, to: Path, pattern: str = "**/*.*") -> None:
+    """Copies sources with their pragmas for loops as g++ knows them. Files that stay the same are not written."""
+    for source in folder.glob(pattern):
+        text = source.read_text()
+        text = re.sub(r"#pragma unroll( \d+)?$", lambda m: f"#pragma GCC unroll{m[1] or ' 128'}", text, flags=re.M)
+        copy = to / source.relative_to(folder)
         if not copy.exists() or copy.read_text() != text:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(text)

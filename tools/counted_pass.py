@@ -185,8 +185,9 @@ def torch_operators(events: Any) -> list[tuple[str, int]]:
 
 
 def main(library: str, batch: int) -> None:
-    import mobilemamba
     import torch
+
+    import mobilemamba
 
     torch.set_num_threads(1)
     with warnings.catch_warnings():
