@@ -52,6 +52,7 @@ COUNT_ACCESSES = [
     "-fno-tree-tail-merge",
     "-fno-optimize-sibling-calls",
     "-maccumulate-outgoing-args",
+    "-fno-math-errno",
 ]
 HOST_FLAGS = ["-O0"]
 CAN_BUILD = platform.system() == "Linux" and platform.machine() == "x86_64" and shutil.which("g++") is not None

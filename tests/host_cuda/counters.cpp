@@ -52,8 +52,8 @@ struct Event {
 /// What one instruction of the kernel did in a launch.
 struct Site {
   Kind kind;
-  uint64_t times = 0;                    // executed by a warp
-  uint64_t sectors = 0, fewest_sectors = 0;  // of global memory
+  uint64_t times = 0;                              // executed by a warp
+  uint64_t sectors = 0, fewest_sectors = 0;        // of global memory
   uint64_t wavefronts = 0, fewest_wavefronts = 0;  // of shared memory
 };
 
@@ -65,7 +65,7 @@ struct Page {
 
 struct Counts {
   std::map<uint32_t, Site> sites;
-  uint64_t run = 0;  // blocks
+  uint64_t run = 0;                              // blocks
   uint64_t barriers = 0, read = 0, written = 0;  // bytes, each counted once
 };
 
@@ -217,15 +217,16 @@ void execute(const Event* const* events, const int* lanes, int count) {
 void record(const Caller& caller, Kind kind, uint64_t address, int bytes) {
   Recorder& r = recorder();
   const uintptr_t depth = r.stack_end - reinterpret_cast<uintptr_t>(caller.frame);
-  r.lane->push_back({address, place_of(caller.place), static_cast<uint16_t>(depth / 16), kind, static_cast<uint8_t>(bytes)});
+  r.lane->push_back(
+      {address, place_of(caller.place), static_cast<uint16_t>(depth / 16), kind, static_cast<uint8_t>(bytes)});
 }
 
 void access(const Caller& caller, Kind kind, const void* data, int bytes) {
   Recorder& r = recorder();
   const auto address = reinterpret_cast<uintptr_t>(data);
   if (!r.lane || address - r.stack_begin < r.stack_end - r.stack_begin) return;  // a thread's own memory
-  const bool constant = (address >= r.image_begin && address < r.image_end && !is_shared(address)) ||
-                        address - r.main_stack < (8 << 20);
+  const bool constant =
+      (address >= r.image_begin && address < r.image_end && !is_shared(address)) || address - r.main_stack < (8 << 20);
   if (constant) return;  // parameters, and what CUDA has in special registers
   for (; bytes > 16; bytes -= 16, data = static_cast<const char*>(data) + 16)
     record(caller, kind, reinterpret_cast<uintptr_t>(data), 16);
@@ -286,7 +287,8 @@ void end_launch() {
       r.counts->read += std::popcount(page.read[i]);
       r.counts->written += std::popcount(page.written[i]);
     }
-  std::string line = r.line + ", \"run\": " + std::to_string(r.counts->run) + ", \"barriers\": " + std::to_string(r.counts->barriers) +
+  std::string line = r.line + ", \"run\": " + std::to_string(r.counts->run) +
+                     ", \"barriers\": " + std::to_string(r.counts->barriers) +
                      ", \"read\": " + std::to_string(r.counts->read) +
                      ", \"written\": " + std::to_string(r.counts->written) + ", \"sites\": [";
   const char* names[] = {"block", "load", "store", "product", "shuffle", "matrices"};
@@ -398,8 +400,7 @@ __attribute__((visibility("hidden"))) void __tsan_write_range(void* data, size_t
   access(HOST_CUDA_CALLER, Kind::store, data, static_cast<int>(bytes));
 }
 __attribute__((visibility("hidden"))) void __sanitizer_cov_trace_pc() {
-  if (recorder().lane)
-    host_cuda::counters::record(HOST_CUDA_CALLER, Kind::block, 0, 0);
+  if (recorder().lane) host_cuda::counters::record(HOST_CUDA_CALLER, Kind::block, 0, 0);
 }
 __attribute__((visibility("hidden"))) void __tsan_func_entry(void*) {}
 __attribute__((visibility("hidden"))) void __tsan_func_exit() {}
