@@ -176,7 +176,7 @@ def torch_operators(events: Any) -> list[tuple[str, int]]:
         while caller is not None:
             callers.append(caller.name.removeprefix("aten::"))
             caller = caller.cpu_parent
-        if any(name in SIZES for name in callers):
+        if any(caller in SIZES or caller.startswith("empty") for caller in callers):  # empty: see main
             continue
         if name not in SIZES:
             raise SystemExit(f"the pass calls torch's {name}, and SIZES does not say what it reads and writes")
