@@ -4,6 +4,8 @@ As a pytest plugin (``-p host_library``) it loads the library that HOST_CUDA_LIB
 kernels then replace the CPU kernels, so that every test of CPU tensors tests them. Uninitialised memory is NaN. The
 sanitizers watch the kernels and the stand-in for CUDA; the sources that call torch have none, which halves the time of
 the build.
+
+``build(counting=True)`` is another library: it counts what the kernels ask of the memory, for tools/kernel_counters.py.
 """
 
 import fcntl

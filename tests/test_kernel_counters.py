@@ -122,7 +122,15 @@ def test_a_sample_of_blocks_stands_for_a_pass(library):
     assert sum(launch.blocks > kernel_counters.SAMPLE for launch in whole.launches) > 50
     for name, kernel in tables[0].kernels.items():
         other = tables[1].kernels[name]
-        for count in ("sectors", "fewest_sectors", "wavefronts", "fewest_wavefronts", "products", "instructions"):
+        for count in (
+            "load_sectors",
+            "store_sectors",
+            "fewest_sectors",
+            "wavefronts",
+            "fewest_wavefronts",
+            "products",
+            "instructions",
+        ):
             assert other.sum(count) == pytest.approx(kernel.sum(count), rel=0.05), (name, count)
 
 
@@ -146,14 +154,14 @@ FAULTS = {  # file, source that is compiled with it, text, text with the fault, 
         "gate",
         "(part * warp_size + threadIdx.x) * gate_together",
         "(threadIdx.x * gate_parts + part) * gate_together",
-        r"gate_forward_registers_kernel<__nv_bfloat16> asks for .* times the fewest sectors",
+        r"gate_forward_registers_kernel<__nv_bfloat16> asks for .* times the fewest load sectors",
     ),
     "bank conflict: the chunks of rows keep their places": (
         "cuda/packed_conv.cu",
         "packed_conv",
         "(chunk ^ (row / 2 % 4))",
         "chunk",
-        r"MatrixRows> needs .* times the fewest wavefronts",
+        r"MatrixRows> asks for .* times the fewest wavefronts",
     ),
 }
 

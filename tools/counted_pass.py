@@ -49,8 +49,9 @@ class Launch:
     instructions: float = 0  # all; an estimate
     # Asked for, and the fewest that the bytes of each instruction need.
     load_sectors: float = 0
+    fewest_load_sectors: float = 0
     store_sectors: float = 0
-    fewest_sectors: float = 0
+    fewest_store_sectors: float = 0
     wavefronts: float = 0
     fewest_wavefronts: float = 0
     worst: dict[int, float] = field(default_factory=dict)  # places in the library with most sectors and wavefronts
@@ -58,6 +59,10 @@ class Launch:
     @property
     def sectors(self) -> float:
         return self.load_sectors + self.store_sectors
+
+    @property
+    def fewest_sectors(self) -> float:
+        return self.fewest_load_sectors + self.fewest_store_sectors
 
 
 @dataclass
@@ -136,9 +141,10 @@ def read_launch(line: str, code: Code) -> Launch:
             launch.products += times * scale
         elif kind == "store":
             launch.store_sectors += sectors * scale
+            launch.fewest_store_sectors += fewest_sectors * scale
         else:
             launch.load_sectors += sectors * scale
-        launch.fewest_sectors += fewest_sectors * scale
+            launch.fewest_load_sectors += fewest_sectors * scale
         launch.wavefronts += wavefronts * scale
         launch.fewest_wavefronts += fewest_wavefronts * scale
         if wasted := sectors - fewest_sectors + wavefronts - fewest_wavefronts:

@@ -12,9 +12,6 @@
 //   HOST_CUDA_SAMPLE    most blocks of a launch that run; the others are taken to be like them
 #include "counters.h"
 
-#include <dlfcn.h>
-#include <link.h>
-
 #include <algorithm>
 #include <bit>
 #include <cinttypes>
@@ -30,6 +27,9 @@
 namespace mobilemamba::cuda {
 extern unsigned char shared_memory[];
 }
+
+// Where the library begins and ends in memory; from the linker.
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start[], _end[];
 
 namespace host_cuda::counters {
 namespace {
@@ -70,7 +70,6 @@ struct Counts {
 };
 
 struct Recorder {
-  uintptr_t image_begin, image_end;  // of the library
   std::vector<std::vector<Event>> lanes{most_threads};
   std::vector<Event>* lane = nullptr;  // of the running thread
   uintptr_t stack_begin, stack_end;
@@ -82,22 +81,6 @@ struct Recorder {
   std::unordered_map<uint64_t, Page> pages;
   uint64_t last_page = UINT64_MAX;
   Page* page = nullptr;
-
-  Recorder() {
-    dl_iterate_phdr(
-        [](dl_phdr_info* info, size_t, void* self) {
-          const auto here = reinterpret_cast<uintptr_t>(&shared_memory);
-          uintptr_t end = 0;
-          for (int i = 0; i < info->dlpi_phnum; ++i)
-            if (info->dlpi_phdr[i].p_type == PT_LOAD)
-              end = std::max<uintptr_t>(end, info->dlpi_addr + info->dlpi_phdr[i].p_vaddr + info->dlpi_phdr[i].p_memsz);
-          if (info->dlpi_addr > here || here >= end) return 0;
-          static_cast<Recorder*>(self)->image_begin = info->dlpi_addr;
-          static_cast<Recorder*>(self)->image_end = end;
-          return 1;
-        },
-        this);
-  }
 };
 
 Recorder& recorder() {
@@ -110,7 +93,7 @@ bool is_shared(uint64_t address) {
 }
 
 uint32_t place_of(const void* caller) {
-  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(caller) - recorder().image_begin);
+  return static_cast<uint32_t>(static_cast<const char*>(caller) - __ehdr_start);
 }
 
 // Merging ------------------------------------------------------------------------------------------------------------
@@ -225,8 +208,8 @@ void access(const Caller& caller, Kind kind, const void* data, int bytes) {
   Recorder& r = recorder();
   const auto address = reinterpret_cast<uintptr_t>(data);
   if (!r.lane || address - r.stack_begin < r.stack_end - r.stack_begin) return;  // a thread's own memory
-  const bool constant =
-      (address >= r.image_begin && address < r.image_end && !is_shared(address)) || address - r.main_stack < (8 << 20);
+  const bool in_library = data >= __ehdr_start && data < _end && !is_shared(address);
+  const bool constant = in_library || address - r.main_stack < (8 << 20);
   if (constant) return;  // parameters, and what CUDA has in special registers
   for (; bytes > 16; bytes -= 16, data = static_cast<const char*>(data) + 16)
     record(caller, kind, reinterpret_cast<uintptr_t>(data), 16);

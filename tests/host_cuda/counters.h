@@ -1,6 +1,6 @@
-// What the stand-in for the CUDA runtime counts in each launch; see counters.cpp. Only tools/kernel_counters.py builds
-// the library with HOST_CUDA_COUNTERS. Then the kernels compute nothing that is right: copies, products and shuffles
-// are only counted, and a launch that would count the same as an earlier one does not run.
+// What the stand-in for the CUDA runtime counts in each launch; see counters.cpp. tools/kernel_counters.py builds
+// the library with HOST_CUDA_COUNTERS, and test_kernel_counters.py. Then the kernels compute nothing that is right:
+// copies and products are only counted, and a launch that would count the same as an earlier one does not run.
 #pragma once
 
 #include <cstddef>

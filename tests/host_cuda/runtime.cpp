@@ -1,6 +1,6 @@
 // The stand-in for the CUDA runtime; see include/cuda_runtime_api.h. The environment has its settings:
 //   HOST_CUDA_SEED          seed of the order of threads
-//   HOST_CUDA_BLOCKS        most blocks of a grid
+//   HOST_CUDA_BLOCKS        most blocks of a grid; a library that counts launches the whole grid
 //   HOST_CUDA_SHARED_LIMIT  bytes of shared memory that a block may have
 //   HOST_CUDA_ERROR         error code that every launch returns without running
 #include <cuda_runtime.h>
