@@ -148,6 +148,11 @@ def test_the_work_of_a_pass_grows_with_the_batch(library):
     assert products == [112 * 112 // 16 * 3 * 4 * batch for batch in (1, 2, 3)]  # steps, lines, outputs / 8
 
 
+def test_more_activations_miss_a_bar():
+    assert kernel_counters.missed_bars([], 13.9e6) == []
+    assert kernel_counters.missed_bars([], 14.1e6) == ["14.10 MB of activations an image, at most 14.0"]
+
+
 FAULTS = {  # file, source that is compiled with it, text, text with the fault, the bar that is missed
     "uncoalesced: a lane's channels are adjacent, those of its neighbour 40 bytes on": (
         "cuda/gate.cu",

@@ -268,8 +268,12 @@ def print_worst(tables: Sequence[Table], code: counted_pass.Code) -> None:
             for launch in kernel.launches:
                 for place, more in launch.worst.items():
                     wasted[place] = wasted.get(place, 0) + more
-            for place in sorted(wasted, key=lambda place: -wasted[place])[:5]:
-                print(f"batch {table.batch}: {name}: {short(wasted[place])} more than needed: {code.line(place)}")
+            lines: dict[str, float] = {}  # an unrolled loop has its line several times
+            for place in sorted(wasted, key=lambda place: -wasted[place])[:40]:
+                line = code.line(place)
+                lines[line] = lines.get(line, 0) + wasted[place]
+            for line in sorted(lines, key=lambda line: -lines[line])[:5]:
+                print(f"batch {table.batch}: {name}: {short(lines[line])} more than needed: {line}")
 
 
 def main() -> int:
