@@ -1,6 +1,6 @@
 // The stand-in for the CUDA runtime; see include/cuda_runtime_api.h. The environment has its settings:
 //   HOST_CUDA_SEED          seed of the order of threads
-//   HOST_CUDA_BLOCKS        most blocks of a grid
+//   HOST_CUDA_BLOCKS        most blocks of a grid; a library that counts launches the whole grid
 //   HOST_CUDA_SHARED_LIMIT  bytes of shared memory that a block may have
 //   HOST_CUDA_ERROR         error code that every launch returns without running
 #include <cuda_runtime.h>
@@ -15,6 +15,8 @@
 #include <numeric>
 #include <random>
 #include <vector>
+
+#include "counters.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -136,6 +138,7 @@ void run(Thread& thread) {
   Scheduler& s = scheduler();
   s.running = &thread;
   threadIdx = thread.index;
+  counters::begin_thread(static_cast<int>(&thread - s.threads.data()), thread.stack, stack_bytes);
   host_cuda_switch(&s.stack_pointer, thread.stack_pointer);
 }
 
@@ -157,6 +160,7 @@ void run_warp(int begin, int end) {
     std::shuffle(order.begin(), order.end(), s.random);
     for (int i : order)
       if (s.threads[i].state == State::ready) run(s.threads[i]);
+    counters::meet(begin, end);
     if (all(State::at_block_barrier) || all(State::done)) return;
     if (!all(State::at_warp_barrier) && !all(State::at_shuffle))
       fail("the lanes of a warp do not meet at the same barrier");
@@ -180,6 +184,7 @@ void run_block(int count) {
                                     [](const Thread& thread) { return thread.state == State::done; });
     if (done == count) return;
     if (done != 0) fail("some threads end while others wait at __syncthreads");
+    counters::barrier();
     for (int i = 0; i < count; ++i)
       s.threads[i].state = State::ready;
   }
@@ -187,7 +192,8 @@ void run_block(int count) {
 
 }  // namespace
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel,
+                   const std::string& parameters) {
   if (const int error = setting("HOST_CUDA_ERROR", 0)) return static_cast<cudaError_t>(error);
   Scheduler& s = scheduler();
   const std::lock_guard lock(s.mutex);
@@ -204,9 +210,15 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, const
   gridDim = dim3(std::min<unsigned>(config.gridDim.x, setting("HOST_CUDA_BLOCKS", 3)));
   for (unsigned i = 0; i < count; ++i)
     s.threads[i].index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
-  std::vector<unsigned> blocks(gridDim.x);
-  std::iota(blocks.begin(), blocks.end(), 0u);
-  std::shuffle(blocks.begin(), blocks.end(), s.random);
+  std::vector<unsigned> blocks;
+  if (counters::on) {
+    gridDim = config.gridDim;
+    blocks = counters::blocks_to_run(function, parameters, gridDim.x, count, config.dynamicSmemBytes);
+  } else {
+    blocks.resize(gridDim.x);
+    std::iota(blocks.begin(), blocks.end(), 0u);
+    std::shuffle(blocks.begin(), blocks.end(), s.random);
+  }
   for (unsigned block : blocks) {
     blockIdx = dim3(block, 0, 0);
     ASAN_UNPOISON_MEMORY_REGION(shared_memory, shared_capacity);
@@ -214,6 +226,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, const
     ASAN_POISON_MEMORY_REGION(shared_memory + config.dynamicSmemBytes, shared_capacity - config.dynamicSmemBytes);
     run_block(static_cast<int>(count));
   }
+  counters::end_launch();
   return cudaSuccess;
 }
 
@@ -232,12 +245,15 @@ const uint64_t (&gather(const uint64_t (&words)[3]))[3][warp_size] {
 
 uint64_t exchange(unsigned lanes, uint64_t bits, int mask) {
   if (lanes != 0xffffffff) fail("a shuffle that not all lanes take part in");
+  counters::shuffle(HOST_CUDA_CALLER);
   return gather({bits, 0, 0})[0][threadIdx.x % warp_size ^ mask];
 }
 
 void copy_async(void* shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes < 0 || bytes > 16)
     fail("an asynchronous copy that is not of aligned 16 bytes");
+  counters::copy_async(HOST_CUDA_CALLER, shared, global, bytes);
+  if (counters::on) return;
   scheduler().running->copies.back().push_back({shared, global, bytes});
 }
 
@@ -254,8 +270,14 @@ void wait_for_copies(int groups) {
     }
 }
 
+void count_product() {
+  counters::product(HOST_CUDA_CALLER);
+}
+
 void load_matrices(uint32_t (&to)[4], const void* shared_row) {
   if (reinterpret_cast<uintptr_t>(shared_row) % 16) fail("a row of a matrix that is not aligned to 16 bytes");
+  counters::load_matrices(HOST_CUDA_CALLER, shared_row);
+  if (counters::on) return;
   const auto& rows = gather({reinterpret_cast<uintptr_t>(shared_row), 0, 0})[0];
   const int lane = threadIdx.x % warp_size;
   for (int i = 0; i < 4; ++i)
