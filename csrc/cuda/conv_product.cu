@@ -62,7 +62,6 @@ __device__ __forceinline__ void convolve_tile(const ConvProduct& p, const RowTil
   const int channels = static_cast<int>(p.channels), width = static_cast<int>(p.width);
   const int height = static_cast<int>(p.height), parts = (channels + together * warp_size - 1) / (together * warp_size);
   const Strips strips(p, first_row, launch.rows);
-#pragma unroll 1
   for (int item = threadIdx.y; item < strips.count() * parts; item += launch.warps) {
     const int number = item / parts, channel = ((item - number * parts) * warp_size + threadIdx.x) * together;
     if (channel >= channels) continue;
