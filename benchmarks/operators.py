@@ -137,7 +137,7 @@ def ffn_case(size: str, width: int, side: int, form: str = "") -> Case:
     """
 
     def forward(*arguments: Tensor) -> Tensor:
-        with mock.patch.dict(os.environ, {"MOBILEMAMBA_CUDA_FFN": form}):
+        with mock.patch.dict(os.environ, {"MOBILEMAMBA_CUDA_FORM": form}):
             return ops.ffn(*arguments)
 
     def draw_weights() -> list[Tensor]:

@@ -185,7 +185,7 @@ PYBIND11_MODULE(launches, m) {
       .def(py::init(&gate_product_sizes), "rows"_a, "global"_a, "identity"_a, "inner"_a);
   py::class_<ConvProduct>(m, "ConvProductSizes")
       .def(py::init(&conv_product_sizes), "batch"_a, "height"_a, "width"_a, "channels"_a, "outputs"_a);
-  m.def("conv_product_launch", &conv_product_launch, "sizes"_a, "shared_limit"_a);
+  m.def("conv_product_launch", &conv_product_launch, "sizes"_a, "shared_limit"_a, "always"_a = false);
   py::class_<RowTileLaunch, Launch>(m, "RowTileLaunch")
       .def("exists", &RowTileLaunch::exists)
       .def_readonly("rows", &RowTileLaunch::rows)
@@ -195,7 +195,7 @@ PYBIND11_MODULE(launches, m) {
       .def_readonly("panels", &RowTileLaunch::panels)
       .def_readonly("pairs", &RowTileLaunch::pairs)
       .def_readonly("pitch", &RowTileLaunch::pitch);
-  m.def("gate_product_launch", &gate_product_launch, "sizes"_a, "shared_limit"_a);
+  m.def("gate_product_launch", &gate_product_launch, "sizes"_a, "shared_limit"_a, "always"_a = false);
   m.def("ffn_launch", &ffn_launch, "sizes"_a, "shared_limit"_a, "always"_a = false);
 }
 

@@ -122,7 +122,7 @@ def test_infinity_stays_in_the_hidden_channels_that_have_it(hidden, dtype):
 @pytest.mark.parametrize("shape", [*SHAPES, *WIDE, (256, 192, 14, 14, 384), (256, 384, 7, 7, 768)], ids=str)
 def test_both_forms_on_cuda(shape, dtype, form, monkeypatch):
     """The one kernel and two products, whatever the library chooses for the size; the same bits every time."""
-    monkeypatch.setenv("MOBILEMAMBA_CUDA_FFN", form)
+    monkeypatch.setenv("MOBILEMAMBA_CUDA_FORM", form)
     arguments = arguments_of(*shape, dtype=dtype)
     y = packing(*arguments)
     assert relative_error(y, plain(*[x.double() for x in arguments])) < 2 * LOW_PRECISION[dtype]

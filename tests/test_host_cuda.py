@@ -33,9 +33,9 @@ def run_tests(
 ) -> subprocess.CompletedProcess[str]:
     """Those tests of ``test_NAME.py`` that the expression ``which`` selects, on ``library``.
 
-    The feed-forward layer is the one kernel wherever that can run: the tests' sizes are below those of real calls.
+    Layers are one kernel wherever that can run: the tests' sizes are below those of real calls.
     """
-    environment = host_library.environment(library, **settings) | {"MOBILEMAMBA_CUDA_FFN": "kernel"}
+    environment = host_library.environment(library, **settings) | {"MOBILEMAMBA_CUDA_FORM": "kernel"}
     return processes.run_tests(
         (name,), "-x", "-s", "-p", "host_library", "-k", which, full=full, environment=environment
     )
@@ -191,7 +191,7 @@ for stage, side, channels in zip(model.stages, (14, 7, 4), (192, 384, 448), stri
 """
     done = processes.run([sys.executable, "-c", program], host_library.environment(library, only_count=1))
     processes.check(done)
-    assert done.stdout.splitlines() == ["s6 100", "ffn 1 mrffi 7", "ffn 1 mrffi 7", "ffn 2 mrffi 7"]
+    assert done.stdout.splitlines() == ["s6 114", "ffn 1 mrffi 7", "ffn 1 mrffi 7", "ffn 2 mrffi 7"]
 
 
 # Planted bugs --------------------------------------------------------------------------------------------------------

@@ -344,13 +344,18 @@ def test_ffn_of_the_presets(launches: Any, side: int, channels: int, rows: int |
     st.integers(0, 70),
     st.integers(1, 170),
     st.sampled_from([TURING, 99 * 1024, 163 * 1024, HOPPER]),
+    st.booleans(),
 )
-def test_gate_product(launches: Any, rows: int, half: int, identity: int, quarter: int, limit: int) -> None:
+def test_gate_product(
+    launches: Any, rows: int, half: int, identity: int, quarter: int, limit: int, always: bool
+) -> None:
     outputs, inner = 2 * half, 4 * quarter
-    launch = launches.gate_product_launch(launches.GateProductSizes(rows, outputs, identity, inner), limit)
+    launch = launches.gate_product_launch(launches.GateProductSizes(rows, outputs, identity, inner), limit, always)
     if not launch.exists():
-        assert outputs > 320 or inner > 640 or identity > 64 or limit == TURING
+        few = not always and rows <= 65 * 32
+        assert few or outputs > 320 or inner > 640 or identity > 64 or limit == TURING
         return
+    assert always or launch.tasks >= 66
     assert launch.rows in (32, 64)
     assert launch.rows == 32 or launch.tasks >= 132
     assert launch.tasks == math.ceil(rows / launch.rows)
@@ -367,7 +372,7 @@ def test_gate_product(launches: Any, rows: int, half: int, identity: int, quarte
 
 
 def test_gate_product_has_refusals(launches: Any) -> None:
-    def exists(rows: int = 196, outputs: int = 160, identity: int = 0, inner: int = 320) -> bool:
+    def exists(rows: int = 50176, outputs: int = 160, identity: int = 0, inner: int = 320) -> bool:
         return launches.gate_product_launch(launches.GateProductSizes(rows, outputs, identity, inner), HOPPER).exists()
 
     assert exists()
@@ -384,13 +389,19 @@ def test_gate_product_has_refusals(launches: Any) -> None:
     st.integers(1, 170),
     st.integers(1, 40),
     st.sampled_from([TURING, 99 * 1024, 163 * 1024, HOPPER]),
+    st.booleans(),
 )
-def test_conv_product(launches: Any, batch: int, height: int, width: int, quarter: int, half: int, limit: int) -> None:
+def test_conv_product(
+    launches: Any, batch: int, height: int, width: int, quarter: int, half: int, limit: int, always: bool
+) -> None:
     channels, outputs, rows = 4 * quarter, 2 * half, batch * height * width
-    launch = launches.conv_product_launch(launches.ConvProductSizes(batch, height, width, channels, outputs), limit)
+    launch = launches.conv_product_launch(
+        launches.ConvProductSizes(batch, height, width, channels, outputs), limit, always
+    )
     if not launch.exists():
-        assert outputs > 64 or limit == TURING
+        assert (not always and rows <= 65 * 32) or outputs > 64 or limit == TURING
         return
+    assert always or launch.tasks >= 66
     assert launch.rows in (32, 64)
     assert launch.rows == 32 or launch.tasks >= 132
     assert launch.tasks == math.ceil(rows / launch.rows)

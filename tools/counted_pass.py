@@ -161,7 +161,7 @@ def count(
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "counters"
-        settings = {"HOST_CUDA_COUNTERS": str(file), "OMP_NUM_THREADS": "1", "MOBILEMAMBA_CUDA_FFN": ffn}
+        settings = {"HOST_CUDA_COUNTERS": str(file), "OMP_NUM_THREADS": "1", "MOBILEMAMBA_CUDA_FORM": ffn}
         if sample is not None:
             settings["HOST_CUDA_SAMPLE"] = str(sample)
         command = [sys.executable, str(Path(__file__).resolve()), str(library), str(batch)]

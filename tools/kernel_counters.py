@@ -26,7 +26,7 @@ import host_library  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 BATCHES = (1, 256)
-FFN = {1: "products", 256: "kernel"}  # the form of all feed-forward layers; at 448 channels it is always two products
+FFN = {1: "products", 256: "kernel"}  # the form of all layers; feed-forward layers of 448 channels are two products
 SAMPLE = 32  # blocks of a launch at batch 256; test_kernel_counters.py compares a sample with all blocks
 
 # The bars, for kernels that take a hundredth or more of the predicted time.

@@ -38,14 +38,14 @@ def products(dtype: torch.dtype) -> None:
         y = ops.packed_conv2d(x, weight, leaf(outputs, dtype=dtype), None, kernel, stride, "relu")
         ops.packed_conv2d(x, weight, leaf(outputs, dtype=dtype), y, kernel, stride)
     parameters = torch.float32 if dtype.itemsize == 2 else dtype
-    os.environ["MOBILEMAMBA_CUDA_FFN"] = "kernel"  # at all sizes
+    os.environ["MOBILEMAMBA_CUDA_FORM"] = "kernel"  # at all sizes
     for c, hidden, side in ((75, 150, 12), (192, 384, 11), (200, 400, 5), (376, 752, 5), (447, 33, 4)):
         image = leaf(2, side, side, c, dtype=dtype).permute(0, 3, 1, 2)
         expand, project = (
             ops.pack_conv2d_weight(leaf(out, inputs, 1, 1, dtype=dtype)) for out, inputs in ((hidden, c), (c, hidden))
         )
         ops.ffn(image, image, expand, leaf(hidden, dtype=parameters), project, leaf(c, dtype=parameters))
-    del os.environ["MOBILEMAMBA_CUDA_FFN"]
+    del os.environ["MOBILEMAMBA_CUDA_FORM"]
     for sizes in ((160, 32, 320, 10, 1, 197), (272, 76, 544, 17, 1, 384)):
         weights = [leaf(*shape, dtype=dtype if len(shape) == 2 else parameters) for shape in mrffi_shapes(*sizes)]
         for i in (0, 4, 11, 18):  # the matrices

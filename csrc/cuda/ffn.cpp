@@ -1,9 +1,6 @@
 // The feed-forward layer on CUDA.
 #include "ops/ffn.h"
 
-#include <cstdlib>
-#include <string_view>
-
 #include "cuda/backends.h"
 #include "cuda/kernels.h"
 #include "cuda/launch_rows.h"
@@ -16,19 +13,12 @@
 namespace mobilemamba::cuda {
 namespace {
 
-/// Measurements and tests choose how the layer is computed by MOBILEMAMBA_CUDA_FFN: "products" is two products,
-/// "kernel" is the one kernel for all sizes that it can compute.
-std::string_view chosen_form() {
-  const char* setting = std::getenv("MOBILEMAMBA_CUDA_FFN");
-  return setting ? setting : "";
-}
-
 /// On packed weights in 16 bits as one kernel, where that is predicted to be faster than two products.
 at::Tensor ffn_of_rows(const FfnRows& rows) {
   const FfnWeights& w = rows.weights;
   const at::Tensor& x = rows.input;
-  const std::string_view form = chosen_form();
-  if (!has_tensor_cores(x) || w.expand_weight.dim() != 4 || w.project_weight.dim() != 4 || form == "products")
+  const Form form = chosen_form();
+  if (!has_tensor_cores(x) || w.expand_weight.dim() != 4 || w.project_weight.dim() != 4 || form == Form::products)
     return ffn_of_products(rows, product);
   at::Tensor output = rows.output();
   const at::Tensor expand_weight = w.expand_weight.contiguous(), project_weight = w.project_weight.contiguous();
@@ -50,7 +40,7 @@ at::Tensor ffn_of_rows(const FfnRows& rows) {
       .output = output.mutable_data_ptr(),
       .output_row = x.size(1),
   };
-  const FfnLaunch launch = ffn_launch(p, shared_limit(), form == "kernel");
+  const FfnLaunch launch = ffn_launch(p, shared_limit(), form == Form::kernel);
   if (!launch.exists()) return ffn_of_products(rows, product);
   check_launch(ffn_forward(p, launch, c10::cuda::getCurrentCUDAStream()));
   return output;

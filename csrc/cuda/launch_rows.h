@@ -107,6 +107,12 @@ struct RowTileLaunch : Launch {
   bool exists() const { return tasks > 0; }
 };
 
+/// The fewest tiles of `down` times 32 rows: larger ones leave no multiprocessor idle. With fewer of the smallest, a
+/// few multiprocessors would take longer for both steps than all of them for one after the other (benchmarks/NOTES.md).
+inline int64_t row_tiles_wanted(int down, bool always) {
+  return down > 1 ? 132 : always ? 1 : 66;
+}
+
 /// The launch for `rows` rows of `channels` inputs, in tiles of `down` times 32 rows and slices of `slice_steps` steps
 /// of `panels` panels.
 inline RowTileLaunch row_tile_launch(int64_t rows, int64_t channels, int64_t out_channels, int across, int down,
@@ -152,8 +158,9 @@ constexpr int gate_product_slice_steps = 4 / across;
 template <int across>
 constexpr int gate_product_parts = across == 2 ? 3 : gate_parts;
 
-/// The launch, or one that does not exist where the kernel cannot compute this.
-inline RowTileLaunch gate_product_launch(const GateProduct& p, size_t shared_limit) {
+/// The launch, or one that does not exist where the kernel cannot compute this or two launches are faster. `always`:
+/// wherever the kernel can run.
+inline RowTileLaunch gate_product_launch(const GateProduct& p, size_t shared_limit, bool always = false) {
   const GateForward& gate = p.gate;
   const bool pairs = p.out_channels % 2 == 0 && rows_aligned(4, p.output, p.output_row, 2);
   if (!gate_in_registers(gate) || gate.dtype == DType::float32 || !pairs || gate.rows < 1 ||
@@ -166,8 +173,7 @@ inline RowTileLaunch gate_product_launch(const GateProduct& p, size_t shared_lim
   for (int down = gate_product_most_down; down > 0; --down) {
     const RowTileLaunch launch =
         row_tile_launch(gate.rows, gate.channels, p.out_channels, across, down, slice_steps, panels);
-    // A smaller tile where the others would leave multiprocessors idle, or do not fit.
-    if (launch.shared_bytes <= shared_limit && (down == 1 || launch.tasks >= 132)) return launch;
+    if (launch.shared_bytes <= shared_limit && launch.tasks >= row_tiles_wanted(down, always)) return launch;
   }
   return {};
 }
@@ -177,8 +183,9 @@ inline RowTileLaunch gate_product_launch(const GateProduct& p, size_t shared_lim
 constexpr int conv_product_together = 4;  // channels of a lane
 constexpr int conv_product_across = 4, conv_product_most_down = 2, conv_product_slice_steps = 4;
 
-/// The launch, or one that does not exist where the kernel cannot compute this.
-inline RowTileLaunch conv_product_launch(const ConvProduct& p, size_t shared_limit) {
+/// The launch, or one that does not exist where the kernel cannot compute this or two launches are faster. `always`:
+/// wherever the kernel can run.
+inline RowTileLaunch conv_product_launch(const ConvProduct& p, size_t shared_limit, bool always = false) {
   const bool aligned = p.channels % conv_product_together == 0 && rows_aligned(8, p.input, p.input_row, 2) &&
                        rows_aligned(8, p.activated, p.channels, 2) && rows_aligned(16, p.conv_weight, p.channels, 4) &&
                        rows_aligned(16, p.conv_bias, 0, 4) && rows_aligned(4, p.output, p.out_channels, 2);
@@ -188,8 +195,7 @@ inline RowTileLaunch conv_product_launch(const ConvProduct& p, size_t shared_lim
   for (int down = conv_product_most_down; down > 0; --down) {
     const RowTileLaunch launch = row_tile_launch(p.rows(), p.channels, p.out_channels, conv_product_across, down,
                                                  conv_product_slice_steps, conv_product_across / 2);
-    // A smaller tile where the others would leave multiprocessors idle, or do not fit.
-    if (launch.shared_bytes <= shared_limit && (down == 1 || launch.tasks >= 132)) return launch;
+    if (launch.shared_bytes <= shared_limit && launch.tasks >= row_tiles_wanted(down, always)) return launch;
   }
   return {};
 }

@@ -12,10 +12,11 @@ namespace {
 
 /// Runs a kernel where its launch exists.
 template <typename P>
-bool run_if_exists(const P& p, RowTileLaunch (*launch_of)(const P&, size_t),
+bool run_if_exists(const P& p, RowTileLaunch (*launch_of)(const P&, size_t, bool),
                    cudaError_t (*kernel)(const P&, const RowTileLaunch&, cudaStream_t)) {
-  if (compute_capability().major < 8) return false;
-  const RowTileLaunch launch = launch_of(p, shared_limit());
+  const Form form = chosen_form();
+  if (compute_capability().major < 8 || form == Form::products) return false;
+  const RowTileLaunch launch = launch_of(p, shared_limit(), form == Form::kernel);
   if (launch.exists()) check_launch(kernel(p, launch, c10::cuda::getCurrentCUDAStream()));
   return launch.exists();
 }
