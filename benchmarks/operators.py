@@ -15,6 +15,7 @@ import argparse
 import copy
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -129,8 +130,15 @@ def packed_case(size: str, inputs: int, outputs: int, side: int, kernel: int, st
     return Case(name, f"{inputs} to {outputs} x {size}", draw, forward, None, plain, for_plain)
 
 
-def ffn_case(size: str, width: int, side: int) -> Case:
-    """As a fused model has it on the CPU at the end of a block: matrices are packed and of the images' type."""
+def ffn_case(size: str, width: int, side: int, form: str = "") -> Case:
+    """As a fused model has it at the end of a block: matrices are packed and of the images' type.
+
+    On CUDA ``form`` makes it the one kernel ("kernel") or two products ("products"), whatever the library would choose.
+    """
+
+    def forward(*arguments: Tensor) -> Tensor:
+        with mock.patch.dict(os.environ, {"MOBILEMAMBA_CUDA_FORM": form}):
+            return ops.ffn(*arguments)
 
     def draw_weights() -> list[Tensor]:
         shapes = (2 * width, width), (width, 2 * width)
@@ -150,7 +158,8 @@ def ffn_case(size: str, width: int, side: int) -> Case:
         hidden = F.linear(x.permute(0, 2, 3, 1), *weights[:2]).relu_()
         return F.linear(hidden, *weights[2:]).permute(0, 3, 1, 2).add_(x).add_(residual)
 
-    return Case("ffn", f"{width} x {size}", draw, ops.ffn, None, plain, for_plain)
+    name = {"": "ffn", "kernel": "ffn, one kernel", "products": "ffn, two products"}[form]
+    return Case(name, f"{width} x {size}", draw, forward if form else ops.ffn, None, plain, for_plain)
 
 
 def mrffi_case(size: str, mixer: mobilemamba.MRFFI, width: int, side: int) -> Case:
@@ -209,8 +218,8 @@ def cases(model_name: str, device: torch.device) -> Iterator[Case]:
         yield depthwise_case(size, ss2d.inner, side, 3, 1, "silu")
         yield depthwise_case(size, width, side, 3, 1, "none")
         yield mrffi_case(size, mixer, width, side)
-        if device.type == "cpu":
-            yield ffn_case(size, width, side)
+        for form in ("",) if device.type == "cpu" else ("kernel", "products"):
+            yield ffn_case(size, width, side, form)
         if i:
             before, hidden = sides[i - 1], 4 * widths[i - 1]
             if device.type == "cpu":

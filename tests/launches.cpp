@@ -1,5 +1,6 @@
-// The functions of csrc/cuda/launch.h as a Python module, under their own names. tests/test_launch.py builds it.
-#include "cuda/launch.h"
+// The functions of csrc/cuda/launch.h and launch_rows.h as a Python module, under their own names. tests/test_launch.py
+// builds it.
+#include "cuda/launch_rows.h"
 
 #include <pybind11/pybind11.h>
 
@@ -57,6 +58,42 @@ PackedConvForward product_sizes(int64_t batch, int64_t in_channels, int64_t heig
   sizes.stride = stride;
   sizes.input = {nullptr, height * width * in_channels, width * in_channels, in_channels};
   sizes.residual_row = sizes.second_residual_row = sizes.output_row = out_channels;
+  return sizes;
+}
+
+/// Of a feed-forward layer whose tensors are contiguous.
+FfnForward ffn_sizes(int64_t rows, int64_t channels, int64_t hidden) {
+  FfnForward sizes{};
+  sizes.rows = rows;
+  sizes.channels = channels;
+  sizes.hidden = hidden;
+  sizes.input_row = sizes.residual_row = sizes.output_row = channels;
+  return sizes;
+}
+
+/// Of a gate and the product behind it, in MRFFI's buffers. Their rows begin at aligned addresses.
+GateProduct gate_product_sizes(int64_t rows, int64_t global, int64_t identity, int64_t inner) {
+  GateProduct sizes{};
+  sizes.gate.dtype = DType::bfloat16;
+  sizes.gate.rows = rows;
+  sizes.gate.channels = inner;
+  sizes.gate.z_row = 2 * inner;
+  sizes.out_channels = global;
+  sizes.identity_channels = identity;
+  sizes.identity_row = sizes.output_row = cuda::round_up(global + identity, 2);
+  return sizes;
+}
+
+/// Of a convolution and the product behind it, in MRFFI's buffers.
+ConvProduct conv_product_sizes(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t outputs) {
+  ConvProduct sizes{};
+  sizes.dtype = DType::bfloat16;
+  sizes.batch = batch;
+  sizes.height = height;
+  sizes.width = width;
+  sizes.channels = channels;
+  sizes.input_row = 2 * channels;
+  sizes.out_channels = outputs;
   return sizes;
 }
 
@@ -127,6 +164,39 @@ PYBIND11_MODULE(launches, m) {
       .def_readonly("aligned_output", &ProductLaunch::aligned_output)
       .def_readonly("whole_outputs", &ProductLaunch::whole_outputs);
   m.def("product_launch", &product_launch, "sizes"_a);
+
+  py::class_<FfnForward>(m, "FfnSizes").def(py::init(&ffn_sizes), "rows"_a, "channels"_a, "hidden"_a);
+  py::class_<FfnLaunch, Launch>(m, "FfnLaunch")
+      .def("exists", &FfnLaunch::exists)
+      .def_readonly("rows", &FfnLaunch::rows)
+      .def_readonly("across", &FfnLaunch::across)
+      .def_readonly("blocks", &FfnLaunch::blocks)
+      .def_readonly("steps", &FfnLaunch::steps)
+      .def_readonly("parts", &FfnLaunch::parts)
+      .def_readonly("expand_slices", &FfnLaunch::expand_slices)
+      .def_readonly("expand_steps", &FfnLaunch::expand_steps)
+      .def_readonly("project_slices", &FfnLaunch::project_slices)
+      .def_readonly("project_steps", &FfnLaunch::project_steps)
+      .def_readonly("input_pitch", &FfnLaunch::input_pitch)
+      .def_readonly("stage_bytes", &FfnLaunch::stage_bytes)
+      .def_readonly("aligned", &FfnLaunch::aligned)
+      .def_readonly("whole_outputs", &FfnLaunch::whole_outputs);
+  py::class_<GateProduct>(m, "GateProductSizes")
+      .def(py::init(&gate_product_sizes), "rows"_a, "global"_a, "identity"_a, "inner"_a);
+  py::class_<ConvProduct>(m, "ConvProductSizes")
+      .def(py::init(&conv_product_sizes), "batch"_a, "height"_a, "width"_a, "channels"_a, "outputs"_a);
+  m.def("conv_product_launch", &conv_product_launch, "sizes"_a, "shared_limit"_a, "always"_a = false);
+  py::class_<RowTileLaunch, Launch>(m, "RowTileLaunch")
+      .def("exists", &RowTileLaunch::exists)
+      .def_readonly("rows", &RowTileLaunch::rows)
+      .def_readonly("across", &RowTileLaunch::across)
+      .def_readonly("steps", &RowTileLaunch::steps)
+      .def_readonly("slices", &RowTileLaunch::slices)
+      .def_readonly("panels", &RowTileLaunch::panels)
+      .def_readonly("pairs", &RowTileLaunch::pairs)
+      .def_readonly("pitch", &RowTileLaunch::pitch);
+  m.def("gate_product_launch", &gate_product_launch, "sizes"_a, "shared_limit"_a, "always"_a = false);
+  m.def("ffn_launch", &ffn_launch, "sizes"_a, "shared_limit"_a, "always"_a = false);
 }
 
 }  // namespace mobilemamba

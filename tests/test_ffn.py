@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import cpu_only, randn
+from devices import DEVICE, cpu_only, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from test_operators import LOW_PRECISION, check_against_reference, relative_error, same
@@ -25,6 +25,12 @@ SHAPES = [  # batch, channels, height, width, hidden
     (1, 48, 14, 14, 96),  # enough rows for chunks
     (5, 20, 9, 7, 1500),  # chunks as small as they may be, the last one smaller
     (2, 3, 16, 17, 5),
+]
+WIDE = [  # on CUDA the one kernel's tiles: two or four warps beside each other, of 96 or 112 outputs, whole or not
+    (1, 134, 7, 15, 270),
+    (2, 200, 3, 20, 400),
+    (1, 376, 5, 7, 752),
+    (3, 447, 4, 3, 33),
 ]
 
 
@@ -77,6 +83,50 @@ def test_in_lower_precision(shape, dtype, function):
     if dtype != torch.float32:
         arguments = [x.float() if x.dim() == 1 else x for x in arguments]
         check_against_reference(function, plain, arguments, 2 * LOW_PRECISION[dtype])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_wide_in_lower_precision(shape, dtype, residual):
+    """Of channels-last images, and of slices of wider ones."""
+    arguments = arguments_of(*shape, dtype=dtype)
+    exact = [x.double() for x in arguments]
+    if not residual:
+        arguments[1] = exact[1] = None
+    expected = plain(*exact)
+    wide = torch.cat([arguments[0]] * 3, 1).contiguous(memory_format=torch.channels_last)
+    for x in (arguments[0], wide[:, shape[1] : 2 * shape[1]]):
+        assert relative_error(packing(x, *arguments[1:]), expected) < 2 * LOW_PRECISION[dtype]
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("hidden", [1, 33, 70])
+def test_infinity_stays_in_the_hidden_channels_that_have_it(hidden, dtype):
+    """No hidden channel beyond the last one may make a NaN of it: -infinity becomes 0, and the output finite."""
+    x, _, *weights = arguments_of(1, 40, 2, 3, hidden, dtype=dtype)
+    weights[0][:, 7] = -weights[0][:, 7].abs() - 1
+    x[0, 7, 1, 2] = torch.inf
+    y = packing(x, None, *weights)
+    assert y[0, 7, 1, 2] == torch.inf
+    y[0, 7, 1, 2] = 0
+    assert y.isfinite().all()
+    expected = plain(x.double(), None, *[w.double() for w in weights])
+    expected[0, 7, 1, 2] = 0
+    assert relative_error(y, expected) < 2 * LOW_PRECISION[dtype]
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason=f"tests kernels of CUDA, not {DEVICE}")
+@pytest.mark.parametrize("form", ["kernel", "products"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *WIDE, (256, 192, 14, 14, 384), (256, 384, 7, 7, 768)], ids=str)
+def test_both_forms_on_cuda(shape, dtype, form, monkeypatch):
+    """The one kernel and two products, whatever the library chooses for the size; the same bits every time."""
+    monkeypatch.setenv("MOBILEMAMBA_CUDA_FORM", form)
+    arguments = arguments_of(*shape, dtype=dtype)
+    y = packing(*arguments)
+    assert relative_error(y, plain(*[x.double() for x in arguments])) < 2 * LOW_PRECISION[dtype]
+    assert all(torch.equal(packing(*arguments), y) for _ in range(10))
 
 
 @given(

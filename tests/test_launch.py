@@ -275,3 +275,149 @@ def test_product_has_every_shape(launches: Any) -> None:
     assert shape(256, 3, 224, 24, 3) == "lines"
     assert shape(1, 3, 224, 33, 3) == "medium"
     assert shape(1, 6, 224, 24, 3) == "narrow"
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(
+    st.one_of(st.integers(1, 2000), st.integers(1, 2**24)),
+    st.integers(1, 500),
+    st.one_of(st.integers(1, 1000), st.integers(1, 10**6)),
+    st.sampled_from([TURING, 99 * 1024, 163 * 1024, HOPPER]),
+    st.booleans(),
+)
+def test_ffn(launches: Any, rows: int, channels: int, hidden: int, limit: int, always: bool) -> None:
+    launch = launches.ffn_launch(launches.FfnSizes(rows, channels, hidden), limit, always)
+    if not launch.exists():
+        assert not always or channels > 448 or hidden > 2**16 or limit < 99 * 1024
+        return
+    assert always or (launch.tasks >= 88 and launch.rows >= 64)
+    assert launch.rows in (32, 64, 96)
+    assert launch.tasks == math.ceil(rows / launch.rows)
+    assert launch.warps == launch.rows // 32 * launch.across <= 12  # the kernels are compiled for it
+    assert (launch.across, launch.blocks) in [(2, 6), (2, 7), (4, 6), (4, 7)]
+    assert channels <= launch.across * launch.blocks * 16
+    part = launch.across * 32  # hidden channels
+    assert (launch.parts - 1) * part < hidden <= launch.parts * part
+    assert (launch.steps - 1) * 16 < channels <= launch.steps * 16
+    assert (launch.expand_slices - 1) * launch.expand_steps < launch.steps
+    assert launch.steps <= launch.expand_slices * launch.expand_steps
+    assert launch.project_slices * launch.project_steps * 16 == part
+    step_bytes = 16 * 32 * 2  # of a panel
+    panels = math.ceil(launch.across * launch.blocks / 2)
+    assert launch.stage_bytes >= launch.expand_steps * (part // 32) * step_bytes
+    assert launch.stage_bytes >= launch.project_steps * panels * step_bytes
+    assert launch.input_pitch >= launch.steps * 32
+    assert launch.input_pitch % 32 == 16  # neighbouring rows are in different banks
+    tiles = launch.rows * (launch.input_pitch + part * 2 + 16)
+    assert launch.shared_bytes == tiles + 3 * launch.stage_bytes
+    assert launch.shared_bytes <= limit
+    assert launch.aligned == (channels % 8 == 0)
+    assert launch.whole_outputs == (channels % 2 == 0)
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "rows"),
+    [
+        (14, 192, 96),
+        (7, 384, 96),  # 131 tiles for 132 multiprocessors
+        (4, 448, None),
+        (16, 200, 96),
+        (8, 376, 64),  # 256 tiles; of 96 rows there would be 171, a wave and a quarter
+    ],
+)
+def test_ffn_of_the_presets(launches: Any, side: int, channels: int, rows: int | None) -> None:
+    """At batch 256 on an H100; two products at batch 1, where a few tiles would leave most of the GPU idle."""
+    launch = launches.ffn_launch(launches.FfnSizes(256 * side**2, channels, 2 * channels), HOPPER)
+    assert launch.exists() == (rows is not None)
+    if rows is not None:
+        assert launch.rows == rows
+        assert launch.warps <= 6 or channels > 224
+        if channels <= 224:
+            assert 2 * (launch.shared_bytes + 1024) <= 228 * 1024  # two blocks on a multiprocessor
+    assert not launches.ffn_launch(launches.FfnSizes(side**2, channels, 2 * channels), HOPPER).exists()
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(
+    st.one_of(st.integers(1, 2000), st.integers(1, 2**24)),
+    st.integers(1, 170),
+    st.integers(0, 70),
+    st.integers(1, 170),
+    st.sampled_from([TURING, 99 * 1024, 163 * 1024, HOPPER]),
+    st.booleans(),
+)
+def test_gate_product(
+    launches: Any, rows: int, half: int, identity: int, quarter: int, limit: int, always: bool
+) -> None:
+    outputs, inner = 2 * half, 4 * quarter
+    launch = launches.gate_product_launch(launches.GateProductSizes(rows, outputs, identity, inner), limit, always)
+    if not launch.exists():
+        few = not always and rows <= 65 * 32
+        assert few or outputs > 320 or inner > 640 or identity > 64 or limit == TURING
+        return
+    assert always or launch.tasks >= 66
+    assert launch.rows in (32, 64)
+    assert launch.rows == 32 or launch.tasks >= 132
+    assert launch.tasks == math.ceil(rows / launch.rows)
+    assert launch.warps == launch.rows // 32 * launch.across
+    assert outputs <= launch.across * 80
+    assert inner <= (384 if launch.across == 2 else 640)  # the loads of a lane
+    slice_steps = launch.steps // launch.slices
+    assert slice_steps * launch.across == 4
+    assert inner <= launch.steps * 16 < inner + 16 * slice_steps
+    assert (launch.panels, launch.pairs) == (math.ceil(outputs / 32), inner // 2)
+    assert launch.pitch == launch.steps * 32 + 16
+    stage_bytes = launch.across * 5 // 2 * slice_steps * 1024
+    assert launch.shared_bytes == launch.rows * launch.pitch + 3 * stage_bytes <= limit
+
+
+def test_gate_product_has_refusals(launches: Any) -> None:
+    def exists(rows: int = 50176, outputs: int = 160, identity: int = 0, inner: int = 320) -> bool:
+        return launches.gate_product_launch(launches.GateProductSizes(rows, outputs, identity, inner), HOPPER).exists()
+
+    assert exists()
+    assert not any(
+        [exists(outputs=161), exists(outputs=322), exists(inner=322), exists(inner=644), exists(identity=65)]
+    )
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 1000),
+    st.integers(1, 40),
+    st.integers(1, 200),
+    st.integers(1, 170),
+    st.integers(1, 40),
+    st.sampled_from([TURING, 99 * 1024, 163 * 1024, HOPPER]),
+    st.booleans(),
+)
+def test_conv_product(
+    launches: Any, batch: int, height: int, width: int, quarter: int, half: int, limit: int, always: bool
+) -> None:
+    channels, outputs, rows = 4 * quarter, 2 * half, batch * height * width
+    launch = launches.conv_product_launch(
+        launches.ConvProductSizes(batch, height, width, channels, outputs), limit, always
+    )
+    if not launch.exists():
+        assert (not always and rows <= 65 * 32) or outputs > 64 or limit == TURING
+        return
+    assert always or launch.tasks >= 66
+    assert launch.rows in (32, 64)
+    assert launch.rows == 32 or launch.tasks >= 132
+    assert launch.tasks == math.ceil(rows / launch.rows)
+    assert (launch.across, launch.warps) == (4, launch.rows // 8)
+    assert outputs <= 64
+    assert channels <= launch.steps * 16 < channels + 64
+    assert launch.steps == 4 * launch.slices
+    assert (launch.panels, launch.pairs) == (math.ceil(outputs / 32), channels // 2)
+    assert launch.pitch == launch.steps * 32 + 16
+    assert launch.shared_bytes == launch.rows * launch.pitch + 3 * 4 * 2 * 1024 <= limit
+
+
+def test_conv_product_has_refusals(launches: Any) -> None:
+    def exists(channels: int = 320, outputs: int = 24) -> bool:
+        sizes = launches.ConvProductSizes(256, 14, 14, channels, outputs)
+        return launches.conv_product_launch(sizes, HOPPER).exists()
+
+    assert exists()
+    assert not any([exists(channels=322), exists(outputs=66), exists(outputs=25)])

@@ -21,6 +21,13 @@ SHAPES = [  # batch, height, width, global, local, identity, inner, rank, state,
     (3, 1, 4, 2, 2, 0, 33, 3, 2, 1, 5),
     (1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 3),
 ]
+WIDE = [  # on CUDA two steps in one kernel: two or four warps beside each other, tiles of 32 and 64 rows
+    (2, 6, 5, 160, 32, 0, 320, 10, 1, 3, 3),
+    (1, 5, 7, 272, 75, 37, 544, 17, 1, 3, 3),
+    (170, 5, 10, 16, 5, 3, 24, 2, 1, 3, 3),
+    (1, 2, 150, 16, 5, 3, 24, 2, 1, 3, 3),  # lines longer than a tile
+    (2, 3, 5, 17, 5, 3, 24, 2, 1, 3, 3),  # an odd number of outputs: two launches
+]
 
 
 def arguments_of(
@@ -96,6 +103,18 @@ def test_in_lower_precision(shape, dtype, function):
         keep = {0, 1, *(2 + i for i in MATRICES)}
         arguments = [x if i in keep else x.float() for i, x in enumerate(arguments)]
         check_against_reference(function, plain, arguments, 6 * LOW_PRECISION[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_wide_in_lower_precision(shape, dtype):
+    arguments = arguments_of(*shape, dtype=dtype)
+    exact = [x.double() for x in arguments]
+    for i in (0, 1):
+        arguments[i] = arguments[i].contiguous(memory_format=torch.channels_last)
+    keep = {0, 1, *(2 + i for i in MATRICES)}
+    arguments = [x if i in keep else x.float() for i, x in enumerate(arguments)]
+    assert relative_error(packing(*arguments), plain(*exact)) < 6 * LOW_PRECISION[dtype]
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], (2, 3, 2, 2, 2, 1, 3, 2, 2, 3, 3), SHAPES[2]], ids=str)

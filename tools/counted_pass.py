@@ -152,11 +152,16 @@ def read_launch(line: str, code: Code) -> Launch:
     return launch
 
 
-def count(library: Path, batch: int, sample: int | None = None, code: Code | None = None) -> Pass:
-    """The launches of a pass. With ``sample``, at most so many blocks of each run, and stand for the others."""
+def count(
+    library: Path, batch: int, sample: int | None = None, code: Code | None = None, ffn: str = "products"
+) -> Pass:
+    """The launches of a pass. With ``sample``, at most so many blocks of each run, and stand for the others.
+
+    ``ffn``: the form of the feed-forward layers, "products" or "kernel".
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "counters"
-        settings = {"HOST_CUDA_COUNTERS": str(file), "OMP_NUM_THREADS": "1"}
+        settings = {"HOST_CUDA_COUNTERS": str(file), "OMP_NUM_THREADS": "1", "MOBILEMAMBA_CUDA_FORM": ffn}
         if sample is not None:
             settings["HOST_CUDA_SAMPLE"] = str(sample)
         command = [sys.executable, str(Path(__file__).resolve()), str(library), str(batch)]

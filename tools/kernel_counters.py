@@ -26,6 +26,7 @@ import host_library  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 BATCHES = (1, 256)
+FFN = {1: "products", 256: "kernel"}  # the form of all layers; feed-forward layers of 448 channels are two products
 SAMPLE = 32  # blocks of a launch at batch 256; test_kernel_counters.py compares a sample with all blocks
 
 # The bars, for kernels that take a hundredth or more of the predicted time.
@@ -286,10 +287,12 @@ def main() -> int:
         return 0
     library = host_library.build(counting=True)
     code = counted_pass.Code(library)
-    one, two = (counted_pass.count(library, batch, code=code) for batch in (1, 2))
-    counted = {1: one, 256: counted_pass.count(library, 256, SAMPLE, code)}
-    tables = [table_of(batch, counted[batch], one, two) for batch in BATCHES]
-    activations = activation_bytes(one, two)
+    tables = []
+    for batch in BATCHES:
+        one, two = (counted_pass.count(library, images, code=code, ffn=FFN[batch]) for images in (1, 2))
+        counted = one if batch == 1 else counted_pass.count(library, batch, SAMPLE, code, FFN[batch])
+        tables.append(table_of(batch, counted, one, two))
+    activations = activation_bytes(one, two)  # at batch 256
     if arguments.worst:
         print_worst(tables, code)
         return 0

@@ -4,6 +4,7 @@ With ``--own`` it leaves out the matrix products that torch computes. initcheck 
 """
 
 import itertools
+import os
 import sys
 
 import torch
@@ -15,9 +16,15 @@ def leaf(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
 
 
+def mrffi_shapes(g: int, p: int, d: int, r: int, n: int, c: int) -> list[tuple[int, ...]]:
+    """Of the weights for global, local and inner channels, rank, state size and all channels."""
+    shapes = [(2 * d, g), (2 * d,), (d, 1, 3, 3), (d,), (2 * (r + 2 * n), d), (2, d, r), (2, d), (2, d, n), (2, d)]
+    return [*shapes, (d,), (d,), (g, d), (g,), (g, 4, 5, 5), (p, 1, 7, 7), (p,), (p,), (p,), (c, c), (c,)]
+
+
 @torch.no_grad()
 def products(dtype: torch.dtype) -> None:
-    """On packed weights: in matrices and images, aligned or not, in tiles of every size."""
+    """On packed weights: in matrices and images, aligned or not, in tiles of every size; and what is around them."""
     for inputs, outputs, side, kernel, stride in (
         (75, 45, 7, 1, 1),
         (64, 100, 9, 1, 1),
@@ -30,6 +37,21 @@ def products(dtype: torch.dtype) -> None:
         weight = ops.pack_conv2d_weight(leaf(outputs, inputs, kernel, kernel, dtype=dtype))
         y = ops.packed_conv2d(x, weight, leaf(outputs, dtype=dtype), None, kernel, stride, "relu")
         ops.packed_conv2d(x, weight, leaf(outputs, dtype=dtype), y, kernel, stride)
+    parameters = torch.float32 if dtype.itemsize == 2 else dtype
+    os.environ["MOBILEMAMBA_CUDA_FORM"] = "kernel"  # at all sizes
+    for c, hidden, side in ((75, 150, 12), (192, 384, 11), (200, 400, 5), (376, 752, 5), (447, 33, 4)):
+        image = leaf(2, side, side, c, dtype=dtype).permute(0, 3, 1, 2)
+        expand, project = (
+            ops.pack_conv2d_weight(leaf(out, inputs, 1, 1, dtype=dtype)) for out, inputs in ((hidden, c), (c, hidden))
+        )
+        ops.ffn(image, image, expand, leaf(hidden, dtype=parameters), project, leaf(c, dtype=parameters))
+    del os.environ["MOBILEMAMBA_CUDA_FORM"]
+    for sizes in ((160, 32, 320, 10, 1, 197), (272, 76, 544, 17, 1, 384)):
+        weights = [leaf(*shape, dtype=dtype if len(shape) == 2 else parameters) for shape in mrffi_shapes(*sizes)]
+        for i in (0, 4, 11, 18):  # the matrices
+            weights[i] = ops.pack_conv2d_weight(weights[i][:, :, None, None])
+        image = leaf(3, 7, 9, sizes[-1], dtype=dtype).permute(0, 3, 1, 2)
+        ops.mrffi(image, image, weights)
 
 
 def norms(dtype: torch.dtype) -> None:
@@ -64,11 +86,10 @@ def main() -> None:
         if own:
             continue
         norms(dtype)
-        g, p, d, r, n, c = 16, 5, 40, 2, 1, 24  # global, local, inner, rank, state, channels
-        shapes = [(2 * d, g), (2 * d,), (d, 1, 3, 3), (d,), (2 * (r + 2 * n), d), (2, d, r), (2, d), (2, d, n), (2, d)]
-        shapes += [(d,), (d,), (g, d), (g,), (g, 4, 5, 5), (p, 1, 7, 7), (p,), (p,), (p,), (c, c), (c,)]
+        c = 24
         image = leaf(2, c, 7, 6, dtype=dtype)
-        ops.mrffi(image, image, [leaf(*shape, dtype=dtype) for shape in shapes]).sum().backward()
+        weights = [leaf(*shape, dtype=dtype) for shape in mrffi_shapes(16, 5, 40, 2, 1, c)]
+        ops.mrffi(image, image, weights).sum().backward()
         shapes = [(2 * c, c), (2 * c,), (c, 2 * c), (c,)]
         ops.ffn(image, image, *[leaf(*shape, dtype=dtype) for shape in shapes]).sum().backward()
     torch.cuda.synchronize()

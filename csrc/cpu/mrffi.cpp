@@ -51,6 +51,8 @@ MrffiBackend backend(at::ScalarType type) {
       .haar = haar,
       .depthwise = depthwise,
       .gate = [](const GateForward& p) { run(kernels().gate_forward, p); },
+      .conv_product = nullptr,
+      .gate_product = nullptr,
       .product = product,
       .in_parts = type == at::kDouble ? whole : in_parts,
   };

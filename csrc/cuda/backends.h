@@ -12,6 +12,10 @@ extern const ScanBackend scan;
 extern const HaarBackend haar;
 extern const DepthwiseBackend depthwise;
 
+/// Whether products of the type of `input` have kernels on the current device: 16 bits, on compute capability 8.0 and
+/// later.
+bool has_tensor_cores(const at::Tensor& input);
+
 void product(const Product& p, at::Tensor output);
 
 }  // namespace mobilemamba::cuda

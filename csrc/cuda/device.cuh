@@ -57,6 +57,11 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ __forceinline__ float fast_reciprocal_sqrt(float x) {
+  float y;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 #else
 inline float fast_exp2(float x) {
   return std::exp2(x);
@@ -66,6 +71,9 @@ inline float fast_log2(float x) {
 }
 inline float fast_reciprocal(float x) {
   return 1.0f / x;
+}
+inline float fast_reciprocal_sqrt(float x) {
+  return 1.0f / std::sqrt(x);
 }
 #endif
 

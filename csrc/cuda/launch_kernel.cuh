@@ -21,9 +21,7 @@ inline cudaError_t allow_shared_memory(const void* kernel) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (allowed.count({device, kernel})) return cudaSuccess;
   cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(clamp(limit, 0, stage_budget)));
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
   if (error == cudaSuccess) allowed.emplace(device, kernel);
   return error;
 }

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(warps* warp_size, 4)
         };
         b[line][block][half] = pair_of(element(2 * quad + half * 8), element(2 * quad + half * 8 + 1));
       }
-  const LaneOutputs<1, 8> outputs(p, quad * 8);
+  const LaneOutputs<1, 8> outputs(p.bias, p.out_channels, quad * 8);
   LineElements elements(p, quad);
 
   const int out_width = static_cast<int>(launch.out_width);

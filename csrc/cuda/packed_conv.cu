@@ -363,7 +363,8 @@ __global__ void __launch_bounds__(Shape::threads, 512 / Shape::threads)
       }
     }
 
-    const LaneOutputs<2, 2> outputs(p, (tile.across * Shape::panels + warp_across) * panel + group * 2);
+    const LaneOutputs<2, 2> outputs(p.bias, p.out_channels,
+                                    (tile.across * Shape::panels + warp_across) * panel + group * 2);
     const int64_t first_lane_row = tile.down * Shape::rows + first_warp_row + quad * 2;
     const auto value_of = [&](int i, float (&value)[2][2]) {  // of the lane's row i: two rows of every eight
 #pragma unroll

@@ -11,11 +11,6 @@
 namespace mobilemamba::cuda {
 namespace {
 
-bool has_tensor_cores(const at::Tensor& input) {
-  const at::ScalarType type = input.scalar_type();
-  return (type == at::kHalf || type == at::kBFloat16) && compute_capability().major >= 8;
-}
-
 void run_packed_conv(const PackedConvForward& p) {
   check_launch(packed_conv(p, c10::cuda::getCurrentCUDAStream()));
 }
@@ -26,6 +21,11 @@ at::Tensor packed_conv2d_cuda(const PackedConvArguments& a) {
 }
 
 }  // namespace
+
+bool has_tensor_cores(const at::Tensor& input) {
+  const at::ScalarType type = input.scalar_type();
+  return (type == at::kHalf || type == at::kBFloat16) && compute_capability().major >= 8;
+}
 
 void product(const Product& p, at::Tensor output) {
   if (p.weight.dim() == 4 && has_tensor_cores(p.input)) return product_with_kernel(p, output, run_packed_conv);

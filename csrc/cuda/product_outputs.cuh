@@ -10,27 +10,35 @@ namespace mobilemamba::cuda {
 template <typename T>
 using Chunk = Channels<T, 16 / sizeof(T)>;
 
-/// The outputs of a lane in each of its rows: `pieces` of `size` adjacent ones, 16 apart.
-template <int pieces, int size>
+/// The outputs of a lane in each of its rows: `pieces` of `size` adjacent ones, `distance` apart.
+template <int pieces, int size, int distance = 16>
 struct LaneOutputs {
-  static constexpr int distance = 16;
   int64_t first;
   int count[pieces];  // that exist
   float bias[pieces][size];
 
-  __device__ LaneOutputs(const PackedConvForward& p, int64_t first) : first(first) {
+  /// `bias`: of all outputs, or null.
+  __device__ LaneOutputs(const void* all_bias, int64_t out_channels, int64_t first) : first(first) {
 #pragma unroll
     for (int piece = 0; piece < pieces; ++piece) {
-      const int64_t left = p.out_channels - first - piece * distance;
+      const int64_t left = out_channels - first - piece * distance;
       count[piece] = left >= size ? size : left > 0 ? static_cast<int>(left) : 0;
 #pragma unroll
       for (int i = 0; i < size; ++i)
         bias[piece][i] = 0.0f;
-      if (p.bias)
+      if (all_bias)
 #pragma unroll
         for (int i = 0; i < size; ++i)
-          if (i < count[piece]) bias[piece][i] = static_cast<const float*>(p.bias)[first + piece * distance + i];
+          if (i < count[piece]) bias[piece][i] = static_cast<const float*>(all_bias)[first + piece * distance + i];
     }
+  }
+
+  __device__ __forceinline__ void add_bias(float (&value)[pieces][size]) const {
+#pragma unroll
+    for (int piece = 0; piece < pieces; ++piece)
+#pragma unroll
+      for (int i = 0; i < size; ++i)
+        value[piece][i] += bias[piece][i];
   }
 
   /// Adds the elements of a row that begins at `row`.
@@ -53,6 +61,26 @@ struct LaneOutputs {
     }
   }
 
+  /// Rounds and writes the outputs of a row that begins at `row`.
+  template <typename T, bool always_whole>
+  __device__ __forceinline__ void write(void* row, bool aligned, const float (&value)[pieces][size]) const {
+#pragma unroll
+    for (int piece = 0; piece < pieces; ++piece) {
+      T* to = static_cast<T*>(row) + first + piece * distance;
+      Channels<T, size> elements;
+#pragma unroll
+      for (int i = 0; i < size; ++i)
+        elements.value[i] = narrow<T>(value[piece][i]);
+      if (always_whole || (aligned && count[piece] == size)) {
+        if (count[piece] > 0) store_channels(to, elements);
+      } else {
+#pragma unroll
+        for (int i = 0; i < size; ++i)
+          if (i < count[piece]) to[i] = elements.value[i];
+      }
+    }
+  }
+
   /// Stores the outputs of a row. `value` has their sums. `always_whole`: for what launch.whole_outputs says, in a
   /// fraction of the code.
   template <typename T, bool always_whole>
@@ -61,11 +89,7 @@ struct LaneOutputs {
     const auto add_residual = [&] {
       add<T, always_whole>(static_cast<const T*>(p.residual) + row * p.residual_row, launch.aligned_residual, value);
     };
-#pragma unroll
-    for (int piece = 0; piece < pieces; ++piece)
-#pragma unroll
-      for (int i = 0; i < size; ++i)
-        value[piece][i] += bias[piece][i];
+    add_bias(value);
     if (p.residual && p.residual_inside) add_residual();
     if (p.activation == Activation::relu)
 #pragma unroll
@@ -77,21 +101,7 @@ struct LaneOutputs {
     if (p.second_residual)
       add<T, always_whole>(static_cast<const T*>(p.second_residual) + row * p.second_residual_row,
                            launch.aligned_second, value);
-#pragma unroll
-    for (int piece = 0; piece < pieces; ++piece) {
-      T* to = static_cast<T*>(p.output) + row * p.output_row + first + piece * distance;
-      Channels<T, size> elements;
-#pragma unroll
-      for (int i = 0; i < size; ++i)
-        elements.value[i] = narrow<T>(value[piece][i]);
-      if (always_whole || (launch.aligned_output && count[piece] == size)) {
-        if (count[piece] > 0) store_channels(to, elements);
-      } else {
-#pragma unroll
-        for (int i = 0; i < size; ++i)
-          if (i < count[piece]) to[i] = elements.value[i];
-      }
-    }
+    write<T, always_whole>(static_cast<T*>(p.output) + row * p.output_row, launch.aligned_output, value);
   }
 };
 

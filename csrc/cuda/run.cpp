@@ -3,6 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdlib>
+#include <string_view>
+
 #include <map>
 #include <mutex>
 
@@ -53,6 +56,12 @@ void check_launch(cudaError_t error) {
 
 Capability compute_capability() {
   return facts().capability;
+}
+
+Form chosen_form() {
+  const char* setting = std::getenv("MOBILEMAMBA_CUDA_FORM");
+  const std::string_view form = setting ? setting : "";
+  return form == "kernel" ? Form::kernel : form == "products" ? Form::products : Form::by_size;
 }
 
 size_t shared_limit() {

@@ -30,6 +30,11 @@ struct Capability {
 /// Of the current device.
 Capability compute_capability();
 
+/// How layers are computed that have a kernel for several steps: as their sizes ask for, or, for measurements and tests
+/// that set MOBILEMAMBA_CUDA_FORM to "kernel" or "products", by that kernel wherever it can run or never.
+enum class Form { by_size, kernel, products };
+Form chosen_form();
+
 /// Bytes of shared memory that a block may have on the current device.
 size_t shared_limit();
 

@@ -55,12 +55,11 @@ DepthwiseGradients DepthwiseArguments::gradients() const {
   return {empty_image(input), at::empty_symint(weight.sym_sizes(), sums), at::empty_symint({input.sym_size(1)}, sums)};
 }
 
-namespace {
-
-/// The weight as the kernels read it: (k, k, C).
 at::Tensor channels_last_weight(const at::Tensor& weight, at::ScalarType type) {
   return weight.to(type).select(1, 0).permute({1, 2, 0}).contiguous();
 }
+
+namespace {
 
 /// Sizes and tensors in the kernels' layouts.
 struct DepthwiseInputs {

@@ -23,6 +23,9 @@ struct DepthwiseArguments {
   DepthwiseGradients gradients() const;
 };
 
+/// A weight (C, 1, k, k) as the kernels read it: (k, k, C) in `type`.
+at::Tensor channels_last_weight(const at::Tensor& weight, at::ScalarType type);
+
 /// The operators on a backend's kernels.
 struct DepthwiseBackend {
   void (*forward)(const DepthwiseForward&);

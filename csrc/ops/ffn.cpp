@@ -51,11 +51,15 @@ at::Tensor FfnArguments::with(at::Tensor (*layer)(const FfnRows&)) const {
   return image(layer({positions(x), added, weights}), x);
 }
 
+at::Tensor FfnRows::output() const {
+  return at::empty(input.sizes(), input.options());
+}
+
 at::Tensor ffn_of_products(const FfnRows& rows, ProductFunction product) {
   const FfnWeights& w = rows.weights;
   const at::Tensor& x = rows.input;
   const at::Tensor hidden = at::empty({x.size(0), w.expand_bias.size(0)}, x.options());
-  at::Tensor output = at::empty(x.sizes(), x.options());
+  at::Tensor output = rows.output();
   product({.input = x, .weight = w.expand_weight, .bias = w.expand_bias, .relu = true}, hidden);
   product({.input = hidden,
            .weight = w.project_weight,

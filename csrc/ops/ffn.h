@@ -18,6 +18,9 @@ struct FfnWeights {
 struct FfnRows {
   at::Tensor input, residual;  // no residual: undefined
   FfnWeights weights;
+
+  /// Uninitialised.
+  at::Tensor output() const;
 };
 
 /// The arguments of ffn; those of ffn_backward are the same without the residual.

@@ -178,35 +178,86 @@ void MrffiBackend::run(const at::Tensor& input, const at::Tensor& residual, cons
 
   at::Tensor expanded = matrix(2 * inner);
   product({.input = x_global, .weight = w.in_weight, .bias = w.in_bias}, expanded);
-  const at::Tensor u = positions(depthwise.depthwise_conv2d(
-      {image(expanded.narrow(1, 0, inner), input), w.conv_weight, w.conv_bias, 1, "silu"}, std::nullopt));
-  at::Tensor projected = matrix(2 * (rank + 2 * state));
-  product({.input = u, .weight = w.x_weight}, projected);
+  at::Tensor u, projected = matrix(2 * (rank + 2 * state));
+  const auto convolve_and_project = [&] {
+    if (!conv_product || w.x_weight.dim() != 4 || w.conv_weight.size(3) != 3) return false;
+    const at::Tensor weight = w.x_weight.contiguous(), bias = w.conv_bias.to(sums).contiguous();
+    const at::Tensor conv_weight = channels_last_weight(w.conv_weight, sums);
+    u = matrix(inner);
+    return conv_product({
+        .dtype = kernel_dtype(x.scalar_type()),
+        .batch = batch,
+        .height = input.size(2),
+        .width = input.size(3),
+        .channels = inner,
+        .input = expanded.const_data_ptr(),
+        .input_row = 2 * inner,
+        .conv_weight = conv_weight.const_data_ptr(),
+        .conv_bias = bias.const_data_ptr(),
+        .activated = u.mutable_data_ptr(),
+        .out_channels = projected.size(1),
+        .product_weight = weight.const_data_ptr(),
+        .output = projected.mutable_data_ptr(),
+    });
+  };
+  if (!convolve_and_project()) {
+    u = positions(depthwise.depthwise_conv2d(
+        {image(expanded.narrow(1, 0, inner), input), w.conv_weight, w.conv_bias, 1, "silu"}, std::nullopt));
+    product({.input = u, .weight = w.x_weight}, projected);
+  }
   const auto [delta, B, C] = scan_rows(projected, batch, rank, state);
   const at::Tensor y = scan.bidirectional_scan({sequence(u, batch), delta, w.A_log, B, C, w.D, w.dt_weight, w.dt_bias});
 
-  at::Tensor gated = matrix(inner);
+  haar.haar_conv2d_into(mixed.mutable_data_ptr(), channels, image(x_global, input), w.wavelet_weight);
   const at::Tensor norm_weight = w.norm_weight.to(sums).contiguous(), norm_bias = w.norm_bias.to(sums).contiguous();
   const at::Tensor z = expanded.narrow(1, inner, inner);
-  gate({kernel_dtype(x.scalar_type()), rows, inner, eps, y.const_data_ptr(), z.const_data_ptr(), 2 * inner,
-        norm_weight.const_data_ptr(), norm_bias.const_data_ptr(), gated.mutable_data_ptr()});
-  haar.haar_conv2d_into(mixed.mutable_data_ptr(), channels, image(x_global, input), w.wavelet_weight);
-  product({.input = gated,
-           .weight = w.out_weight,
-           .bias = w.out_bias,
-           .residual = mixed_global,
-           .residual_inside = true,
-           .relu = true},
-          mixed_global);
+  GateForward gate_forward = {kernel_dtype(x.scalar_type()),
+                              rows,
+                              inner,
+                              eps,
+                              y.const_data_ptr(),
+                              z.const_data_ptr(),
+                              2 * inner,
+                              norm_weight.const_data_ptr(),
+                              norm_bias.const_data_ptr(),
+                              nullptr};
+  const int64_t identity = channels - global - local;
+  const at::Tensor x_identity = x.narrow(1, global + local, identity);
+  at::Tensor mixed_identity = mixed.narrow(1, global + local, identity);
+  const auto gate_and_project = [&] {
+    if (!gate_product || w.out_weight.dim() != 4) return false;
+    const at::Tensor weight = w.out_weight.contiguous(), bias = w.out_bias.to(sums).contiguous();
+    return gate_product({
+        .gate = gate_forward,
+        .out_channels = global,
+        .product_weight = weight.const_data_ptr(),
+        .product_bias = bias.const_data_ptr(),
+        .output = mixed_global.mutable_data_ptr(),
+        .identity_channels = identity,
+        .identity = x_identity.const_data_ptr(),
+        .identity_row = channels,
+        .identity_output = mixed_identity.mutable_data_ptr(),
+        .output_row = channels,
+    });
+  };
+  if (!gate_and_project()) {
+    at::Tensor gated = matrix(inner);
+    gate_forward.output = gated.mutable_data_ptr();
+    gate(gate_forward);
+    product({.input = gated,
+             .weight = w.out_weight,
+             .bias = w.out_bias,
+             .residual = mixed_global,
+             .residual_inside = true,
+             .relu = true},
+            mixed_global);
+    if (identity > 0) at::clamp_min_out(mixed_identity, x_identity, 0);
+  }
 
   if (local > 0) {
     depthwise.depthwise_conv2d_into(mixed.narrow(1, global, local).mutable_data_ptr(), channels,
                                     {image(x.narrow(1, global, local), input), w.local_weight, w.local_bias, 1, "relu"},
                                     w.local_scale, w.local_shift);
-  }
-  if (const int64_t rest = channels - global - local; rest > 0) {
-    at::Tensor mixed_identity = mixed.narrow(1, global + local, rest);
-    at::clamp_min_out(mixed_identity, x.narrow(1, global + local, rest), 0);
   }
 
   const at::Tensor added = residual.defined() ? positions(residual) : residual;

@@ -6,6 +6,7 @@
 
 #include <array>
 
+#include "kernels/conv_product.h"
 #include "kernels/gate.h"
 #include "ops/bidirectional_scan.h"
 #include "ops/depthwise_conv2d.h"
@@ -81,6 +82,10 @@ struct MrffiBackend {
   HaarBackend haar;
   DepthwiseBackend depthwise;
   void (*gate)(const GateForward&);
+  // Two steps in one launch: the convolution and the projection to delta, B and C; the gate, the output product and the
+  // ReLU of the identity part. They return false, and compute nothing, where there is no kernel for it. May be null.
+  bool (*conv_product)(const ConvProduct&);
+  bool (*gate_product)(const GateProduct&);
   ProductFunction product;
   /// Calls `run` with parts of a batch, each given by its first image and its number of images. The calls may come in
   /// any order and at the same time.

@@ -388,4 +388,8 @@ __attribute__((visibility("hidden"))) void __sanitizer_cov_trace_pc() {
 __attribute__((visibility("hidden"))) void __tsan_func_entry(void*) {}
 __attribute__((visibility("hidden"))) void __tsan_func_exit() {}
 __attribute__((visibility("hidden"))) void __tsan_init() {}
+/// Of the guard of a function's static variable, on the host.
+__attribute__((visibility("hidden"))) unsigned char __tsan_atomic8_load(const volatile unsigned char* data, int) {
+  return *data;
+}
 }
