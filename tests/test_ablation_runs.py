@@ -71,7 +71,7 @@ def test_runs_are_finished_once(ablations, monkeypatch, capsys):
 def test_a_stopped_run_goes_on(ablations, tmp_path):
     size, log = ablations.Size(2, 24, 1), ablations.Log(tmp_path / "log.jsonl")
     data = ablations.first_images(24, tmp_path / "first")
-    out = tmp_path / "runs/nano-24-2-0"
+    out = tmp_path / "runs/nano-2-24-float32-0"
     ablations.train(ablations.config("nano", 0, ablations.Size(1, 24, 1), data), out, "cpu", threads=1, workers=0)
     (out / "model.pt").unlink()
     ablations.train_all(["nano"], size, log, tmp_path / "runs", "cpu")

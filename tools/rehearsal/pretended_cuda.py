@@ -136,6 +136,9 @@ class Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
 
 class Event:
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None: ...
@@ -261,6 +264,9 @@ def pretended(storage: str = "meta") -> Iterator[None]:
 
         for name, stand_in in TORCH_CUDA.items():
             replace(torch.cuda, name, held_against(getattr(torch.cuda, name), stand_in))
+        accelerator = torch.accelerator  # its own way to the stream, which optimizers take from torch 2.14 on
+        current = held_against(accelerator.current_stream, TORCH_CUDA["current_stream"])
+        replace(accelerator, "current_stream", current)
         for name in ("start", "stop"):
             replace(torch.cuda.profiler, name, held_against(getattr(torch.cuda.profiler, name), lambda: None))
         replace(DeviceContext, "__init__", lambda self, device: context_of(self, on_cuda.stored(device)))
