@@ -156,10 +156,10 @@ def test_more_activations_miss_a_bar():
 FAULTS = {  # file, source that is compiled with it, text, text with the fault, the bar that is missed
     "uncoalesced: a lane's channels are adjacent, those of its neighbour 40 bytes on": (
         "cuda/gate_rows.cuh",
-        "gate_product",
+        "gate",
         "(part * warp_size + static_cast<int>(threadIdx.x)) * gate_together",
         "(static_cast<int>(threadIdx.x) * parts + part) * gate_together",
-        r"gate_product.* asks for .* times the fewest load sectors",
+        r"gate_forward_registers_kernel<__nv_bfloat16> asks for .* times the fewest load sectors",
     ),
     "bank conflict: the chunks of rows keep their places": (
         "cuda/packed_conv.cu",
