@@ -52,7 +52,7 @@ def steps_of(name: str, batch: int, which: list[str]) -> tuple[nn.Module, dict[s
     model = mobilemamba.create_model(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(model.num_classes, (batch,))
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, dynamic=False)  # not the sizes of the model before, made variable
 
     def loss(network: nn.Module) -> Tensor:
         return F.cross_entropy(network(images), labels)
