@@ -169,7 +169,7 @@ def test_import_is_quick(tmp_path: Path) -> None:
         "start = time.process_time(); import mobilemamba; print(time.process_time() - start)"
     )
     _compiles, *times = [float(subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path)) for _ in range(4)]
-    assert min(times) < 0.15
+    assert min(times) < 0.2
 
 
 def test_import_brings_only_this_package(tmp_path: Path) -> None:
